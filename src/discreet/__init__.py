@@ -1,0 +1,56 @@
+"""Discreet: train any PyTorch model with differential privacy, at nearly the cost of ordinary training.
+
+    result = discreet.train(model, dataset, loss=loss, epsilon=3.0)
+
+See docs/quickstart.md. Everything below is re-exported from the modules that define it; nothing else is public.
+"""
+
+from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.gradient import clipped_gradient
+from discreet.core.noise import Released, release
+from discreet.core.rng import NoiseSource
+from discreet.errors import (
+    BudgetExceeded,
+    CheckFailed,
+    ConfigError,
+    DataError,
+    DiscreetError,
+    LedgerError,
+    UnsupportedUse,
+)
+from discreet.privacy.accounting import Relation
+from discreet.privacy.certificate import verify
+from discreet.privacy.ledger import Ledger
+from discreet.privacy.plan import Plan
+from discreet.privacy.planner import plan
+from discreet.train.check import CheckReport, check
+from discreet.train.loop import Private, Result, make_private, train
+from discreet.train.updates import Step
+
+__all__ = [
+    "BudgetExceeded",
+    "CheckFailed",
+    "CheckReport",
+    "ClippedSum",
+    "Clipping",
+    "ConfigError",
+    "DataError",
+    "DiscreetError",
+    "Ledger",
+    "LedgerError",
+    "NoiseSource",
+    "Plan",
+    "Private",
+    "Relation",
+    "Released",
+    "Result",
+    "Step",
+    "UnsupportedUse",
+    "check",
+    "clipped_gradient",
+    "make_private",
+    "plan",
+    "release",
+    "train",
+    "verify",
+]

@@ -1,0 +1,131 @@
+"""clipped_gradient(): model, per-example losses and a batch -> the clipped sum of per-example gradients.
+
+Shape legend: B = examples of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from discreet.core import rules
+from discreet.core.book import Book, Layout, sum_dtype
+from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.parameter import guard
+from discreet.errors import ConfigError
+
+__all__ = ["LossFunction", "backward", "clipped_gradient", "open_book", "settle", "trainable", "zero_sum"]
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""``loss(model, batch) -> Tensor`` of shape (B,): one loss per example."""
+
+assert rules.__all__
+
+
+def clipped_gradient(
+    model: nn.Module,
+    loss: LossFunction,
+    batch: Any,
+    *,
+    clipping: Clipping,
+    layout: Layout | None = None,
+    examples: int | None = None,
+) -> ClippedSum:
+    """Clip each example's gradient, and sum.
+
+    ``sum_i c(|g_i|) g_i`` with ``g_i`` the gradient of example i's loss over all trainable parameters together, computed
+    by book-keeping (arXiv:2210.00038, Algorithm 1): one forward, one backward without weight gradients, one weighted
+    contraction per parameter.
+
+    **Guarantees.** Adding or removing one example changes the result by at most ``clipping.sensitivity`` in L2 norm,
+    provided that no example's loss depends on another (`discreet.check` tests this). An example whose gradient is not
+    finite contributes exactly zero. A use of a parameter that no rule covers raises `UnsupportedUse`.
+
+    Args:
+        model: any module; its parameters with ``requires_grad`` are covered, whether or not this batch uses them.
+        loss: per-example losses, shape (B,).
+        batch: whatever ``loss`` takes; a tensor, or a tuple, list or dict of tensors with dimension 0 = B.
+        clipping: the clipping function.
+        layout: what the self-check established about folded axes (``CheckReport.layout``).
+        examples: B, when it cannot be read off the batch.
+
+    Raises:
+        UnsupportedUse: a use without an exact rule.
+        ConfigError: the losses are not one per example, or nothing is trainable.
+    """
+    book = open_book(model, examples=examples if examples is not None else batch_size_of(batch), layout=layout)
+    with guard(book):
+        backward(book, loss(model, batch))
+    return settle(book, clipping)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves: name -> parameter, each object once.
+
+    Raises:
+        ConfigError: there are none, or one is complex, sparse or integer.
+    """
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise ConfigError("no parameter has requires_grad=True: there is nothing to train; unfreeze at least one.")
+    for name, parameter in found.items():
+        if not parameter.is_floating_point() or parameter.layout is not torch.strided:
+            raise ConfigError(f"{name}: dtype {parameter.dtype}, layout {parameter.layout}; must be dense and real.")
+    return found
+
+
+def open_book(
+    model: nn.Module, *, examples: int, layout: Layout | None = None, trust_folds: bool = False
+) -> Book:
+    """A book for one microbatch of this model."""
+    return Book(trainable(model), examples=examples, layout=layout, trust_folds=trust_folds)
+
+
+def backward(book: Book, losses_B: Tensor) -> None:
+    """Run the backward of ``losses_B.sum()`` into the book.
+
+    Raises:
+        ConfigError: the losses have another shape than (B,), or do not depend on any trainable parameter.
+    """
+    if losses_B.shape != (book.examples,):
+        raise ConfigError(
+            f"losses of shape {tuple(losses_B.shape)}: must be one per example, ({book.examples},); "
+            'use reduction="none" and sum or average within each example.'
+        )
+    if not losses_B.requires_grad:
+        raise ConfigError("the losses do not depend on any trainable parameter; compute them from the model's output.")
+    losses_B.sum().backward()
+
+
+def settle(book: Book, clipping: Clipping) -> ClippedSum:
+    """Turn what was booked into a clipped sum; the book is empty afterwards."""
+    with torch.no_grad():
+        return ClippedSum(tensors=book.settle(clipping), sensitivity=clipping.sensitivity)
+
+
+def zero_sum(parameters: Mapping[str, Tensor], clipping: Clipping) -> ClippedSum:
+    """The clipped sum of no example: what an empty Poisson batch releases noise on."""
+    tensors = {
+        name: torch.zeros(parameter.shape, dtype=sum_dtype(parameter), device=parameter.device)
+        for name, parameter in parameters.items()
+    }
+    return ClippedSum(tensors=tensors, sensitivity=clipping.sensitivity)
+
+
+def batch_size_of(batch: Any) -> int:
+    """B, read off dimension 0 of every tensor in the batch.
+
+    Raises:
+        ConfigError: there is no tensor, or they disagree.
+    """
+    sizes = {leaf.shape[0] if leaf.dim() else None for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+    if len(sizes) != 1 or None in sizes:
+        raise ConfigError(
+            f"batch sizes {sorted(str(size) for size in sizes)}: dimension 0 of every tensor must be the batch; "
+            "pass examples=."
+        )
+    return int(sizes.pop() or 0)

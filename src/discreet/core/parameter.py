@@ -1,0 +1,304 @@
+"""How a use of a parameter is met by a rule, or refused.
+
+While a model is guarded, each of its trainable parameters has the class `PrivateParameter` (the object, its name and
+everything that refers to it stay as they are). PyTorch then hands every function that touches one to `_meet`, which finds
+one of four answers:
+
+1. no gradient can flow (``no_grad``, or a mere observation such as ``p.shape``): the plain function;
+2. a function of parameters alone (``1 + w``, ``w.t()``, ``w[index]``): a `DerivedParameter` that remembers how it was made;
+3. a function that also takes activations, and for which there is a rule: the rule;
+4. anything else: `UnsupportedUse`. Fail closed: a norm is right or there is none.
+
+A gradient that would reach a guarded parameter behind the rules' back (a custom ``autograd.Function``, a scripted module)
+hits a hook that refuses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from discreet.core.book import Axis, Book, Derivation
+from discreet.core.forms import Dense, Form
+from discreet.errors import ConfigError, UnsupportedUse
+
+Function = Callable[..., Any]
+
+_active: Book | None = None
+_rules: dict[Function, Function] = {}
+_derivable: dict[Function, bool] = {}
+_observations: set[Function] = set()
+
+
+class PrivateParameter(nn.Parameter):
+    """A trainable parameter whose every use is met by a rule or refused."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Function, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _meet(func, args, kwargs or {})
+
+
+class DerivedParameter(Tensor):
+    """A value computed from guarded parameters alone, which remembers how."""
+
+    derivation: Derivation
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Function, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _meet(func, args, kwargs or {})
+
+
+Guarded = (PrivateParameter, DerivedParameter)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One meeting of guarded values with a function, as a rule sees it."""
+
+    book: Book
+    function: Function
+    names: tuple[str, ...]
+    axes: Mapping[int, Axis]
+
+    @property
+    def name(self) -> str:
+        """The function's name, for messages."""
+        return function_name(self.function)
+
+    def is_batched(self, operand: Any) -> bool:
+        """Whether this plain operand carries examples in dimension 0."""
+        return self.axes.get(id(operand), Axis.SHARED) is not Axis.SHARED
+
+    def renamed(self, before: Tensor, after: Tensor) -> Use:
+        """This use with one operand replaced by another that carries the examples in the same way."""
+        return replace(self, axes={**self.axes, id(after): self.axes[id(before)]})
+
+    def meets_batch(self, size: int) -> bool:
+        """Whether an axis of this size, named by the caller, is the batch (a size says less than an operand does)."""
+        return self.book.classify_size(self.names, self.name, size)
+
+    def derivation(self, guarded: Tensor) -> Derivation:
+        """Where a guarded value comes from."""
+        return _derivation(self.book, guarded)
+
+    def record(self, guarded_derivation: Derivation, form: Form) -> None:
+        """Book the per-example gradients of a guarded value; called from the backward."""
+        self.book.record(guarded_derivation, form)
+
+    def expand(self, guarded: Tensor) -> Tensor:
+        """One copy per example, shape (B, *shape), as an ordinary activation whose gradient is booked as it stands."""
+        return _Expand.apply(self.book.sink, plain(guarded), self.book, self.derivation(guarded))
+
+    def refuse(self, why: str, remedy: str) -> UnsupportedUse:
+        """The error for a use that no rule covers."""
+        return UnsupportedUse(f"{self.name}: {why}; {remedy}")
+
+
+class _Expand(torch.autograd.Function):
+    """value -> (B, *value.shape); its backward books the incoming gradient, which is per example already."""
+
+    @staticmethod
+    def forward(ctx: Any, sink: Tensor, value: Tensor, book: Book, derivation: Derivation) -> Tensor:
+        ctx.book, ctx.derivation = book, derivation
+        return value.unsqueeze(0).expand(book.examples, *value.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
+        ctx.book.record(ctx.derivation, Dense(grad))
+        return None, None, None, None
+
+
+def rule(*functions: Function) -> Callable[[Function], Function]:
+    """Register the decorated rule for these functions. A rule has the function's own signature after a leading `Use`."""
+
+    def register(meeting: Function) -> Function:
+        for function in functions:
+            _rules[function] = meeting
+        return meeting
+
+    return register
+
+
+def derivable(*functions: Function, isometric: bool = False) -> None:
+    """Declare pure, differentiable functions that may be applied to parameters alone.
+
+    Args:
+        functions: they must be supported by ``torch.func.vjp`` and ``vmap``.
+        isometric: they rearrange one tensor's entries and change nothing else, so that gradient norms are kept.
+    """
+    for function in functions:
+        _derivable[function] = isometric
+
+
+def observation(*functions: Function) -> None:
+    """Declare functions through which no gradient flows to the parameter: they run as they are."""
+    _observations.update(functions)
+
+
+def plain(value: Any) -> Any:
+    """A guarded tensor as an ordinary one without gradient; anything else unchanged."""
+    if isinstance(value, PrivateParameter):
+        return value.detach()
+    if isinstance(value, DerivedParameter):
+        return value.as_subclass(Tensor)
+    return value
+
+
+def function_name(function: Function) -> str:
+    """A readable name: torch's own names for its C classes are not the ones that users write."""
+    name = str(getattr(function, "__qualname__", None) or getattr(function, "__name__", None) or function)
+    return name.replace("TensorBase.", "Tensor.").replace("_VariableFunctionsClass.", "torch.")
+
+
+@contextlib.contextmanager
+def guard(book: Book) -> Iterator[None]:
+    """Guard the book's parameters: every use inside is met by a rule and booked there, or refused.
+
+    Raises:
+        ConfigError: a model is guarded already (one backward is booked at a time).
+    """
+    global _active
+    if _active is not None:
+        raise ConfigError("a model is guarded already: finish that microbatch before the next one begins.")
+    classes = {}
+    hooks = []
+    try:
+        for name, parameter in book.parameters.items():
+            classes[name] = type(parameter)
+            hooks.append(parameter.register_hook(_refuser(name)))
+            parameter.__class__ = PrivateParameter
+        _active = book
+        yield
+    finally:
+        _active = None
+        for hook in hooks:
+            hook.remove()
+        for name, original in classes.items():
+            book.parameters[name].__class__ = original
+
+
+def _refuser(name: str) -> Callable[[Tensor], None]:
+    def refuse(gradient: Tensor) -> None:
+        raise UnsupportedUse(
+            f"{name}: a gradient reached it past every rule (a custom autograd.Function or a scripted module uses it); "
+            "write that part with ordinary torch functions."
+        )
+
+    return refuse
+
+
+def _derivation(book: Book, guarded: Tensor) -> Derivation:
+    if isinstance(guarded, DerivedParameter):
+        return guarded.derivation
+    return Derivation(
+        names=(book.name_of(guarded),),
+        sources=(guarded.detach(),),
+        rebuild=_identity,
+        isometric=True,
+        identity=True,
+    )
+
+
+def _identity(value: Tensor) -> Tensor:
+    return value
+
+
+def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer one function call that involves a guarded value. See the module docstring."""
+    with torch._C.DisableTorchFunctionSubclass():
+        book = _active
+        if func in _observations:
+            return func(*args, **kwargs)
+        if book is None or not torch.is_grad_enabled():
+            plain_args, plain_kwargs = tree_map(_unwrap_derived, (args, kwargs))
+            return func(*plain_args, **plain_kwargs)
+        leaves, _ = tree_flatten((args, kwargs))
+        guarded = [leaf for leaf in leaves if isinstance(leaf, Guarded)]
+        operands = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Guarded)]
+        names = tuple(dict.fromkeys(name for leaf in guarded for name in _derivation(book, leaf).names))
+        axes = book.classify(names, function_name(func), operands)
+        use = Use(book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)})
+        batched = any(axis is not Axis.SHARED for axis in axes)
+        meeting = _rules.get(func)
+        if meeting is not None and (batched or func in _sized):
+            return meeting(use, *args, **kwargs)
+        if not batched and func in _derivable:
+            return derive(use, args, kwargs, isometric=_derivable[func])
+        raise UnsupportedUse(
+            f"{function_name(func)} on {', '.join(names)} (shape {tuple(guarded[0].shape)}): there is no exact rule for "
+            "this function; freeze the parameter (requires_grad=False), or write this part with linear, convolution, "
+            "embedding, normalisation or elementwise functions."
+        )
+
+
+def _unwrap_derived(leaf: Any) -> Any:
+    return leaf.as_subclass(Tensor) if isinstance(leaf, DerivedParameter) else leaf
+
+
+_sized: set[Function] = set()
+
+
+def sized(*functions: Function) -> None:
+    """Declare functions whose size arguments may name the batch (``expand``, ``repeat``): their rule sees every use."""
+    _sized.update(functions)
+
+
+def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric: bool) -> Any:
+    """Apply a function to parameters alone, and remember how each result was made."""
+    leaves, spec = tree_flatten((args, kwargs))
+    parts = [use.derivation(leaf) if isinstance(leaf, Guarded) else None for leaf in leaves]
+    origins = [part for part in parts if part is not None]
+    names = tuple(dict.fromkeys(name for part in origins for name in part.names))
+    values = {name: source for part in origins for name, source in zip(part.names, part.sources, strict=True)}
+    constants = [None if part is not None else leaf for part, leaf in zip(parts, leaves, strict=True)]
+    func = use.function
+
+    def call(*sources: Tensor) -> Any:
+        known = dict(zip(names, sources, strict=True))
+        filled = [
+            constant if part is None else part.rebuild(*(known[name] for name in part.names))
+            for part, constant in zip(parts, constants, strict=True)
+        ]
+        called_args, called_kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
+        return func(*called_args, **called_kwargs)
+
+    keeps_norm = isometric and len(origins) == 1 and origins[0].isometric
+    with torch.no_grad():
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+    if isinstance(result, Tensor):
+        return _wrap(result, Derivation(names, tuple(values[name] for name in names), call, keeps_norm))
+    pieces = []
+    for index, piece in enumerate(result):
+        rebuild = _piece(call, index)
+        pieces.append(_wrap(piece, Derivation(names, tuple(values[name] for name in names), rebuild, False)))
+    return type(result)(pieces) if type(result) in (tuple, list) else tuple(pieces)
+
+
+def cast(use: Use, guarded: Tensor, result: Tensor) -> Tensor:
+    """A guarded value in another dtype or memory order: the same value, so the same derivation."""
+    known = use.derivation(guarded)
+    return _wrap(result, Derivation(known.names, known.sources, known.rebuild, known.isometric, known.identity))
+
+
+def _piece(call: Callable[..., Any], index: int) -> Callable[..., Tensor]:
+    def rebuild(*sources: Tensor) -> Tensor:
+        return call(*sources)[index]
+
+    return rebuild
+
+
+def _wrap(value: Tensor, derivation: Derivation) -> Tensor:
+    wrapped = value.detach().as_subclass(DerivedParameter)
+    wrapped.derivation = derivation
+    return wrapped

@@ -1,0 +1,95 @@
+"""The meeting of a batched input with a weight and a bias: one autograd function for linear, matmul and convolution.
+
+The forward is the plain operation on detached values. The backward returns the input's gradient, books the operand pair
+of each guarded value, and computes no weight gradient: that waits for the clipping factors.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discreet.core.book import Book, Derivation
+from discreet.core.forms import Form
+from discreet.core.parameter import Guarded, Use, plain
+
+
+class Operation(abc.ABC):
+    """``y = op(input, weight) + bias`` with everything that the backward needs to know."""
+
+    @abc.abstractmethod
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The plain operation."""
+
+    @abc.abstractmethod
+    def input_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the input; only the shape and dtype of ``input`` may be used."""
+
+    @abc.abstractmethod
+    def weight_form(self, grad: Tensor, input: Tensor, weight: Tensor, examples: int) -> Form:
+        """Per-example gradients of the weight, as booked."""
+
+    @abc.abstractmethod
+    def bias_form(self, grad: Tensor, examples: int) -> Form:
+        """Per-example gradients of the bias."""
+
+
+@dataclass(frozen=True)
+class _Ledger:
+    """Where the backward books: the book, and the origin of each guarded value."""
+
+    book: Book
+    weight: Derivation | None
+    bias: Derivation | None
+
+
+def contract(use: Use, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run an operation whose weight, bias or both are guarded."""
+    if isinstance(input, Guarded) or not use.is_batched(input):
+        raise use.refuse("its input does not carry the batch", "pass the activations as the first argument.")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if isinstance(value, Tensor) and not isinstance(value, Guarded) and value.requires_grad:
+            raise use.refuse(f"its {name} depends on the examples", "use elementwise functions or matmul of activations.")
+    where = _Ledger(
+        book=use.book,
+        weight=use.derivation(weight) if isinstance(weight, Guarded) else None,
+        bias=use.derivation(bias) if isinstance(bias, Guarded) else None,
+    )
+    return _Contract.apply(use.book.sink, operation, where, input, plain(weight), plain(bias))
+
+
+class _Contract(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sink: Tensor,
+        operation: Operation,
+        where: _Ledger,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.operation, ctx.where = operation, where
+        ctx.save_for_backward(input, weight)
+        output = operation.forward(input, weight, bias)
+        # F.linear returns a view of a flat product, and autograd forbids in-place changes (relu_) of a view made here.
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        operation, where = ctx.operation, ctx.where
+        examples = where.book.examples
+        if where.weight is not None:
+            where.book.record(where.weight, operation.weight_form(grad, input, weight, examples))
+        if where.bias is not None:
+            where.book.record(where.bias, operation.bias_form(grad, examples))
+        input_grad = None
+        if ctx.needs_input_grad[3]:
+            input_grad = operation.input_grad(grad, input, weight.to(grad.dtype)).to(input.dtype)
+        return None, None, None, input_grad, None, None

@@ -1,0 +1,87 @@
+"""Rules for embedding and for picking rows by integer index.
+
+Shape legend: B = examples, S = positions, V = rows of the table, D = width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from discreet.core.book import Book, Derivation
+from discreet.core.forms import Lookup
+from discreet.core.parameter import Guarded, Use, plain, rule
+
+
+class _Embed(torch.autograd.Function):
+    """``table[ids]``; the backward books (ids, gradient) and returns nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sink: Tensor,
+        ids: Tensor,
+        table: Tensor,
+        padding_idx: int | None,
+        book: Book,
+        derivation: Derivation,
+    ) -> Tensor:
+        ctx.book, ctx.derivation = book, derivation
+        ctx.padding_idx, ctx.num_rows = padding_idx, table.shape[0]
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, table)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        (ids,) = ctx.saved_tensors
+        examples = ctx.book.examples
+        ids_BS = ids.reshape(examples, -1)
+        grad_BSD = grad.reshape(examples, -1, grad.shape[-1])
+        if ctx.padding_idx is not None:
+            grad_BSD = grad_BSD.masked_fill((ids_BS == ctx.padding_idx).unsqueeze(-1), 0)
+        ctx.book.record(ctx.derivation, Lookup(ids_BS, grad_BSD, ctx.num_rows))
+        return (None,) * 6
+
+
+@rule(F.embedding, torch.embedding)
+def embedding(
+    use: Use,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``F.embedding`` of batched ids. Ids without a batch axis make the result a function of the table alone."""
+    if max_norm is not None:
+        raise use.refuse(f"max_norm={max_norm} changes the weight in the forward", "pass max_norm=None.")
+    if scale_grad_by_freq:
+        raise use.refuse("scale_grad_by_freq couples the examples of a batch", "pass scale_grad_by_freq=False.")
+    if sparse:
+        raise use.refuse("sparse=True: the clipped sum is dense", "pass sparse=False.")
+    if isinstance(input, Guarded) or not use.is_batched(input) or weight.dim() != 2:
+        raise use.refuse(f"a table of shape {tuple(weight.shape)}", "the rule covers batched ids in a [rows, width] table.")
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return _Embed.apply(use.book.sink, input, plain(weight), padding_idx, use.book, use.derivation(weight))
+
+
+@rule(Tensor.__getitem__)
+def getitem(use: Use, value: Tensor, index: Any) -> Tensor:
+    """``table[ids]`` with one batched integer index: an embedding of the flattened trailing axes."""
+    if not isinstance(value, Guarded) or not isinstance(index, Tensor) or index.dtype is not torch.int64:
+        raise use.refuse("an index that mixes examples with other selections", "index with one int64 tensor of ids.")
+    wrapped = torch.where(index < 0, index + value.shape[0], index)
+    if value.dim() == 2:
+        return _Embed.apply(use.book.sink, wrapped, plain(value), None, use.book, use.derivation(value))
+    per_example = use.expand(value)
+    example = torch.arange(use.book.examples, device=index.device).reshape(-1, *[1] * (index.dim() - 1))
+    if wrapped.shape[0] != use.book.examples:
+        raise use.refuse("folded ids in a table that is not two-dimensional", "reshape the ids to [batch, ...].")
+    return per_example[example, wrapped]

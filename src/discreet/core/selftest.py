@@ -1,0 +1,246 @@
+"""What the self-check asks the trusted core, on a few examples: is the model met, are norms right, are examples isolated?
+
+Everything here sees single examples' losses and gradients, so only verdicts leave it: booleans, names and shapes.
+
+Shape legend: B = examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from discreet.core.book import Axis, Layout, UseKey
+from discreet.core.clipping import Clipping
+from discreet.core.gradient import LossFunction, backward, batch_size_of, open_book, settle, trainable
+from discreet.core.parameter import guard
+
+_SEED = 20_777
+
+
+@dataclass(frozen=True)
+class ParameterVerdict:
+    """What the check found about one trainable parameter.
+
+    Attributes:
+        functions: the functions that it met, in order, without repetition; empty when this batch did not use it.
+        norms_agree: its per-example norms equal brute force, within the tolerance.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    functions: tuple[str, ...]
+    norms_agree: bool
+
+
+@dataclass(frozen=True)
+class NormVerdict:
+    """Engine against one-example-at-a-time autograd, at two batch sizes."""
+
+    parameters: tuple[ParameterVerdict, ...]
+    sum_agrees: bool
+    layout: Layout
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class IsolationVerdict:
+    """Does any example's loss, or any buffer, depend on other examples?
+
+    Attributes:
+        by_substitution: no loss moved when another example of the batch was replaced.
+        by_removal: no loss moved when the others were removed (in evaluation mode when the model is stochastic).
+        buffers: names of buffers that a training forward changed in a way that depends on the data.
+    """
+
+    by_substitution: bool
+    by_removal: bool
+    buffers: tuple[str, ...]
+
+
+def compare_with_brute_force(
+    model: nn.Module, loss: LossFunction, batch: Any, *, clipping: Clipping, examples: int | None = None
+) -> NormVerdict:
+    """Compare norms and clipped sum with autograd, one example at a time, for B and B - 1 examples.
+
+    Raises:
+        UnsupportedUse: a use without a rule.
+    """
+    size = examples if examples is not None else batch_size_of(batch)
+    parameters = trainable(model)
+    tolerance = _tolerance(parameters)
+    axes: dict[UseKey, tuple[Axis, ...]] = {}
+    agree = dict.fromkeys(parameters, True)
+    functions: dict[str, dict[str, None]] = {name: {} for name in parameters}
+    sum_agrees = True
+    for count in sorted({max(1, size - 1), size}):
+        part = take(batch, range(count), size)
+        with frozen_state(model):
+            expected = _brute_force(model, loss, part, parameters, count)
+        with frozen_state(model):
+            book = open_book(model, examples=count, trust_folds=True)
+            with guard(book):
+                backward(book, loss(model, part))
+        found = book.parameter_norms()
+        for name in parameters:
+            wanted = _flat_norm(expected[name])
+            agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance)
+        for (names, function, ordinal), operand_axes in book.axes.items():
+            if count > 1:
+                key = (names, function, ordinal)
+                axes[key] = _merge(axes.get(key), operand_axes)
+            for name in names:
+                functions[name].setdefault(function)
+        sum_agrees &= _sums_agree(settle(book, clipping).tensors, expected, clipping, tolerance)
+    verdicts = tuple(
+        ParameterVerdict(name, tuple(value.shape), tuple(functions[name]), agree[name])
+        for name, value in parameters.items()
+    )
+    return NormVerdict(parameters=verdicts, sum_agrees=sum_agrees, layout=Layout(axes), tolerance=tolerance)
+
+
+def examine_isolation(
+    model: nn.Module, loss: LossFunction, batch: Any, *, examples: int | None = None
+) -> IsolationVerdict:
+    """Replace and remove examples, and see whether the losses of the others move. Behaviour decides, not class names."""
+    size = examples if examples is not None else batch_size_of(batch)
+    reference = _losses(model, loss, batch)
+    tolerance = 1e-8 if reference.dtype is torch.float64 else 1e-4
+    by_substitution = True
+    buffers: set[str] = set()
+    state = _buffers_after(model, loss, batch)
+    for row in range(size):
+        rows = [other if other != row else (row + 1) % size for other in range(size)]
+        replaced = take(batch, rows, size)
+        others = [other for other in range(size) if other != row]
+        by_substitution &= _close(_losses(model, loss, replaced)[others], reference[others], tolerance)
+        after = _buffers_after(model, loss, replaced)
+        buffers |= {name for name, value in after.items() if not torch.equal(value, state[name])}
+    stochastic = not torch.equal(_losses(model, loss, batch, seed=_SEED + 1), reference)
+    training = {module: module.training for module in model.modules()}
+    try:
+        if stochastic:
+            model.eval()
+        by_removal = _survives_removal(model, loss, batch, size, tolerance)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return IsolationVerdict(by_substitution, by_removal, tuple(sorted(buffers)))
+
+
+
+def take(batch: Any, rows: range | list[int], size: int) -> Any:
+    """The given rows of every tensor in the batch whose dimension 0 is the batch; other leaves as they are."""
+
+    def pick(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
+            return leaf[torch.as_tensor(list(rows), device=leaf.device)]
+        return leaf
+
+    return tree_map(pick, batch)
+
+
+@contextmanager
+def frozen_state(model: nn.Module, *, seed: int = _SEED) -> Iterator[None]:
+    """Run with fixed dropout masks, and put buffers, gradients and random state back afterwards."""
+    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+
+
+def _brute_force(
+    model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter], size: int
+) -> dict[str, Tensor]:
+    """Per-example gradients by autograd alone, name -> (B, *shape)."""
+    losses = loss(model, batch)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for index in range(size):
+        row = torch.autograd.grad(losses[index], list(parameters.values()), retain_graph=True, allow_unused=True)
+        for (name, parameter), gradient in zip(parameters.items(), row, strict=True):
+            gradients[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
+    return {name: torch.stack(rows).detach() for name, rows in gradients.items()}
+
+
+def _sums_agree(
+    found: Any, gradients: dict[str, Tensor], clipping: Clipping, tolerance: float
+) -> bool:
+    norm2 = torch.stack([_flat_norm(rows).square() for rows in gradients.values()]).sum(0)
+    factor = clipping.factor(norm2.sqrt())
+    scale = torch.stack([(_flat_norm(rows) * factor).sum() for rows in gradients.values()]).norm()
+    gap = torch.stack(
+        [
+            (found[name] - torch.einsum("b,b...->...", factor, rows.to(factor.dtype))).norm().to(factor.dtype)
+            for name, rows in gradients.items()
+        ]
+    ).norm()
+    return bool(gap <= tolerance * scale.clamp(min=tolerance))
+
+
+def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: int, tolerance: float) -> bool:
+    reference = _losses(model, loss, batch)
+    for row in range(size):
+        try:
+            alone = _losses(model, loss, take(batch, [row], size))
+        except (ValueError, RuntimeError):
+            return False
+        if alone.shape != (1,) or not _close(alone, reference[row : row + 1], tolerance):
+            return False
+    return True
+
+
+def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, seed: int = _SEED) -> Tensor:
+    with frozen_state(model, seed=seed), torch.no_grad():
+        return loss(model, batch).detach().clone()
+
+
+def _buffers_after(model: nn.Module, loss: LossFunction, batch: Any) -> dict[str, Tensor]:
+    with frozen_state(model), torch.no_grad():
+        loss(model, batch)
+        return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def _flat_norm(rows: Tensor) -> Tensor:
+    wide = rows if rows.dtype is torch.float64 else rows.to(torch.float32)
+    return wide.flatten(1).norm(dim=1)
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Equal within the tolerance, relative to the largest; NaN and infinity must be in the same places."""
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return False
+    if not bool(finite.any()):
+        return True
+    scale = expected[finite].abs().max().clamp(min=1e-12)
+    return bool(((found[finite] - expected[finite]).abs() <= tolerance * scale).all())
+
+
+def _tolerance(parameters: dict[str, nn.Parameter]) -> float:
+    kinds = {parameter.dtype for parameter in parameters.values()}
+    if kinds == {torch.float64}:
+        return 1e-8
+    return 2e-3 if kinds == {torch.float32} else 5e-2
+
+
+def _merge(known: tuple[Axis, ...] | None, found: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """One layout from two batch sizes: what looked like the batch at one size only was a coincidence."""
+    if known is None or len(known) != len(found):
+        return found
+    return tuple(one if one is other else _weaker(one, other) for one, other in zip(known, found, strict=True))
+
+
+def _weaker(one: Axis, other: Axis) -> Axis:
+    return Axis.SHARED if Axis.SHARED in (one, other) else Axis.FOLDED

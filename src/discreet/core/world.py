@@ -1,0 +1,35 @@
+"""The sum over ranks. One process is the identity.
+
+Each rank clips and sums its own share of the logical batch; the shares are disjoint, so the sum over ranks has the
+sensitivity of one share. Noise is added after this sum, once: every rank draws the same noise from the same key.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from discreet.core.clipping import ClippedSum
+
+
+def world_size() -> int:
+    """Number of ranks; 1 when torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def world_sum(total: ClippedSum) -> ClippedSum:
+    """Add the clipped sums of all ranks, in one all-reduce per dtype.
+
+    **Guarantees.** The shares must hold disjoint examples under the same clipping; then the sensitivity is unchanged.
+    """
+    if world_size() == 1:
+        return total
+    summed: dict[str, torch.Tensor] = {}
+    for dtype in sorted({value.dtype for value in total.tensors.values()}, key=str):
+        names = [name for name, value in total.tensors.items() if value.dtype is dtype]
+        flat = torch.cat([total.tensors[name].flatten() for name in names])
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+        sizes = [total.tensors[name].numel() for name in names]
+        for name, piece in zip(names, flat.split(sizes), strict=True):
+            summed[name] = piece.reshape(total.tensors[name].shape)
+    return ClippedSum(tensors={name: summed[name] for name in total.tensors}, sensitivity=total.sensitivity)

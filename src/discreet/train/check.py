@@ -1,0 +1,155 @@
+"""The self-check before step 0: is every parameter met, are norms right, is every example alone?
+
+Run on a few examples, it decides by behaviour: the engine against one-example-at-a-time autograd, and the losses of some
+examples against changes of the others. It catches BatchNorm, token-mean losses, auxiliary losses over the batch, missed
+uses of a parameter and wrong layouts, whatever their class is called.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from discreet.core.book import Layout
+from discreet.core.clipping import Clipping
+from discreet.core.gradient import LossFunction, batch_size_of
+from discreet.core.selftest import IsolationVerdict, NormVerdict, compare_with_brute_force, examine_isolation
+from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
+
+
+class Status(enum.Enum):
+    """Outcome of one row of the check."""
+
+    PASSED = "passed"
+    UNUSED = "unused"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One line of the table: what was checked, how it went, and why."""
+
+    name: str
+    what: str
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Result of the self-check. Holds verdicts, names and shapes only: nothing in it is a value from the data.
+
+    Attributes:
+        rows: in the order in which they were checked.
+        layout: how each use carries the batch; hand it to `clipped_gradient` to accept folded axes.
+    """
+
+    rows: tuple[CheckRow, ...]
+    layout: Layout | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed. Unused parameters are no failure: they get noise."""
+        return all(row.status is not Status.FAILED for row in self.rows)
+
+    def table(self) -> str:
+        """The rows as aligned text."""
+        header = ("name", "checked", "status", "detail")
+        cells = [header, *((row.name, row.what, row.status.value, row.detail) for row in self.rows)]
+        widths = [max(len(line[column]) for line in cells) for column in range(3)]
+        return "\n".join(
+            "  ".join([*(text.ljust(width) for text, width in zip(line[:3], widths, strict=True)), line[3]]).rstrip()
+            for line in cells
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The public record, as it stands in ``check.json``."""
+        rows = [
+            {"name": row.name, "what": row.what, "status": row.status.value, "detail": row.detail} for row in self.rows
+        ]
+        return {"passed": self.passed, "rows": rows}
+
+    def raise_if_failed(self) -> None:
+        """Raise `CheckFailed` with every failed row, if any."""
+        failed = [f"{row.name}: {row.detail}" for row in self.rows if row.status is Status.FAILED]
+        if failed:
+            raise CheckFailed("the self-check failed, so no private training starts: " + " | ".join(failed))
+
+
+def check(
+    model: nn.Module,
+    loss: LossFunction,
+    batch: Any,
+    *,
+    clipping: Clipping | None = None,
+    examples: int | None = None,
+) -> CheckReport:
+    """Check a model and a loss on one small batch, without changing either.
+
+    **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is tested by
+    replacing and by removing examples; buffers that a forward changes depending on the data are named. The check is a
+    test and no proof: it sees the control flow that these examples take.
+
+    Args:
+        model: as it will be trained (its mode is kept; buffers, gradients and random state are put back).
+        loss: per-example losses, ``loss(model, batch) -> (B,)``.
+        batch: 2 to about 8 examples, all different.
+        clipping: the clipping function to compare the sum under; automatic by default.
+        examples: B, when it cannot be read off the batch.
+    """
+    size = examples if examples is not None else batch_size_of(batch)
+    if size < 2:
+        raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
+    isolation = _isolation_rows(examine_isolation(model, loss, batch, examples=size))
+    try:
+        verdict = compare_with_brute_force(
+            model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size
+        )
+    except UnsupportedUse as refusal:
+        row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
+        return CheckReport(rows=(*isolation, row), layout=None)
+    return CheckReport(rows=(*isolation, *_norm_rows(verdict)), layout=verdict.layout)
+
+
+def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
+    remedy = (
+        "an example's loss depends on other examples (batch statistics, a mean over the batch's tokens, an auxiliary or "
+        "contrastive loss); use GroupNorm or LayerNorm, and average within each example."
+    )
+    rows = [
+        _verdict_row("isolation", "losses when another example is replaced", verdict.by_substitution, remedy),
+        _verdict_row("isolation", "losses when other examples are removed", verdict.by_removal, remedy),
+    ]
+    detail = (
+        f"{', '.join(verdict.buffers)}: a forward writes private statistics here, and they would be saved without noise; "
+        "use a layer without running statistics."
+    )
+    rows.append(_verdict_row("buffers", "no buffer learns from the data", not verdict.buffers, detail))
+    return tuple(rows)
+
+
+def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
+    rows = []
+    for parameter in verdict.parameters:
+        if not parameter.functions and parameter.norms_agree:
+            detail = "not used by these examples; it is part of every release and gets noise"
+            rows.append(CheckRow(parameter.name, _shape(parameter.shape), Status.UNUSED, detail))
+            continue
+        met = ", ".join(parameter.functions) or "no function"
+        detail = f"met by {met}; norms differ from autograd by more than {verdict.tolerance:g}: do not train; report it."
+        row = _verdict_row(parameter.name, _shape(parameter.shape), parameter.norms_agree, detail)
+        rows.append(row if not parameter.norms_agree else CheckRow(row.name, row.what, row.status, f"norms agree; {met}"))
+    detail = f"differs from brute force by more than {verdict.tolerance:g}: do not train; report it."
+    rows.append(_verdict_row("clipped sum", "against one example at a time", verdict.sum_agrees, detail))
+    return tuple(rows)
+
+
+def _verdict_row(name: str, what: str, passed: bool, failure: str) -> CheckRow:
+    return CheckRow(name, what, Status.PASSED if passed else Status.FAILED, "ok" if passed else failure)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in shape) or "scalar"

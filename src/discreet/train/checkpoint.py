@@ -1,0 +1,185 @@
+"""Atomic save and resume: model, optimizer and scheduler, as safetensors and JSON; never pickle.
+
+A checkpoint is a directory ``step-NNNNNNNN`` written under a temporary name, fsynced, and renamed. Its manifest holds the
+SHA-256 of every file. The previous one stays until the new one is in place, so a crash at any instant leaves one to
+resume from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from discreet.errors import ConfigError, LedgerError
+
+_FORMAT = 1
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_TENSOR_MARK = "__tensor__"
+_TUPLE_MARK = "__tuple__"
+_KEYS_MARK = "__items__"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after ``step`` updates.
+
+    Attributes:
+        step: updates done.
+        microbatch: the microbatch size in force.
+        model: ``model.state_dict()``, tensors only.
+        optimizer: ``optimizer.state_dict()``.
+        scheduler: the torch scheduler's state, or None.
+        ledger_head: hash of the ledger's last record at that time; a ledger without it was cut.
+    """
+
+    step: int
+    microbatch: int
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    scheduler: Mapping[str, Any] | None
+    ledger_head: str
+
+
+def save(directory: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint below ``directory`` and remove older ones. Returns its path.
+
+    Raises:
+        ConfigError: the optimizer's state holds something that neither JSON nor safetensors can.
+        OSError: the disk refused; the older checkpoint is untouched.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    state = {
+        "format": _FORMAT,
+        "step": checkpoint.step,
+        "microbatch": checkpoint.microbatch,
+        "ledger_head": checkpoint.ledger_head,
+        "model": _encode(dict(checkpoint.model), "model", tensors),
+        "optimizer": _encode(dict(checkpoint.optimizer), "optimizer", tensors),
+        "scheduler": _encode(checkpoint.scheduler, "scheduler", tensors),
+    }
+    final = directory / f"step-{checkpoint.step:08d}"
+    temporary = directory / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(mode=0o700)
+        save_file(tensors, temporary / _TENSORS)
+        (temporary / _STATE).write_text(json.dumps(state, sort_keys=True))
+        digests = {name: _sha256(temporary / name) for name in (_TENSORS, _STATE)}
+        (temporary / _MANIFEST).write_text(json.dumps(digests, sort_keys=True))
+        for name in (_TENSORS, _STATE, _MANIFEST):
+            os.chmod(temporary / name, 0o600)
+            sync(temporary / name)
+        sync(temporary)
+    except (OSError, SafetensorError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    sync(directory)
+    for older in sorted(directory.glob("step-*")):
+        if older != final:
+            shutil.rmtree(older)
+    return final
+
+
+def load(directory: Path) -> Checkpoint | None:
+    """The newest complete checkpoint below ``directory``, or None.
+
+    Raises:
+        LedgerError: a checkpoint is there, but its files do not match its manifest.
+    """
+    found = sorted(directory.glob("step-*"))
+    if not found:
+        return None
+    newest = found[-1]
+    try:
+        digests = json.loads((newest / _MANIFEST).read_text())
+        damaged = [name for name in (_TENSORS, _STATE) if _sha256(newest / name) != digests.get(name)]
+    except (OSError, ValueError) as error:
+        raise LedgerError(f"{newest}: the checkpoint cannot be read ({error}); remove it to start anew.") from error
+    if damaged:
+        raise LedgerError(f"{newest / damaged[0]}: does not match its checksum; restore it, or start a new run.")
+    state = json.loads((newest / _STATE).read_text())
+    if state.get("format") != _FORMAT:
+        raise LedgerError(f"{newest}: format {state.get('format')} is not {_FORMAT}; resume with the version that wrote it.")
+    tensors = load_file(newest / _TENSORS)
+    return Checkpoint(
+        step=state["step"],
+        microbatch=state["microbatch"],
+        model=_decode(state["model"], tensors),
+        optimizer=_decode(state["optimizer"], tensors),
+        scheduler=_decode(state["scheduler"], tensors),
+        ledger_head=state["ledger_head"],
+    )
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state as separate tensors; extra state that is not a tensor cannot be saved without pickle.
+
+    Raises:
+        ConfigError: the state holds something else.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{name}: state of type {type(value).__name__}; only tensors are saved; drop get_extra_state.")
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """Nested state as JSON; tensors move to ``tensors`` and leave their name behind."""
+    if isinstance(value, Tensor):
+        tensors[where] = value.detach().clone().contiguous().cpu()
+        return {_TENSOR_MARK: where}
+    if isinstance(value, Mapping):
+        return {_KEYS_MARK: [[key, _encode(item, f"{where}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {_TUPLE_MARK: [_encode(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]}
+    if isinstance(value, list):
+        return [_encode(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(
+        f"{where}: state of type {type(value).__name__} cannot be saved without pickle; use an optimizer or scheduler "
+        "whose state is made of tensors, numbers and text."
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR_MARK in value:
+        return tensors[value[_TENSOR_MARK]]
+    if _TUPLE_MARK in value:
+        return tuple(_decode(item, tensors) for item in value[_TUPLE_MARK])
+    return {key: _decode(item, tensors) for key, item in value[_KEYS_MARK]}

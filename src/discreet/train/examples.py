@@ -1,0 +1,83 @@
+"""Private examples as the training step sees them: fetched by index, collated, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from discreet.errors import ConfigError
+
+_FINGERPRINT_BLOCK = 4096
+
+
+@runtime_checkable
+class BatchedDataset(Protocol):
+    """A map-style data set that can fetch many examples at once; the fast path for tensors in memory."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def batch(self, indices: Tensor) -> Any:
+        """The examples at these int64 indices, collated."""
+        ...
+
+
+class Examples:
+    """A map-style data set (or the one inside a DataLoader) with its way to collate.
+
+    Only the data set and ``collate_fn`` of a DataLoader are used: which examples form a batch is the plan's business, and
+    a sampler or batch size of the loader would contradict it.
+
+    Raises:
+        ConfigError: the data set is iterable-style, or empty.
+    """
+
+    def __init__(self, source: Dataset[Any] | BatchedDataset | DataLoader[Any]) -> None:
+        dataset = source.dataset if isinstance(source, DataLoader) else source
+        self._collate: Callable[[list[Any]], Any] = default_collate
+        if isinstance(source, DataLoader) and source.collate_fn is not None:
+            self._collate = source.collate_fn
+        if isinstance(dataset, IterableDataset):
+            raise ConfigError("an IterableDataset cannot be Poisson-sampled by index; pass a map-style data set.")
+        self._dataset: Any = dataset
+        self.count = len(self._dataset)
+        if self.count < 1:
+            raise ConfigError("an empty data set: there is nothing to train on; pass at least one example.")
+
+    def fetch(self, indices: np.ndarray, *, device: torch.device) -> Any:
+        """The collated batch of these examples, on ``device``."""
+        batch = self._batch(indices)
+        return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+    def _batch(self, indices: np.ndarray) -> Any:
+        if isinstance(self._dataset, TensorDataset):
+            rows = torch.from_numpy(indices)
+            return tuple(tensor[rows] for tensor in self._dataset.tensors)
+        if isinstance(self._dataset, BatchedDataset):
+            return self._dataset.batch(torch.from_numpy(indices))
+        return self._collate([self._dataset[int(index)] for index in indices])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all examples in order. Kept in the private half: it identifies the data."""
+        digest = hashlib.sha256(str(self.count).encode())
+        for start in range(0, self.count, _FINGERPRINT_BLOCK):
+            indices = np.arange(start, min(start + _FINGERPRINT_BLOCK, self.count))
+            _absorb(digest, tree_leaves(self._batch(indices)))
+        return digest.hexdigest()
+
+
+def _absorb(digest: hashlib._Hash, leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(leaf).encode())

@@ -1,0 +1,363 @@
+"""make_private(): a model, an optimizer and data -> an iterator of private updates, or an unchanged training loop."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from discreet.core.clipping import Clipping, ClippingKind
+from discreet.core.gradient import LossFunction, trainable
+from discreet.core.world import world_size
+from discreet.errors import ConfigError
+from discreet.privacy.certificate import verify
+from discreet.privacy.plan import Plan
+from discreet.privacy.planner import plan as make_plan
+from discreet.train import checkpoint as checkpoints
+from discreet.train.auto_lr import LearningRate, RateControl
+from discreet.train.check import CheckReport, check
+from discreet.train.examples import BatchedDataset, Examples
+from discreet.train.microbatches import MicrobatchLoader
+from discreet.train.run import Run
+from discreet.train.step import ClippedStep, Microbatch
+from discreet.train.updates import Step, Updates, begin
+
+CHECK_EXAMPLES = 4
+CPU_MICROBATCH = 256
+"""On a CPU larger microbatches only leave the cache; on an accelerator the whole batch is tried first."""
+
+Data = Dataset[Any] | BatchedDataset | DataLoader[Any]
+
+
+class Private:
+    """A model in private training. Iterate it, or use `loader` and `backward` in an unchanged loop; not both.
+
+    Attributes:
+        model: trained in place.
+        plan: every number that determines the guarantee.
+        check_report: the self-check that preceded the first update.
+        loader: microbatches for an unchanged loop.
+    """
+
+    def __init__(
+        self, updates: Updates, *, model: nn.Module, optimizer: torch.optim.Optimizer, check_report: CheckReport
+    ) -> None:
+        self.model = model
+        self.plan = updates.plan
+        self.check_report = check_report
+        self.loader = MicrobatchLoader(updates)
+        self._updates = updates
+        self._run = updates.run
+        # An instance attribute and no hook: a pre-hook could not hold back the step of an unfinished batch.
+        optimizer.step = self._gated_step  # type: ignore[method-assign, assignment]
+
+    @property
+    def run(self) -> Run:
+        """The run directory and its ledger."""
+        return self._run
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run lives."""
+        return self._run.path
+
+    @property
+    def done(self) -> int:
+        """Updates made so far."""
+        return self._updates.done
+
+    @property
+    def steps(self) -> int:
+        """Updates in the whole run."""
+        return self._updates.last
+
+    def epsilon(self) -> float:
+        """What the ledger says is spent: reservations included, so never less than the truth."""
+        return self._run.ledger.epsilon()
+
+    def report(self) -> str:
+        """The guarantee in plain words, verified against the ledger. For a finished run."""
+        return verify(self._run.path).statement
+
+    def __iter__(self) -> Iterator[Step]:
+        """One private update per iteration, until the plan's last; then the run is finished."""
+        updates = self._updates
+        while not updates.finished:
+            yield updates.update(updates.clipped_sum())
+            updates.checkpoint_if_due()
+        updates.finish()
+
+    def backward(self, losses: Tensor) -> None:
+        """Clip and add the microbatch that `loader` gave out: the place of ``loss.backward()`` in an unchanged loop.
+
+        Args:
+            losses: one per example of that microbatch, shape (B,).
+        """
+        self.loader.settle(losses)
+
+    def save(self) -> Path:
+        """Write a checkpoint now, atomically; a later `make_private(..., resume=True)` goes on from it."""
+        return self._updates.save()
+
+    def close(self) -> None:
+        """Let go of the run without finishing it; it can be resumed."""
+        self._run.close()
+
+    def _gated_step(self, closure: Callable[[], Any] | None = None) -> None:
+        """``optimizer.step()`` in an unchanged loop: nothing until the last microbatch of a batch is in."""
+        if closure is not None:
+            raise ConfigError("optimizer.step(closure): it would evaluate private examples again; call step() alone.")
+        total = self.loader.take()
+        if total is not None:
+            self._updates.update(total)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `train` returns. Released or public, all of it."""
+
+    model: nn.Module
+    plan: Plan
+    epsilon: float
+    run_dir: Path
+
+
+def train(
+    model: nn.Module,
+    dataset: Data,
+    *,
+    loss: LossFunction,
+    epsilon: float,
+    delta: float | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    learning_rate: LearningRate = "auto",
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+) -> Result:
+    """Train privately with nothing to get wrong: Adam, automatic clipping, planned batch, steps and noise.
+
+    The arguments and guarantees are those of `make_private`.
+    """
+    private = make_private(
+        model,
+        torch.optim.Adam(trainable(model).values()),
+        dataset,
+        loss=loss,
+        epsilon=epsilon,
+        delta=delta,
+        batch_size=batch_size,
+        steps=steps,
+        learning_rate=learning_rate,
+        run_dir=run_dir,
+        resume=resume,
+    )
+    for _ in private:
+        pass
+    return Result(model=model, plan=private.plan, epsilon=private.plan.spent(), run_dir=private.run_dir)
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Data,
+    *,
+    loss: LossFunction,
+    epsilon: float | None = None,
+    delta: float | None = None,
+    noise_multiplier: float | None = None,
+    plan: Plan | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    clipping: Clipping | None = None,
+    learning_rate: LearningRate = "auto",
+    microbatch: int | None = None,
+    run_dir: str | Path | Run | None = None,
+    resume: bool = False,
+    checkpoint_steps: int = 50,
+    seed: int | None = None,
+) -> Private:
+    """Set up private training.
+
+    **Guarantees.** Everything under ``run_dir/release``, and every attribute of the steps, is together (epsilon, delta)-DP
+    with respect to adding or removing one example of ``dataset``, as `verify` re-derives from the ledger. Training stops
+    before the step that would pass the budget. N, the expected batch size and the model's structure are public.
+
+    Args:
+        model: trained in place; every parameter with ``requires_grad`` is covered and gets noise at every update.
+        optimizer: any torch optimizer over exactly these parameters.
+        dataset: map-style, or a DataLoader around one (its data set and collate function are used).
+        loss: ``loss(model, batch) -> Tensor`` of shape (B,), one loss per example.
+        epsilon: the target. ``math.inf``: no noise and no clipping, NOT PRIVATE.
+        delta: None is 1 / N^1.1.
+        noise_multiplier: sigma, instead of epsilon.
+        plan: instead of epsilon, delta, noise_multiplier, batch_size and steps.
+        batch_size: expected batch; None: the planner chooses.
+        steps: updates; None: the planner chooses.
+        clipping: automatic by default.
+        learning_rate: "auto", a peak rate with linear decay, a torch scheduler, or None for the optimizer's own.
+        microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
+        run_dir: where ledger, checkpoints and release go; None: a new directory below ``runs/``.
+        resume: continue the run in ``run_dir``.
+        checkpoint_steps: updates between checkpoints.
+        seed: test mode: reproducible noise; every artefact is stamped NOT PRIVATE.
+
+    Raises:
+        ConfigError: contradictory or impossible arguments.
+        CheckFailed: the self-check found that the guarantee would not hold for this model and loss.
+        BudgetExceeded: a resumed run whose budget is spent.
+    """
+    if world_size() > 1:
+        raise ConfigError(f"{world_size()} ranks: training across ranks is not supported yet; run one process.")
+    if checkpoint_steps < 1:
+        raise ConfigError(f"checkpoint_steps={checkpoint_steps}: must be at least 1; the default is 50.")
+    examples = Examples(dataset)
+    parameters = _covered(model, optimizer)
+    device = next(iter(parameters.values())).device
+
+    def new_plan() -> Plan:
+        if plan is not None:
+            return plan
+        return _solve(
+            examples.count,
+            epsilon=epsilon,
+            delta=delta,
+            noise_multiplier=noise_multiplier,
+            batch_size=batch_size,
+            steps=steps,
+            clipping=clipping,
+        )
+
+    run = _existing_run(run_dir, resume=resume, seed=seed)
+    the_plan = run.plan if run is not None else new_plan()
+    rule = clipping_of(the_plan)
+    _agree(the_plan, clipping=clipping, examples=examples)
+    report = _self_check(model, loss, examples, rule, device)
+    if run is None:
+        run = Run.create(Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed)
+    found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
+    step = ClippedStep(
+        model=model,
+        loss=loss,
+        fetch=lambda indices: examples.fetch(indices, device=device),
+        parameters=parameters,
+        clipping=rule,
+        layout=report.layout,
+        microbatch=Microbatch(found.microbatch if found else _microbatch_size(microbatch, device, the_plan.batch_size)),
+    )
+    rates = RateControl(optimizer, learning_rate, steps=the_plan.steps)
+    updates = begin(run, step, optimizer, rates, examples, found=found, checkpoint_steps=checkpoint_steps)
+    run.write("check.json", report.to_json())
+    return Private(updates, model=model, optimizer=optimizer, check_report=report)
+
+
+def _covered(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The trainable parameters, which must be exactly those that the optimizer moves."""
+    parameters = trainable(model)
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter): name for name, parameter in parameters.items()}
+    missing = [name for key, name in trained.items() if key not in moved]
+    if missing:
+        raise ConfigError(f"{missing[0]}: is trainable but the optimizer does not hold it; add it, or set requires_grad=False.")
+    frozen = {id(parameter) for parameter in model.parameters()} - trained.keys()
+    if moved - trained.keys() - frozen:
+        raise ConfigError("the optimizer holds a parameter that is not in the model; make it from model.parameters().")
+    return parameters
+
+
+def _solve(
+    count: int,
+    *,
+    epsilon: float | None,
+    delta: float | None,
+    noise_multiplier: float | None,
+    batch_size: int | None,
+    steps: int | None,
+    clipping: Clipping | None,
+) -> Plan:
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ConfigError(f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: pass exactly one of them, or a plan.")
+    rule = clipping if clipping is not None else default_clipping(epsilon)
+    if noise_multiplier is not None:
+        if batch_size is None or steps is None:
+            raise ConfigError("noise_multiplier without batch_size and steps: pass all three, or epsilon alone.")
+        return Plan.solve(
+            examples=count,
+            batch_size=batch_size,
+            steps=steps,
+            noise_multiplier=noise_multiplier,
+            delta=delta,
+            clipping=rule.describe(),
+        )
+    assert epsilon is not None
+    return make_plan(
+        examples=count, epsilon=epsilon, delta=delta, batch_size=batch_size, steps=steps, clipping=rule.describe()
+    )
+
+
+def default_clipping(epsilon: float | None) -> Clipping:
+    """Automatic clipping; none when there is to be no guarantee."""
+    return Clipping.none() if epsilon == float("inf") else Clipping.automatic()
+
+
+def clipping_of(plan: Plan) -> Clipping:
+    """The clipping rule that a plan's public record stands for."""
+    record = plan.clipping
+    kind = ClippingKind(record["kind"])
+    if kind is ClippingKind.AUTOMATIC:
+        return Clipping.automatic(gamma=float(record["gamma"]))
+    if kind is ClippingKind.ABADI:
+        return Clipping.abadi(float(record["clip_bound"]))
+    return Clipping.none()
+
+
+def new_run_dir() -> Path:
+    """A new directory below ``runs/``, named by the time in UTC and a random suffix."""
+    return Path("runs") / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _existing_run(run_dir: str | Path | Run | None, *, resume: bool, seed: int | None) -> Run | None:
+    if isinstance(run_dir, Run):
+        return run_dir
+    if not resume:
+        return None
+    if run_dir is None:
+        raise ConfigError("resume=True without run_dir: name the run directory to continue.")
+    return Run.resume(Path(run_dir), seed=seed)
+
+
+def _agree(plan: Plan, *, clipping: Clipping | None, examples: Examples) -> None:
+    """Refuse data or clipping that a plan, perhaps from an earlier process, was not made for."""
+    if plan.examples != examples.count:
+        raise ConfigError(
+            f"{examples.count} examples in the data set, {plan.examples} in the plan: N is public and fixed; make a plan for "
+            "this data."
+        )
+    if clipping is not None and clipping.describe() != dict(plan.clipping):
+        raise ConfigError(f"clipping {clipping.describe()}: the plan says {dict(plan.clipping)}; pass the same rule.")
+
+
+def _self_check(
+    model: nn.Module, loss: LossFunction, examples: Examples, rule: Clipping, device: torch.device
+) -> CheckReport:
+    """Check on the first few examples; raises `CheckFailed`."""
+    count = min(CHECK_EXAMPLES, examples.count)
+    batch = examples.fetch(np.arange(count), device=device)
+    compare = Clipping.automatic() if rule.kind is ClippingKind.NONE else rule
+    report = check(model, loss, batch, clipping=compare, examples=count)
+    report.raise_if_failed()
+    return report
+
+
+def _microbatch_size(asked: int | None, device: torch.device, batch_size: int) -> int:
+    if asked is not None:
+        return asked
+    return min(CPU_MICROBATCH, batch_size) if device.type == "cpu" else batch_size

@@ -1,0 +1,91 @@
+"""The loader of an unchanged training loop: one microbatch at a time, guarded from the moment it is given out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from discreet.core.book import Book
+from discreet.core.clipping import ClippedSum
+from discreet.core.gradient import backward, open_book, settle
+from discreet.core.parameter import guard
+from discreet.errors import ConfigError
+from discreet.train.updates import Updates
+
+
+class MicrobatchLoader:
+    """Iterates over the microbatches of all updates that are left.
+
+    Between giving a microbatch out and `settle`, the model is guarded: every use of a parameter is booked. An empty
+    Poisson batch gives out one example with weight zero, so the loop body runs and noise is still released.
+    """
+
+    def __init__(self, updates: Updates) -> None:
+        self._updates = updates
+        self._book: Book | None = None
+        self._guarded = ExitStack()
+        self._total: ClippedSum | None = None
+        self._weight = 1.0
+        self._is_last = False
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, as the data set collates them; when the last update is made, the run is finished."""
+        updates = self._updates
+        while not updates.finished:
+            indices = updates.draw()
+            self._weight = 1.0 if len(indices) else 0.0
+            self._total = updates.empty_sum()
+            parts = updates.step.microbatch.split(indices) or [np.zeros(1, dtype=np.int64)]
+            with updates.model_randomness():
+                for position, part in enumerate(parts):
+                    self._is_last = position == len(parts) - 1
+                    yield from self._give(part)
+            if self._total is not None:
+                raise ConfigError("optimizer.step() was not called after the batch; call it once per batch of the loader.")
+            updates.checkpoint_if_due()
+        updates.finish()
+
+    def settle(self, losses_B: Tensor) -> None:
+        """Backward, clip and add the microbatch that was given out last.
+
+        Raises:
+            ConfigError: there is none, or the losses are not one per example.
+        """
+        if self._book is None or self._total is None:
+            raise ConfigError("private.backward() without a batch: iterate private.loader, and call it once per batch.")
+        book, self._book = self._book, None
+        with self._guarded:
+            backward(book, losses_B * self._weight)
+        self._total = self._total + settle(book, self._updates.step.clipping)
+
+    def take(self) -> ClippedSum | None:
+        """The sum over the whole batch, once; None while microbatches of it are still to come.
+
+        Raises:
+            ConfigError: ``optimizer.step()`` has nothing to do: no batch, or no backward.
+        """
+        if self._total is None or self._book is not None:
+            raise ConfigError(
+                "optimizer.step() without a clipped gradient: iterate private.loader and call private.backward(losses) "
+                "first, or iterate `private` itself, which steps on its own."
+            )
+        if not self._is_last:
+            return None
+        total, self._total = self._total, None
+        return total
+
+    def _give(self, part: np.ndarray) -> Iterator[Any]:
+        step = self._updates.step
+        batch = step.fetch(part)
+        self._book = open_book(step.model, examples=len(part), layout=step.layout)
+        with ExitStack() as stack:
+            stack.enter_context(guard(self._book))
+            self._guarded = stack
+            yield batch
+        if self._book is not None:
+            self._book = None
+            raise ConfigError("a batch of private.loader was skipped; call private.backward(losses) once for each.")

@@ -1,0 +1,103 @@
+"""One logical batch: microbatches -> clipped sum -> released gradient -> ``p.grad``."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from discreet.core.book import Layout
+from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
+from discreet.core.noise import Released
+from discreet.errors import ConfigError
+
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
+
+
+class Microbatch:
+    """How many examples go through the model at once. It never changes the result, only memory and speed.
+
+    Attributes:
+        size: the largest microbatch.
+        on_halving: called after the size was halved, before the batch is begun again; a checkpoint then holds the size
+            with which a replay must split.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ConfigError(f"microbatch={size}: must be at least 1; leave it None for a default.")
+        self.size = size
+        self.on_halving: Callable[[], object] = _nothing
+
+    def halve(self, *, realised: int) -> None:
+        """Use microbatches of at most half of what did not fit: of the size, or of a smaller realised batch."""
+        self.size = max(1, min(self.size, realised) // 2)
+        self.on_halving()
+
+    def split(self, indices: np.ndarray) -> list[np.ndarray]:
+        """The batch in order, in pieces of at most this size."""
+        return [indices[start : start + self.size] for start in range(0, len(indices), self.size)]
+
+
+@dataclass(frozen=True)
+class ClippedStep:
+    """What turns indices into a clipped sum: everything but the indices is fixed for the run."""
+
+    model: nn.Module
+    loss: LossFunction
+    fetch: Callable[[np.ndarray], Any]
+    parameters: Mapping[str, nn.Parameter]
+    clipping: Clipping
+    layout: Layout | None
+    microbatch: Microbatch
+
+    def clipped_sum(self, indices: np.ndarray) -> ClippedSum:
+        """The clipped sum over these examples, microbatch by microbatch; zeros when there are none.
+
+        When a microbatch does not fit into memory, all of the batch is done again in halves: no example is dropped, none
+        is counted twice, and the bits of the sum are a function of the batch and of the microbatch size alone.
+        """
+        while True:
+            try:
+                return self._attempt(indices)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or min(self.microbatch.size, len(indices)) <= 1:
+                    raise
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.microbatch.halve(realised=len(indices))
+
+    def _attempt(self, indices: np.ndarray) -> ClippedSum:
+        total = zero_sum(self.parameters, self.clipping)
+        for part in self.microbatch.split(indices):
+            batch = self.fetch(part)
+            total = total + clipped_gradient(
+                self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)
+            )
+        return total
+
+
+def _nothing() -> None:
+    """Until a run is there to save."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on an accelerator or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
+
+
+def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter], *, batch_size: int) -> None:
+    """Set ``p.grad`` of every trainable parameter to the released sum over the expected batch, a public constant."""
+    if released.tensors.keys() != parameters.keys():
+        raise ConfigError("the released sum and the model have different parameters; do not freeze or unfreeze mid-run.")
+    for name, parameter in parameters.items():
+        parameter.grad = (released.tensors[name] / batch_size).to(parameter.dtype)
