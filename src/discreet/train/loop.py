@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction, trainable
 from discreet.core.world import world_size
-from discreet.errors import ConfigError
+from discreet.errors import ConfigError, DiscreetError
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
 from discreet.privacy.planner import plan as make_plan
-from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
@@ -32,7 +33,7 @@ from discreet.train.updates import Step, Updates, begin
 
 CHECK_EXAMPLES = 4
 CPU_MICROBATCH = 256
-"""On a CPU larger microbatches only leave the cache; on an accelerator the whole batch is tried first."""
+"""On a CPU larger microbatches only leave the cache; on an accelerator a whole realised batch is tried first."""
 
 Data = Dataset[Any] | BatchedDataset | DataLoader[Any]
 
@@ -56,8 +57,7 @@ class Private:
         self.loader = MicrobatchLoader(updates)
         self._updates = updates
         self._run = updates.run
-        # An instance attribute and no hook: a pre-hook could not hold back the step of an unfinished batch.
-        optimizer.step = self._gated_step  # type: ignore[method-assign, assignment]
+        self._gate(optimizer)
 
     @property
     def run(self) -> Run:
@@ -111,13 +111,21 @@ class Private:
         """Let go of the run without finishing it; it can be resumed."""
         self._run.close()
 
-    def _gated_step(self, closure: Callable[[], Any] | None = None) -> None:
-        """``optimizer.step()`` in an unchanged loop: nothing until the last microbatch of a batch is in."""
-        if closure is not None:
-            raise ConfigError("optimizer.step(closure): it would evaluate private examples again; call step() alone.")
-        total = self.loader.take()
-        if total is not None:
-            self._updates.update(total)
+    def _gate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Replace ``optimizer.step`` of this one object: only released gradients may move the weights.
+
+        No hook: a pre-hook could not hold back the step of an unfinished batch. `update_wrapper` keeps the mark by which
+        torch schedulers know that a step was taken.
+        """
+
+        def step(closure: Callable[[], Any] | None = None) -> None:
+            if closure is not None:
+                raise ConfigError("optimizer.step(closure): it would evaluate private examples again; call step() alone.")
+            total = self.loader.take()
+            if total is not None:
+                self._updates.update(total)
+
+        optimizer.step = functools.update_wrapper(step, optimizer.step)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -237,25 +245,30 @@ def make_private(
         )
 
     run = _existing_run(run_dir, resume=resume, seed=seed)
-    the_plan = run.plan if run is not None else new_plan()
-    rule = clipping_of(the_plan)
-    _agree(the_plan, clipping=clipping, examples=examples)
-    report = _self_check(model, loss, examples, rule, device)
-    if run is None:
-        run = Run.create(Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed)
-    found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
-    step = ClippedStep(
-        model=model,
-        loss=loss,
-        fetch=lambda indices: examples.fetch(indices, device=device),
-        parameters=parameters,
-        clipping=rule,
-        layout=report.layout,
-        microbatch=Microbatch(found.microbatch if found else _microbatch_size(microbatch, device, the_plan.batch_size)),
-    )
-    rates = RateControl(optimizer, learning_rate, steps=the_plan.steps)
-    updates = begin(run, step, optimizer, rates, examples, found=found, checkpoint_steps=checkpoint_steps)
-    run.write("check.json", report.to_json())
+    try:
+        the_plan = run.plan if run is not None else new_plan()
+        _agree(the_plan, clipping=clipping, examples=examples)
+        rates = RateControl(optimizer, learning_rate, steps=the_plan.steps)
+        size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
+        rule = clipping_of(the_plan)
+        report = _self_check(model, loss, examples, rule, device)
+        if run is None:
+            run = Run.create(Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed)
+        step = ClippedStep(
+            model=model,
+            loss=loss,
+            fetch=lambda indices: examples.fetch(indices, device=device),
+            parameters=parameters,
+            clipping=rule,
+            layout=report.layout,
+            microbatch=size,
+        )
+        updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps)
+        run.write("check.json", report.to_json())
+    except DiscreetError:
+        if run is not None:
+            run.close()
+        raise
     return Private(updates, model=model, optimizer=optimizer, check_report=report)
 
 
@@ -360,4 +373,4 @@ def _self_check(
 def _microbatch_size(asked: int | None, device: torch.device, batch_size: int) -> int:
     if asked is not None:
         return asked
-    return min(CPU_MICROBATCH, batch_size) if device.type == "cpu" else batch_size
+    return CPU_MICROBATCH if device.type == "cpu" else batch_size + 6 * math.isqrt(batch_size) + 16

@@ -18,9 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_model
+from torch import nn
+
 from discreet.core.rng import KEY_BYTES, NoiseSource, seed_key, subkey
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Query
+from discreet.privacy.certificate import write_certificate
 from discreet.privacy.ledger import Ledger, key_id
 from discreet.privacy.plan import Plan
 from discreet.train.checkpoint import load as load_checkpoint, sync
@@ -29,6 +33,8 @@ LEDGER = "ledger.jsonl"
 KEY = Path("private", "key")
 STATE = Path("private", "state.json")
 PLAN = Path("release", "plan.json")
+MODEL = Path("release", "model.safetensors")
+_KEY_DESTROYED = {"key": "destroyed"}
 
 Environment = Mapping[str, str]
 """Everything beyond (key, plan) that the bits of a step depend on: data, code, device, threads. Private."""
@@ -89,7 +95,8 @@ class Run:
         if not (path / LEDGER).exists():
             raise ConfigError(f"{path}: holds no run to resume; leave out resume (--resume) to start one.")
         if not (path / KEY).exists():
-            raise ConfigError(f"{path}: this run has ended and its key is destroyed; start a new run in another directory.")
+            _conclude(path)
+            raise ConfigError(f"{path}: this run has ended; see `discreet verify`, or start a new run in another directory.")
         key = (path / KEY).read_bytes()
         found = load_checkpoint(path / "private" / "checkpoint")
         known_head = found.ledger_head if found is not None else None
@@ -113,6 +120,11 @@ class Run:
     def sampling_key(self) -> bytes:
         """Key of the Poisson batches."""
         return subkey(self._key, "sampling")
+
+    @property
+    def initial_seed(self) -> int:
+        """Seed of initial weights, for a program that makes the model itself."""
+        return int.from_bytes(subkey(self._key, "initial weights")[:8], "little") >> 1
 
     def noise(self, purpose: str) -> NoiseSource:
         """The noise stream for one purpose ("gradient", "preprocessing"), from its start."""
@@ -193,8 +205,21 @@ class Run:
         path.write_text(json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n")
         return path
 
-    def finish(self) -> None:
-        """End the run: without the key nobody can subtract the noise. Recorded in the ledger, which is closed for good."""
+    def finish(self, model: nn.Module) -> None:
+        """End the run: save the model, destroy the key, close the ledger for good, certify.
+
+        Without the key nobody can subtract the noise. A crash in between is mended by the next `resume`.
+        """
+        temporary = self.path / "private" / "model.safetensors"
+        save_model(model, str(temporary))
+        sync(temporary)
+        temporary.rename(self.path / MODEL)
+        sync(self.release_dir)
+        self._destroy_key()
+        self.ledger.finish(_KEY_DESTROYED)
+        write_certificate(self.path)
+
+    def _destroy_key(self) -> None:
         path = self.path / KEY
         with path.open("r+b") as stream:
             stream.write(bytes(KEY_BYTES))
@@ -202,7 +227,6 @@ class Run:
             os.fsync(stream.fileno())
         path.unlink()
         sync(path.parent)
-        self.ledger.finish({"key": "destroyed"})
 
     def close(self) -> None:
         """Let go of the ledger; the run can be resumed."""
@@ -213,6 +237,20 @@ class Run:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _conclude(path: Path) -> None:
+    """Do what is left of `Run.finish` after its key was destroyed.
+
+    Raises:
+        ConfigError: the key is gone although the run had not ended: nothing can continue it.
+    """
+    if not (path / MODEL).exists():
+        raise ConfigError(f"{path / KEY}: the key is missing, so no step can be repeated; start a new run.")
+    view = Ledger.read(path / LEDGER)
+    if not view.finished:
+        Ledger.resume(path / LEDGER, key_id=view.key_id).finish(_KEY_DESTROYED)
+    write_certificate(path)
 
 
 def _write_secret(path: Path, content: bytes) -> None:

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_model
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import zero_sum
 from discreet.core.noise import release
 from discreet.core.world import world_sum
 from discreet.errors import BudgetExceeded
-from discreet.privacy.certificate import write_certificate
 from discreet.privacy.plan import Plan
 from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import RateControl
@@ -166,11 +164,9 @@ class Updates:
             ),
         )
 
-    def finish(self) -> Path:
-        """Write the model, end the run, and certify it. Returns the certificate's path."""
-        save_model(self.step.model, str(self.run.release_dir / "model.safetensors"))
-        self.run.finish()
-        return write_certificate(self.run.path)
+    def finish(self) -> None:
+        """Save the model, end the run, and certify it."""
+        self.run.finish(self.step.model)
 
 
 def begin(
@@ -180,10 +176,10 @@ def begin(
     rates: RateControl,
     examples: Examples,
     *,
-    found: checkpoints.Checkpoint | None,
     checkpoint_steps: int,
 ) -> Updates:
     """Put a run where its checkpoint left it, or at its start; decide whether steps may be replayed under the same key."""
+    found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
     done = found.step if found is not None else 0
     environment = describe_environment(
         model=step.model, loss=step.loss, optimizer=optimizer, rates=rates, clipping=step.clipping, examples=examples
@@ -197,6 +193,7 @@ def begin(
         # Without this, a crash before the first checkpoint could replay step 0 from other initial weights.
         updates.save()
         return updates
+    step.microbatch.size = found.microbatch
     step.model.load_state_dict(dict(found.model))
     optimizer.load_state_dict(dict(found.optimizer))
     if rates.scheduler is not None and found.scheduler is not None:

@@ -1,0 +1,326 @@
+"""Training from outside: degenerate identities, the unchanged loop, the hard stop, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from train import toys
+
+import discreet
+from discreet.core.clipping import Clipping
+from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
+from discreet.train.loop import Private, make_private, train
+
+
+def _private(run_dir: Path, **changes: object) -> Private:
+    """A short run in test mode; ``changes`` replace arguments of `make_private`."""
+    network = changes.pop("model", None) or toys.model(changes.pop("dtype", torch.float32))
+    optimizer = changes.pop("optimizer", None) or torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
+    given = {
+        "loss": toys.loss,
+        "noise_multiplier": 1.0,
+        "batch_size": 20,
+        "steps": 12,
+        "learning_rate": None,
+        "run_dir": run_dir,
+        "seed": 7,
+    } | changes
+    dataset = given.pop("dataset", None) or toys.data()
+    return make_private(network, optimizer, dataset, **given)
+
+
+def _finish(private: Private) -> torch.Tensor:
+    for _ in private:
+        pass
+    return toys.weights(private.model)
+
+
+def test_without_noise_and_clipping_it_is_sgd(tmp_path: Path) -> None:
+    """sigma = 0 and R = infinity: the same weights as a plain loop over the same batches."""
+    network = toys.model(torch.float64)
+    private = _private(
+        tmp_path, model=network, dataset=toys.data(torch.float64), epsilon=math.inf, noise_multiplier=None, steps=6
+    )
+    plain = toys.model(torch.float64)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5, momentum=0.9)
+    key = private.run.sampling_key
+    _finish(private)
+    dataset = toys.data(torch.float64)
+    for step in range(6):
+        indices = private.plan.sampling.draw(key=key, step=step)
+        optimizer.zero_grad()
+        (toys.loss(plain, dataset[indices]).sum() / 20).backward()
+        optimizer.step()
+    torch.testing.assert_close(toys.weights(network), toys.weights(plain), rtol=1e-12, atol=1e-12)
+    certificate = json.loads((tmp_path / "release" / "certificate.json").read_text())
+    assert certificate["private"] is False
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 64])
+def test_microbatch_never_changes_the_run(tmp_path: Path, microbatch: int) -> None:
+    runs = [
+        _finish(_private(tmp_path / str(size), dtype=torch.float64, dataset=toys.data(torch.float64), microbatch=size))
+        for size in (microbatch, 20)
+    ]
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-10, atol=1e-12)
+
+
+def test_unchanged_loop_equals_the_iterator(tmp_path: Path) -> None:
+    by_iterator = _finish(_private(tmp_path / "a", microbatch=8))
+    network = toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
+    private = _private(tmp_path / "b", model=network, optimizer=optimizer, microbatch=8)
+    microbatches = 0
+    for features, targets in private.loader:
+        microbatches += 1
+        private.backward(F.cross_entropy(network(features), targets, reduction="none"))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert microbatches > 12
+    assert private.done == 12
+    assert torch.equal(toys.weights(network), by_iterator)
+    assert discreet.verify(tmp_path / "b").steps == 12
+
+
+@pytest.mark.parametrize("style", ["iterator", "loader"])
+def test_empty_batches_are_noised_and_counted(tmp_path: Path, style: str) -> None:
+    """Expected batch 1 of 120: more than a third of the batches are empty, and each must still move every weight."""
+    network = toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    private = _private(tmp_path, model=network, optimizer=optimizer, batch_size=1, steps=40)
+    sizes = [len(private.plan.sampling.draw(key=private.run.sampling_key, step=step)) for step in range(40)]
+    assert sizes.count(0) >= 5
+    before = toys.weights(network)
+    moved = []
+    if style == "iterator":
+        for _ in private:
+            moved.append(bool((toys.weights(network) != before).all()))
+            before = toys.weights(network)
+    else:
+        for batch in private.loader:
+            private.backward(toys.loss(network, batch))
+            optimizer.step()
+            moved.append(bool((toys.weights(network) != before).all()))
+            before = toys.weights(network)
+    assert moved == [True] * 40
+    assert discreet.verify(tmp_path).steps == 40
+
+
+def test_steps_show_public_values(tmp_path: Path) -> None:
+    network = toys.model()
+    private = _private(
+        tmp_path,
+        model=network,
+        optimizer=torch.optim.Adam(network.parameters()),
+        learning_rate=0.2,
+        epsilon=2.0,
+        noise_multiplier=None,
+        seed=None,
+    )
+    steps = list(private)
+    assert [step.index for step in steps] == list(range(12))
+    assert [step.learning_rate for step in steps] == pytest.approx([0.2 * (1 - k / 12) for k in range(12)])
+    epsilons = [step.epsilon for step in steps]
+    assert epsilons == sorted(epsilons)
+    assert epsilons[-1] <= 2.0
+    assert epsilons[-1] == private.plan.spent()
+    assert "differentially private" in private.report()
+
+
+def test_ledger_is_never_below_the_steps_taken(tmp_path: Path) -> None:
+    private = _private(tmp_path, steps=40)
+    for step in private:
+        if step.index < 39:
+            assert private.run.ledger.steps_reserved >= step.index + 1
+    assert discreet.verify(tmp_path).steps == 40
+
+
+def test_no_step_beyond_the_plan(tmp_path: Path) -> None:
+    private = _private(tmp_path, steps=3)
+    _finish(private)
+    with pytest.raises(BudgetExceeded, match="ends after 3"):
+        private._updates.draw()
+
+
+def test_train_is_one_call(tmp_path: Path) -> None:
+    result = train(toys.model(), toys.data(), loss=toys.loss, epsilon=4.0, batch_size=30, steps=10, run_dir=tmp_path)
+    assert result.epsilon <= 4.0
+    assert result.run_dir == tmp_path
+    found = discreet.verify(tmp_path)
+    assert found.private
+    assert found.epsilon == result.epsilon
+    assert sorted(path.name for path in (tmp_path / "release").iterdir()) == [
+        "certificate.json",
+        "check.json",
+        "model.safetensors",
+        "plan.json",
+    ]
+    assert not (tmp_path / "private" / "key").exists()
+
+
+def test_dataloader_gives_its_dataset_and_collate(tmp_path: Path) -> None:
+    def collate(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+    loader = DataLoader(toys.data(), batch_size=3, shuffle=True, collate_fn=collate)
+    by_loader = _finish(_private(tmp_path / "a", dataset=loader))
+    assert torch.equal(by_loader, _finish(_private(tmp_path / "b")))
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_any_optimizer_and_scheduler(tmp_path: Path, make: type[torch.optim.Optimizer]) -> None:
+    network = toys.model()
+    optimizer = make(network.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+    private = _private(tmp_path, model=network, optimizer=optimizer, learning_rate=scheduler)
+    rates = [step.learning_rate for step in private]
+    assert rates[0] == 0.1
+    assert rates[-1] < 0.01
+
+
+def test_ratios_between_groups_are_kept(tmp_path: Path) -> None:
+    network = toys.model()
+    groups = [{"params": network[0].parameters(), "lr": 0.1}, {"params": network[3].parameters(), "lr": 0.02}]
+    private = _private(tmp_path, model=network, optimizer=torch.optim.SGD(groups), learning_rate=1.0, steps=4)
+    for step in private:
+        first, second = (group["lr"] for group in private._updates._optimizer.param_groups)
+        assert second == pytest.approx(first / 5)
+        assert first == step.learning_rate
+
+
+def test_a_nan_row_changes_nothing_beyond_its_share(tmp_path: Path) -> None:
+    features, targets = (tensor.clone() for tensor in toys.data().tensors)
+    features[17] = math.nan
+    features[40] = math.inf
+    features[63] = 1e38
+    assert torch.isfinite(_finish(_private(tmp_path, dataset=TensorDataset(features, targets)))).all()
+
+
+def test_dropout_is_a_function_of_the_key_and_leaves_the_callers_generator_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    first = _finish(_private(tmp_path / "a", model=toys.model(dropout=0.5)))
+    assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(first, _finish(_private(tmp_path / "b", model=toys.model(dropout=0.5))))
+    assert not torch.equal(first, _finish(_private(tmp_path / "c", model=toys.model(dropout=0.1))))
+
+
+class TestRefused:
+    """Each of these must stop before anything is released, and mostly before anything is written."""
+
+    def test_batch_coupling(self, tmp_path: Path) -> None:
+        network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False, track_running_stats=False), nn.Linear(8, 2))
+        with pytest.raises(CheckFailed, match="isolation"):
+            _private(tmp_path / "run", model=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
+        assert not (tmp_path / "run").exists()
+
+    def test_mean_loss(self, tmp_path: Path) -> None:
+        with pytest.raises((ConfigError, CheckFailed, IndexError)):
+            _private(tmp_path / "run", loss=lambda model, batch: toys.loss(model, batch).mean())
+        assert not (tmp_path / "run").exists()
+
+    def test_optimizer_of_another_model(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"0\.weight: is trainable but the optimizer does not hold it"):
+            _private(tmp_path / "run", optimizer=torch.optim.SGD(toys.model().parameters(), lr=0.1))
+
+    def test_foreign_parameter_in_the_optimizer(self, tmp_path: Path) -> None:
+        network = toys.model()
+        extra = nn.Parameter(torch.zeros(1))
+        with pytest.raises(ConfigError, match="not in the model"):
+            _private(tmp_path / "run", model=network, optimizer=torch.optim.SGD([*network.parameters(), extra], lr=0.1))
+
+    def test_closure(self, tmp_path: Path) -> None:
+        network = toys.model()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        _private(tmp_path, model=network, optimizer=optimizer)
+        with pytest.raises(ConfigError, match="closure"):
+            optimizer.step(lambda: None)
+
+    def test_step_without_a_batch(self, tmp_path: Path) -> None:
+        network = toys.model()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        private = _private(tmp_path, model=network, optimizer=optimizer)
+        toys.loss(network, toys.data()[:5]).mean().backward()
+        with pytest.raises(ConfigError, match="without a clipped gradient"):
+            optimizer.step()
+        with pytest.raises(ConfigError, match="without a batch"):
+            private.backward(torch.zeros(3))
+
+    def test_a_skipped_microbatch(self, tmp_path: Path) -> None:
+        private = _private(tmp_path, microbatch=4)
+        batches = iter(private.loader)
+        next(batches)
+        with pytest.raises(ConfigError, match="was skipped"):
+            next(batches)
+
+    def test_a_batch_without_step(self, tmp_path: Path) -> None:
+        private = _private(tmp_path, microbatch=64)
+        batches = iter(private.loader)
+        private.backward(toys.loss(private.model, next(batches)))
+        with pytest.raises(ConfigError, match=r"step\(\) was not called"):
+            next(batches)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"noise_multiplier": None}, "exactly one"),
+            ({"epsilon": 1.0}, "exactly one"),
+            ({"batch_size": 121}, "at most the 120 examples"),
+            ({"steps": 0}, "steps=0"),
+            ({"microbatch": 0}, "microbatch=0"),
+            ({"learning_rate": "fast"}, '"fast"'),
+            ({"learning_rate": "auto"}, "SGD"),
+            ({"learning_rate": -1.0}, "-1.0"),
+            ({"checkpoint_steps": 0}, "checkpoint_steps=0"),
+            ({"noise_multiplier": -1.0}, "-1.0"),
+            ({"noise_multiplier": None, "epsilon": -3.0}, "-3.0"),
+            ({"delta": 2.0}, "2.0"),
+            ({"resume": True}, "no run to resume"),
+        ],
+    )
+    def test_arguments(self, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            _private(tmp_path / "run", **changes)
+        assert not (tmp_path / "run").exists()
+
+    def test_iterable_dataset(self, tmp_path: Path) -> None:
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return iter(())
+
+        with pytest.raises(ConfigError, match="map-style"):
+            _private(tmp_path / "run", dataset=Stream())
+
+    def test_empty_dataset(self, tmp_path: Path) -> None:
+        class Nothing(Dataset):
+            def __len__(self) -> int:
+                return 0
+
+        with pytest.raises(ConfigError, match="empty"):
+            make_private(
+                toys.model(), torch.optim.SGD(toys.model().parameters()), Nothing(), loss=toys.loss, epsilon=1.0, run_dir=tmp_path
+            )
+
+    def test_second_run_in_a_directory(self, tmp_path: Path) -> None:
+        _private(tmp_path).close()
+        with pytest.raises(ConfigError, match="holds a run already"):
+            _private(tmp_path)
+
+    def test_second_process_on_a_run(self, tmp_path: Path) -> None:
+        private = _private(tmp_path)
+        with pytest.raises(LedgerError):
+            _private(tmp_path, resume=True)
+        private.close()
+
+    def test_clipping_that_is_not_the_plans(self, tmp_path: Path) -> None:
+        _private(tmp_path).close()
+        with pytest.raises(ConfigError, match="clipping"):
+            _private(tmp_path, resume=True, clipping=Clipping.abadi(3.0))

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from train import toys
+
+from discreet.core.clipping import Clipping
+from discreet.core.gradient import clipped_gradient, trainable
+from discreet.core.noise import release
+from discreet.core.rng import NoiseSource
+from discreet.errors import ConfigError
+from discreet.train.examples import Examples
+from discreet.train.step import ClippedStep, Microbatch, is_out_of_memory, write_gradient
+
+
+def _step(model: nn.Module, *, microbatch: int, dtype: torch.dtype, loss=toys.loss) -> ClippedStep:
+    examples = Examples(toys.data(dtype))
+    return ClippedStep(
+        model=model,
+        loss=loss,
+        fetch=lambda indices: examples.fetch(indices, device=torch.device("cpu")),
+        parameters=trainable(model),
+        clipping=Clipping.abadi(0.5),
+        layout=None,
+        microbatch=Microbatch(microbatch),
+    )
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 7, 33, 1000])
+def test_microbatch_size_never_changes_the_result(microbatch: int) -> None:
+    model = toys.model(torch.float64)
+    indices = np.arange(0, toys.EXAMPLES, 2)
+    whole = clipped_gradient(model, toys.loss, toys.data(torch.float64)[indices], clipping=Clipping.abadi(0.5))
+    split = _step(model, microbatch=microbatch, dtype=torch.float64).clipped_sum(indices)
+    for name, value in whole.tensors.items():
+        torch.testing.assert_close(split.tensors[name], value, rtol=1e-12, atol=1e-13)
+    assert split.sensitivity == 0.5
+
+
+def test_empty_batch_sums_to_zero_for_every_parameter() -> None:
+    total = _step(toys.model(), microbatch=8, dtype=torch.float32).clipped_sum(np.empty(0, dtype=np.int64))
+    assert set(total.tensors) == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    assert all(not value.any() for value in total.tensors.values())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError()])
+@pytest.mark.parametrize("fits", [1, 5, 20])
+def test_out_of_memory_halves_and_drops_no_example(error: BaseException, fits: int) -> None:
+    attempts: list[int] = []
+    sizes: list[int] = []
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        attempts.append(len(batch[0]))
+        if len(batch[0]) > fits:
+            raise error
+        return toys.loss(model, batch)
+
+    model = toys.model(torch.float64)
+    indices = np.arange(50)
+    step = _step(model, microbatch=4096, dtype=torch.float64, loss=loss)
+    step.microbatch.on_halving = lambda: sizes.append(step.microbatch.size)
+    total = step.clipped_sum(indices)
+    whole = clipped_gradient(model, toys.loss, toys.data(torch.float64)[indices], clipping=Clipping.abadi(0.5))
+    for name, value in whole.tensors.items():
+        torch.testing.assert_close(total.tensors[name], value, rtol=1e-12, atol=1e-13)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 25
+    assert sizes[-1] <= fits
+    assert type(next(model.parameters())) is nn.Parameter
+
+
+def test_out_of_memory_on_a_single_example_is_an_error() -> None:
+    def loss(model: nn.Module, batch: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        _step(toys.model(), microbatch=8, dtype=torch.float32, loss=loss).clipped_sum(np.arange(8))
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+
+
+def test_gradient_is_divided_by_the_expected_batch() -> None:
+    model = toys.model()
+    total = _step(model, microbatch=64, dtype=torch.float32).clipped_sum(np.arange(13))
+    released = release(total, noise_multiplier=0.0, source=NoiseSource.insecure_seed(0))
+    write_gradient(released, trainable(model), batch_size=40)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, total.tensors[name] / 40)
+
+
+def test_gradient_of_another_set_of_parameters_is_refused() -> None:
+    model = toys.model()
+    total = _step(model, microbatch=64, dtype=torch.float32).clipped_sum(np.arange(3))
+    released = release(total, noise_multiplier=0.0, source=NoiseSource.insecure_seed(0))
+    next(model.parameters()).requires_grad_(False)
+    with pytest.raises(ConfigError, match="different parameters"):
+        write_gradient(released, trainable(model), batch_size=40)

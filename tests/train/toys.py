@@ -1,0 +1,35 @@
+"""Small private-training set-ups that the tests of `train` share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+EXAMPLES = 120
+
+
+def data(dtype: torch.dtype = torch.float32, *, examples: int = EXAMPLES) -> TensorDataset:
+    """Two classes in the plane, with some noise; the same at every call."""
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(examples, 6, generator=generator, dtype=torch.float64)
+    targets = (features[:, 0] + 0.3 * features[:, 1] > 0).long()
+    return TensorDataset(features.to(dtype), targets)
+
+
+def model(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0) -> nn.Module:
+    """A small network; the same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 2)).to(dtype)
+
+
+def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross entropy per example, shape (B,)."""
+    return F.cross_entropy(network(batch[0]), batch[1], reduction="none")
+
+
+def weights(network: nn.Module) -> Tensor:
+    """All parameters as one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
