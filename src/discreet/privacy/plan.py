@@ -1,0 +1,292 @@
+"""Plan: a frozen record of every number that determines the guarantee, before any example is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+from discreet.errors import BudgetExceeded, ConfigError
+from discreet.privacy.accounting import (
+    Accountant,
+    Query,
+    Relation,
+    SampledGaussian,
+    query_from_json,
+    query_to_json,
+    solve_noise_multiplier,
+)
+from discreet.privacy.accounting import (
+    epsilon as compose_epsilon,
+)
+from discreet.privacy.files import write_atomically
+from discreet.privacy.records import Fields, canonical_json, parse_json
+from discreet.privacy.sampling import PoissonSampling
+
+FORMAT = 1
+DEFAULT_CLIPPING: Mapping[str, str | float] = {"kind": "automatic", "style": "flat", "clip_bound": 1.0, "gamma": 0.01}
+CURVE_POINTS = 64
+
+
+def default_delta(examples: int) -> float:
+    """``1 / N^1.1``: below 1 / N, the delta at which publishing one random row would pass."""
+    if examples < 2:
+        raise ConfigError(f"examples={examples}: must be at least 2 for a default delta; pass delta.")
+    return float(examples) ** -1.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every public number of one private training run.
+
+    One step is one Gaussian query with noise multiplier sigma on one Poisson batch of rate ``batch_size / examples``.
+
+    **Guarantees.** `queries` is what the run will have released; `spent` composes it and never under-states. `to_json`
+    and `from_json` are exact inverses, and `fingerprint` names the record.
+
+    Attributes:
+        examples: N, public. batch_size: expected batch B, 1 to N. steps: S, at least 1.
+        noise_multiplier: sigma; 0 exactly when ``epsilon`` is infinite (training without a guarantee).
+        epsilon: the target, never passed. delta: in (0, 1).
+        relation, accountant: what neighbours are, and how queries are composed.
+        clipping: the public record of the clipping rule, ``Clipping.describe()``.
+        before: private preprocessing on all examples, charged to the same epsilon.
+        notes: public remarks of whoever made the plan.
+        versions: package -> version at planning time.
+    """
+
+    examples: int
+    batch_size: int
+    steps: int
+    noise_multiplier: float
+    epsilon: float
+    delta: float
+    relation: Relation = Relation.ADD_REMOVE
+    accountant: Accountant = Accountant.PLD
+    clipping: Mapping[str, str | float] = field(default_factory=lambda: dict(DEFAULT_CLIPPING), hash=False)
+    before: tuple[Query, ...] = ()
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=lambda: current_versions(), hash=False)
+
+    def __post_init__(self) -> None:
+        PoissonSampling(examples=self.examples, batch_size=self.batch_size)
+        for name in ("noise_multiplier", "epsilon", "delta"):
+            # An int here would print as 1 and read back as 1.0: another fingerprint for the same plan.
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise ConfigError(f"steps={self.steps!r}: must be an integer of at least 1; pass the number of updates.")
+        if not (0 <= self.noise_multiplier < math.inf):
+            raise ConfigError(
+                f"noise_multiplier={self.noise_multiplier}: must be finite and at least 0; use Plan.solve()."
+            )
+        if not self.epsilon > 0:
+            raise ConfigError(f"epsilon={self.epsilon}: must be above 0; ask for e.g. epsilon=3.")
+        if not 0 < self.delta < 1:
+            raise ConfigError(f"delta={self.delta}: must be above 0 and below 1; the default is 1 / examples^1.1.")
+        if (self.noise_multiplier == 0) != math.isinf(self.epsilon):
+            raise ConfigError(
+                f"noise_multiplier={self.noise_multiplier} with epsilon={self.epsilon}: "
+                "no noise means epsilon=inf and the reverse; use Plan.solve()."
+            )
+
+    @classmethod
+    def solve(
+        cls,
+        *,
+        examples: int,
+        batch_size: int,
+        steps: int,
+        epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        delta: float | None = None,
+        relation: Relation = Relation.ADD_REMOVE,
+        accountant: Accountant = Accountant.PLD,
+        clipping: Mapping[str, str | float] = DEFAULT_CLIPPING,
+        before: tuple[Query, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> Plan:
+        """A plan from its sizes and exactly one of ``epsilon`` (the noise is solved) and ``noise_multiplier``.
+
+        Args:
+            examples: N. batch_size: expected batch. steps: number of updates.
+            epsilon: target; ``math.inf`` plans a run without noise.
+            noise_multiplier: sigma; the plan's epsilon is then what the whole run spends. 0 means epsilon infinite.
+            delta: None is `default_delta`.
+
+        Raises:
+            ConfigError: an argument is outside its range, or both or none of the two were given.
+            BudgetExceeded: ``before`` alone spends ``epsilon`` or more.
+        """
+        if (epsilon is None) == (noise_multiplier is None):
+            raise ConfigError(f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: pass exactly one of the two.")
+        sampling = PoissonSampling(examples=examples, batch_size=batch_size)
+        delta = default_delta(examples) if delta is None else delta
+        if noise_multiplier is not None:
+            step = SampledGaussian(sampling.rate, noise_multiplier, steps)
+            epsilon = compose_epsilon([*before, step], delta=delta, relation=relation, accountant=accountant)
+        elif math.isinf(epsilon) and epsilon > 0:
+            noise_multiplier = 0.0
+        else:
+            noise_multiplier = solve_noise_multiplier(
+                sample_rate=sampling.rate,
+                steps=steps,
+                epsilon=epsilon,
+                delta=delta,
+                before=before,
+                relation=relation,
+                accountant=accountant,
+            )
+        return cls(
+            examples=examples,
+            batch_size=batch_size,
+            steps=steps,
+            noise_multiplier=float(noise_multiplier),
+            epsilon=float(epsilon),
+            delta=float(delta),
+            relation=relation,
+            accountant=accountant,
+            clipping=dict(clipping),
+            before=tuple(before),
+            notes=tuple(notes),
+        )
+
+    @property
+    def sampling(self) -> PoissonSampling:
+        """The sampler whose rate the accountant is told."""
+        return PoissonSampling(examples=self.examples, batch_size=self.batch_size)
+
+    @property
+    def sample_rate(self) -> float:
+        """q, exactly ``batch_size / examples``."""
+        return self.sampling.rate
+
+    def queries(self, steps: int | None = None) -> tuple[Query, ...]:
+        """What has been released after ``steps`` updates (None: after all of them), preprocessing included."""
+        count = self.steps if steps is None else steps
+        return (*self.before, SampledGaussian(self.sample_rate, self.noise_multiplier, count))
+
+    def spent(self, steps: int | None = None) -> float:
+        """Epsilon after ``steps`` updates, composed exactly (tens of milliseconds; results are cached)."""
+        return compose_epsilon(
+            self.queries(steps), delta=self.delta, relation=self.relation, accountant=self.accountant
+        )
+
+    def spent_at_most(self, steps: int) -> float:
+        """An upper bound on `spent`, cheap enough to show at every step, and equal to it at 0 and at the last step.
+
+        ``steps`` is rounded up to one of 64 points, evenly spaced in sqrt(steps) because epsilon grows like it, so a
+        whole run composes at most 64 times, and the figure is at most about 1/64 of the final epsilon too high.
+        """
+        if not 0 < steps < self.steps:
+            return self.spent(steps)
+        index = math.ceil(CURVE_POINTS * math.sqrt(steps / self.steps))
+        return self.spent(min(self.steps, max(steps, math.ceil(self.steps * (index / CURVE_POINTS) ** 2))))
+
+    def curve(self, points: int = CURVE_POINTS) -> tuple[tuple[int, float], ...]:
+        """(steps, epsilon) at up to ``points`` + 1 places from 0 to the end, evenly spaced in sqrt(steps)."""
+        places = sorted({math.ceil(self.steps * (index / points) ** 2) for index in range(points + 1)})
+        return tuple((place, self.spent(place)) for place in places)
+
+    def check(self) -> None:
+        """Compose the whole schedule once, and refuse a plan whose noise does not keep its promise.
+
+        Raises:
+            BudgetExceeded: ``spent(steps) > epsilon``; the record was edited, or planned by another accountant version.
+        """
+        total = self.spent()
+        if not total <= self.epsilon:
+            raise BudgetExceeded(
+                f"noise_multiplier={self.noise_multiplier}: the planned {self.steps} steps spend epsilon {total:.6g}, "
+                f"above the target {self.epsilon}; make the plan again with Plan.solve()."
+            )
+
+    def to_json(self) -> dict[str, object]:
+        """The plan as JSON values. Floats survive exactly; an infinite epsilon is the string "inf"."""
+        record: dict[str, object] = {"format": FORMAT}
+        for item in dataclasses.fields(self):
+            record[item.name] = getattr(self, item.name)
+        record["epsilon"] = "inf" if math.isinf(self.epsilon) else self.epsilon
+        record["relation"] = self.relation.value
+        record["accountant"] = self.accountant.value
+        record["clipping"] = dict(self.clipping)
+        record["before"] = [query_to_json(query) for query in self.before]
+        record["notes"] = list(self.notes)
+        record["versions"] = dict(self.versions)
+        return record
+
+    @classmethod
+    def from_json(cls, record: object) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: a field is unknown, missing or ill-typed, or a number is outside its range. The field is named.
+        """
+        names = {item.name for item in dataclasses.fields(cls)} | {"format"}
+        fields = Fields(record, where="plan", names=names)
+        if fields.integer("format") != FORMAT:
+            raise ConfigError(
+                f"plan: format {fields.integer('format')}: this version reads {FORMAT}; use the version that wrote it."
+            )
+        return cls(
+            examples=fields.integer("examples"),
+            batch_size=fields.integer("batch_size"),
+            steps=fields.integer("steps"),
+            noise_multiplier=fields.number("noise_multiplier"),
+            epsilon=fields.number_or_inf("epsilon"),
+            delta=fields.number("delta"),
+            relation=_member(Relation, fields.text("relation"), name="relation"),
+            accountant=_member(Accountant, fields.text("accountant"), name="accountant"),
+            clipping=fields.scalars("clipping"),
+            before=tuple(query_from_json(query) for query in fields.items("before")),
+            notes=fields.texts("notes"),
+            versions=fields.text_mapping("versions"),
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of the canonical JSON: the name of exactly this plan."""
+        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as indented JSON, whole or not at all."""
+        write_atomically(Path(path), json.dumps(self.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ConfigError: the file is missing, not JSON, or not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read as a plan ({error}); pass the plan.json of a run.") from None
+        return cls.from_json(parse_json(text, where=str(path)))
+
+
+_Member = TypeVar("_Member", Relation, Accountant)
+
+
+def _member(kind: type[_Member], value: str, *, name: str) -> _Member:
+    for member in kind:
+        if member.value == value:
+            return member
+    raise ConfigError(f"plan: field {name!r} is {value!r}, but must be one of {[member.value for member in kind]}.")
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of what the guarantee rests on, without importing any of it."""
+    versions = {"python": platform.python_version()}
+    for package in ("discreet", "torch", "dp-accounting", "numpy", "scipy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions

@@ -1,0 +1,198 @@
+"""What can be asked of private data, as records: each query with the numbers that its privacy cost depends on.
+
+A query here is data, not code: the ledger stores it, the plan lists it, and `discreet.privacy.accounting` composes it.
+Symbols: q = sample rate, sigma = noise multiplier (noise standard deviation over the clip bound, that is over the
+change that *adding or removing* one example can make), n = count.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from discreet.errors import ConfigError
+from discreet.privacy.gdp import step_mu
+
+
+class Relation(enum.Enum):
+    """When two data sets are neighbours."""
+
+    ADD_REMOVE = "add_remove"
+    REPLACE_ONE = "replace_one"
+
+
+class Accountant(enum.Enum):
+    """How queries are composed."""
+
+    PLD = "pld"
+    RDP = "rdp"
+
+
+@dataclass(frozen=True)
+class SampledGaussian:
+    """``count`` Gaussian queries, each on its own Poisson batch.
+
+    Attributes:
+        sample_rate: q in (0, 1], the probability that one example is in one batch.
+        noise_multiplier: sigma >= 0.
+        count: number of steps, >= 0.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample_rate <= 1:
+            raise ConfigError(f"sample_rate={self.sample_rate}: must be in (0, 1]; pass batch_size / examples.")
+        _check_query(self.noise_multiplier, count=self.count)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """``count`` Gaussian queries on all examples, as private preprocessing makes them."""
+
+    noise_multiplier: float
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _check_query(self.noise_multiplier, count=self.count)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names that were released because a noisy count passed a threshold: adds ``delta``, and nothing to epsilon.
+
+    The noisy counts themselves are a `Gaussian` query, declared apart. ``delta`` is for adding or removing one example;
+    under replace-one it is charged twice.
+    """
+
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.delta < 1:
+            raise ConfigError(f"Selection delta={self.delta}: must be in [0, 1); raise the release threshold.")
+
+
+Query = SampledGaussian | Gaussian | Selection
+
+
+def query_to_json(query: Query) -> dict[str, str | float | int]:
+    """The record of one query, as it stands in plan and ledger."""
+    if isinstance(query, SampledGaussian):
+        return {
+            "type": "sampled_gaussian",
+            "sample_rate": float(query.sample_rate),
+            "noise_multiplier": float(query.noise_multiplier),
+            "count": query.count,
+        }
+    if isinstance(query, Gaussian):
+        return {"type": "gaussian", "noise_multiplier": float(query.noise_multiplier), "count": query.count}
+    return {"type": "selection", "delta": float(query.delta)}
+
+
+_QUERY_FIELDS = {
+    "sampled_gaussian": {"sample_rate", "noise_multiplier", "count"},
+    "gaussian": {"noise_multiplier", "count"},
+    "selection": {"delta"},
+}
+
+
+def query_from_json(record: Mapping[str, object]) -> Query:
+    """Read what `query_to_json` wrote.
+
+    Raises:
+        ConfigError: the type is unknown, or a field is missing, unknown or ill-typed.
+    """
+    if not isinstance(record, Mapping):
+        raise ConfigError(f"query {record!r}: must be an object; write it with query_to_json().")
+    kind = record.get("type")
+    if not isinstance(kind, str) or kind not in _QUERY_FIELDS:
+        raise ConfigError(
+            f"query type {kind!r}: must be one of {sorted(_QUERY_FIELDS)}; write it with query_to_json()."
+        )
+    if set(record) != _QUERY_FIELDS[kind] | {"type"}:
+        raise ConfigError(
+            f"query fields {sorted(record)}: must be type and {sorted(_QUERY_FIELDS[kind])}; use query_to_json()."
+        )
+    numbers = {name: _number(record[name], name=name) for name in _QUERY_FIELDS[kind] - {"count"}}
+    if kind == "selection":
+        return Selection(delta=numbers["delta"])
+    count = record["count"]
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise ConfigError(f"query count={count!r}: must be an integer; write it with query_to_json().")
+    if kind == "gaussian":
+        return Gaussian(noise_multiplier=numbers["noise_multiplier"], count=count)
+    return SampledGaussian(
+        sample_rate=numbers["sample_rate"], noise_multiplier=numbers["noise_multiplier"], count=count
+    )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A set of queries in one canonical form, so that equal sets give equal bits.
+
+    Attributes:
+        sampled: distinct (q, sigma) with q < 1 and count > 0, sorted.
+        gaussian_mu: ``sqrt(sum n / sigma^2)`` over all queries that are not sampled (their composition is exact).
+        selection_delta: sum of the `Selection` deltas.
+        noiseless: some query has sigma 0.
+    """
+
+    sampled: tuple[SampledGaussian, ...]
+    gaussian_mu: float
+    selection_delta: float
+    noiseless: bool
+
+    @property
+    def empty(self) -> bool:
+        """No noisy query at all."""
+        return not self.sampled and self.gaussian_mu == 0 and not self.noiseless
+
+    @property
+    def limit_mu(self) -> float:
+        """GDP parameter of the whole set in the central limit; see `step_mu`."""
+        steps = (q.count * step_mu(q.sample_rate, noise_multiplier=q.noise_multiplier) ** 2 for q in self.sampled)
+        return math.sqrt(self.gaussian_mu**2 + math.fsum(steps))
+
+
+def summarise(queries: Sequence[Query]) -> Summary:
+    """Bring a set of queries to canonical form: counts merged, order forgotten, q = 1 taken as not sampled."""
+    counts: Counter[tuple[float, float]] = Counter()
+    selections: list[float] = []
+    for query in queries:
+        if isinstance(query, Selection):
+            selections.append(query.delta)
+        elif isinstance(query, Gaussian):
+            counts[1.0, float(query.noise_multiplier)] += query.count
+        elif isinstance(query, SampledGaussian):
+            counts[float(query.sample_rate), float(query.noise_multiplier)] += query.count
+        else:
+            raise ConfigError(f"query of type {type(query).__name__}: must be SampledGaussian, Gaussian or Selection.")
+    present = sorted((rate, sigma, count) for (rate, sigma), count in counts.items() if count > 0)
+    noiseless = any(sigma == 0 for _, sigma, _ in present)
+    noisy = [entry for entry in present if entry[1] > 0]
+    return Summary(
+        sampled=tuple(SampledGaussian(rate, sigma, count) for rate, sigma, count in noisy if rate < 1),
+        gaussian_mu=math.sqrt(math.fsum(count / sigma**2 for rate, sigma, count in noisy if rate == 1)),
+        selection_delta=math.fsum(sorted(selections)),
+        noiseless=noiseless,
+    )
+
+
+def _check_query(noise_multiplier: float, *, count: int) -> None:
+    if not (0 <= noise_multiplier < math.inf):
+        raise ConfigError(
+            f"noise_multiplier={noise_multiplier}: must be finite and at least 0; solve it with Plan.solve()."
+        )
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ConfigError(f"count={count!r}: must be an integer of at least 0; pass the number of queries.")
+
+
+def _number(value: object, *, name: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ConfigError(f"query {name}={value!r}: must be a number; write it with query_to_json().")
+    return float(value)
