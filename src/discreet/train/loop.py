@@ -32,7 +32,7 @@ from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.updates import Step, Updates, begin
 
 CHECK_EXAMPLES = 4
-CPU_MICROBATCH = 256
+CPU_MICROBATCH = 512
 """On a CPU larger microbatches only leave the cache; on an accelerator a whole realised batch is tried first."""
 
 Data = Dataset[Any] | BatchedDataset | DataLoader[Any]

@@ -1,0 +1,163 @@
+"""The program: thin commands over the library, with the same words.
+
+Exit codes: 0 done; 1 the run failed; 2 the arguments or the input are wrong; 3 the privacy budget would be exceeded. Errors
+are one line on stderr: value, rule, remedy. With ``--json``, stdout holds one object and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from discreet.app import commands
+from discreet.app.models import ModelKind
+from discreet.core.clipping import Clipping
+from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError
+from discreet.privacy.accounting import Accountant
+
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET = 0, 1, 2, 3
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors as one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        options = parser().parse_args(argv)
+        commands.COMMANDS[options.command](options)
+    except BudgetExceeded as error:
+        return _fail(error, EXIT_BUDGET)
+    except LedgerError as error:
+        return _fail(error, EXIT_FAILED)
+    except DiscreetError as error:
+        return _fail(error, EXIT_WRONG_INPUT)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; check the disk and the permissions, then use --resume.", EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume.", EXIT_FAILED)
+    return EXIT_DONE
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _Parser(prog="discreet", description="Train models on private data with differential privacy.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"discreet {metadata.version('discreet')}")
+    verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    train = _command(verbs, "train", "train a model on a private file or folder")
+    _add_data(train)
+    _add_training(train, epsilon_required=True)
+    check = _command(verbs, "check", "check model and loss for the shape of a data file, reading no private value")
+    _add_data(check)
+    _add_model(check)
+    account = _command(verbs, "account", "epsilon of a training run, or the noise for an epsilon")
+    _add_account(account)
+    for name, text in (("verify", "re-derive epsilon and delta of a run from its ledger"), ("report", "write report.html")):
+        _command(verbs, name, text).add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    demo = _command(verbs, "demo", "train on scikit-learn's digits")
+    _add_training(demo, epsilon_required=False)
+    return top
+
+
+def _command(verbs: argparse._SubParsersAction[_Parser], name: str, text: str) -> _Parser:
+    command = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    command.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+    return command
+
+
+def _add_data(command: _Parser) -> None:
+    command.add_argument("data", type=Path, metavar="DATA", help="CSV, TSV, Parquet or text file; folder of IDX files or images")
+    command.add_argument("--target", metavar="NAME", help="the label column")
+    command.add_argument("--test", type=Path, metavar="DATA", help="held-out data; default: one row in five, by a public hash")
+    command.add_argument("--columns", type=_names, metavar="A,B,C", help="column names of a file without a header")
+    command.add_argument("--schema", type=Path, metavar="FILE", help="TOML file with public types, bounds and categories")
+    command.add_argument("--classes", type=_classes, metavar="N|A,B", help="public number or list of classes")
+    command.add_argument("--text-column", metavar="NAME", help="the column that holds the text")
+    command.add_argument("--image-size", type=_size, metavar="HxW", help="resize the images of a folder to this size")
+
+
+def _add_model(command: _Parser) -> None:
+    kinds = [kind.value for kind in ModelKind]
+    command.add_argument("--model", choices=kinds, default=ModelKind.AUTO.value, help="default: by kind of data")
+
+
+def _add_training(command: _Parser, *, epsilon_required: bool) -> None:
+    command.add_argument(
+        "--epsilon",
+        type=float,
+        required=epsilon_required,
+        default=3.0,
+        help="privacy budget; inf trains without noise and clipping" + ("" if epsilon_required else " (default 3)"),
+    )
+    command.add_argument("--delta", type=float, help="default: 1 / examples^1.1")
+    _add_model(command)
+    command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
+    command.add_argument("--steps", type=int, metavar="S", help="updates; default: the model's usual number")
+    command.add_argument("--learning-rate", default="auto", metavar="R", help='"auto" or the peak of a linear decay')
+    command.add_argument("--clipping", type=_clipping, metavar="RULE", help='"automatic" (default) or "abadi:R"')
+    command.add_argument("--microbatch", type=int, metavar="M", help="examples at a time; never changes the result")
+    command.add_argument("--out", type=Path, metavar="RUN", help="run directory; default: a new one below runs/")
+    command.add_argument("--resume", action="store_true", help="continue the run in --out")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--seed", type=int, metavar="N", help="test mode: reproducible and NOT PRIVATE")
+
+
+def _add_account(command: _Parser) -> None:
+    command.add_argument("--examples", type=int, required=True, metavar="N")
+    command.add_argument("--batch-size", type=int, required=True, metavar="B")
+    command.add_argument("--steps", type=int, required=True, metavar="S")
+    command.add_argument("--delta", type=float, metavar="D", help="default: 1 / examples^1.1")
+    known = command.add_mutually_exclusive_group(required=True)
+    known.add_argument("--noise-multiplier", type=float, metavar="SIGMA", help="gives epsilon")
+    known.add_argument("--epsilon", type=float, metavar="E", help="gives the noise multiplier")
+    accountants = [accountant.value for accountant in Accountant]
+    command.add_argument("--accountant", choices=accountants, default=Accountant.PLD.value)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; write a,b,c")
+    return names
+
+
+def _classes(text: str) -> int | tuple[str, ...]:
+    return int(text) if text.isdigit() else _names(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HxW, e.g. 32x32")
+    return int(height), int(width)
+
+
+def _clipping(text: str) -> Clipping:
+    rule, _, bound = text.partition(":")
+    if rule == "automatic" and not bound:
+        return Clipping.automatic()
+    try:
+        if rule == "abadi":
+            return Clipping.abadi(float(bound))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the bound must be a number above 0; write abadi:1.0") from error
+    raise argparse.ArgumentTypeError(f'{text!r} is no rule; write "automatic" or "abadi:R"')
+
+
+def _fail(error: DiscreetError | str, code: int) -> int:
+    line = " ".join(str(error).split())
+    print(f"discreet: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

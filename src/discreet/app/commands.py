@@ -1,0 +1,192 @@
+"""What each command of the program does, and how it prints it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from discreet.app.models import ModelKind
+from discreet.app.report import write_report
+from discreet.app.selfcheck import check_data
+from discreet.app.training import DataOptions, Outcome, TrainOptions, train_digits, train_file
+from discreet.errors import ConfigError
+from discreet.privacy.accounting import Accountant
+from discreet.privacy.certificate import verify
+from discreet.privacy.plan import Plan
+
+
+def train(options: argparse.Namespace) -> None:
+    """`discreet train`."""
+    _print_outcome(train_file(_data(options), _training(options)), as_json=options.json)
+
+
+def demo(options: argparse.Namespace) -> None:
+    """`discreet demo`."""
+    _print_outcome(train_digits(_training(options)), as_json=options.json)
+
+
+def check(options: argparse.Namespace) -> None:
+    """`discreet check`; a failed check is an error."""
+    report = check_data(_data(options), kind=ModelKind(options.model))
+    if options.json:
+        _print_json(report.to_json())
+    else:
+        print(report.table())
+    report.raise_if_failed()
+
+
+def account(options: argparse.Namespace) -> None:
+    """`discreet account`."""
+    plan = Plan.solve(
+        examples=options.examples,
+        batch_size=options.batch_size,
+        steps=options.steps,
+        delta=options.delta,
+        epsilon=options.epsilon,
+        noise_multiplier=options.noise_multiplier,
+        accountant=Accountant(options.accountant),
+    )
+    facts = {
+        "epsilon": _number(plan.spent()),
+        "delta": plan.delta,
+        "noise_multiplier": plan.noise_multiplier,
+        "sample_rate": plan.sample_rate,
+        "batch_size": plan.batch_size,
+        "steps": plan.steps,
+        "examples": plan.examples,
+        "relation": plan.relation.value,
+        "accountant": plan.accountant.value,
+    }
+    _print_json(facts) if options.json else _print_table(facts)
+
+
+def verify_run(options: argparse.Namespace) -> None:
+    """`discreet verify`."""
+    found = verify(_run_dir(options.run))
+    facts = {
+        "epsilon": _number(found.epsilon),
+        "delta": found.delta,
+        "private": found.private,
+        "steps": found.steps,
+        "examples": found.examples,
+        "batch_size": found.batch_size,
+        "noise_multiplier": found.noise_multiplier,
+        "ledger_records": found.records,
+        "ledger_head": found.head,
+        "finished": found.finished,
+    }
+    if options.json:
+        _print_json({**facts, "statement": found.statement})
+        return
+    _print_table(facts)
+    print(f"\n{found.statement}")
+
+
+def report(options: argparse.Namespace) -> None:
+    """`discreet report`."""
+    path = write_report(_run_dir(options.run))
+    _print_json({"report": str(path)}) if options.json else print(path)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "train": train,
+    "check": check,
+    "account": account,
+    "verify": verify_run,
+    "report": report,
+    "demo": demo,
+}
+
+
+def _data(options: argparse.Namespace) -> DataOptions:
+    return DataOptions(
+        path=options.data,
+        target=options.target,
+        test=options.test,
+        columns=options.columns,
+        schema=options.schema,
+        classes=options.classes,
+        text_column=options.text_column,
+        image_size=options.image_size,
+    )
+
+
+def _training(options: argparse.Namespace) -> TrainOptions:
+    if not options.epsilon > 0:
+        raise ConfigError(f"--epsilon {options.epsilon}: must be above 0; the usual range is 1 to 8.")
+    return TrainOptions(
+        epsilon=options.epsilon,
+        delta=options.delta,
+        model=ModelKind(options.model),
+        batch_size=options.batch_size,
+        steps=options.steps,
+        learning_rate=_learning_rate(options.learning_rate),
+        clipping=options.clipping,
+        microbatch=options.microbatch,
+        out=options.out,
+        resume=options.resume,
+        device=options.device,
+        seed=options.seed,
+    )
+
+
+def _learning_rate(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ConfigError(f'--learning-rate {text}: must be "auto" or a number above 0; leave it out for the default.')
+    return rate
+
+
+def _run_dir(path: Path) -> Path:
+    if not path.is_dir():
+        raise ConfigError(f"{path}: is no run directory; pass the directory that `discreet train` printed.")
+    return path
+
+
+def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(outcome.to_json())
+        return
+    facts: dict[str, object] = {
+        "epsilon": _number(outcome.epsilon),
+        "delta": outcome.plan.delta,
+        "examples": outcome.plan.examples,
+        "batch size": outcome.plan.batch_size,
+        "steps": outcome.plan.steps,
+        "noise multiplier": outcome.plan.noise_multiplier,
+    }
+    if outcome.test is not None:
+        facts |= {
+            "test accuracy": outcome.test.accuracy,
+            "test nll": outcome.test.nll,
+            "test ece": outcome.test.ece,
+            "test examples": outcome.test.examples,
+        }
+    facts |= {"seconds": round(outcome.seconds, 1), "run": outcome.run_dir, "report": outcome.report}
+    if not outcome.private:
+        print("NOT PRIVATE: trained in test mode or without noise.\n")
+    _print_table(facts)
+
+
+def _print_table(facts: Mapping[str, object]) -> None:
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        print(f"{name.replace('_', ' ').ljust(width)}  {shown}")
+
+
+def _print_json(record: Mapping[str, object]) -> None:
+    print(json.dumps(record, allow_nan=False, sort_keys=True))
+
+
+def _number(value: float) -> float | str:
+    """Infinity has no JSON number."""
+    return "inf" if math.isinf(value) else value

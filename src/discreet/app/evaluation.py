@@ -1,0 +1,59 @@
+"""How good a classifier is on held-out examples. These figures are about those examples, which no guarantee covers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from discreet.app.data.source import IGNORED, Examples
+from discreet.insight.calibration import expected_calibration_error
+
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures on held-out examples.
+
+    Attributes:
+        accuracy: share of right answers; a row whose class is not in the class list counts as wrong.
+        nll: mean negative log-likelihood in nats, over the rows whose class is in the list.
+        ece: expected calibration error, over the same rows.
+        examples: rows in all.
+    """
+
+    accuracy: float
+    nll: float
+    ece: float
+    examples: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """As it stands in ``result.json``."""
+        return {"accuracy": self.accuracy, "nll": self.nll, "ece": self.ece, "examples": self.examples}
+
+
+def evaluate(model: nn.Module, examples: Examples) -> Evaluation | None:
+    """Evaluate in evaluation mode, and put the mode back; None when there is no row."""
+    if not len(examples):
+        return None
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [
+                model(examples.batch(rows)[0].to(device)).double().cpu()
+                for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // _ROWS_AT_ONCE))
+            ]
+    finally:
+        model.train(was_training)
+    logits, targets = torch.cat(parts), examples.targets
+    known = targets != IGNORED
+    correct = int((logits.argmax(1) == targets).sum())
+    nll = float(F.cross_entropy(logits[known], targets[known])) if bool(known.any()) else 0.0
+    ece = expected_calibration_error(logits[known].softmax(1), targets[known])
+    return Evaluation(accuracy=correct / len(targets), nll=nll, ece=ece, examples=len(targets))

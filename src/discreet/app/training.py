@@ -1,0 +1,295 @@
+"""`discreet train` and `discreet demo`, step by step: data -> plan -> ledger -> private statistics -> model -> release."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from discreet.app import models
+from discreet.app.data import Prepared, Preprocessing, Source, SourceKind, digits, open_source
+from discreet.app.evaluation import Evaluation, evaluate
+from discreet.app.progress import Progress
+from discreet.app.report import write_report
+from discreet.core.clipping import Clipping
+from discreet.errors import ConfigError
+from discreet.privacy.accounting import Query
+from discreet.privacy.certificate import verify
+from discreet.privacy.plan import Plan, default_delta
+from discreet.privacy.planner import plan as make_plan
+from discreet.train.loop import Private, default_clipping, make_private, new_run_dir
+from discreet.train.run import Run
+
+EVALUATIONS = 10
+"""How often the held-out examples are looked at during training, for the curve in the report."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the data lie and what is publicly known about them. See `open_source`."""
+
+    path: Path
+    target: str | None = None
+    test: Path | None = None
+    columns: tuple[str, ...] | None = None
+    schema: Path | None = None
+    classes: int | tuple[str, ...] | None = None
+    text_column: str | None = None
+    image_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a user may say about training; None leaves it to the planner or to the defaults of the model."""
+
+    epsilon: float
+    delta: float | None = None
+    model: models.ModelKind = models.ModelKind.AUTO
+    batch_size: int | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    clipping: Clipping | None = None
+    microbatch: int | None = None
+    out: Path | None = None
+    resume: bool = False
+    device: str = "auto"
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run amounts to. Released or public, all of it; ``test`` is about the held-out examples."""
+
+    run_dir: Path
+    report: Path
+    epsilon: float
+    seconds: float
+    plan: Plan
+    private: bool
+    model: dict[str, object]
+    test: Evaluation | None
+    statements: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The object that ``--json`` prints, and ``result.json``."""
+        return {
+            "run_dir": str(self.run_dir),
+            "report": str(self.report),
+            "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
+            "delta": self.plan.delta,
+            "noise_multiplier": self.plan.noise_multiplier,
+            "batch_size": self.plan.batch_size,
+            "steps": self.plan.steps,
+            "examples": self.plan.examples,
+            "seconds": round(self.seconds, 3),
+            "private": self.private,
+            "model": self.model,
+            "test": self.test.to_json() if self.test is not None else None,
+            "statements": list(self.statements),
+        }
+
+
+def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
+    """Train on a file or folder. Everything is read and validated before anything is written."""
+    started = time.monotonic()
+    device = pick_device(options.device)
+    source = open_data(data, kind=options.model)
+    delta = default_delta(source.examples) if options.delta is None else options.delta
+    preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
+    before = source.queries(preprocessing)
+    kind = _model_kind(options.model, source.kind)
+    with _open_run(options, kind, examples=source.examples, delta=delta, before=before) as run:
+        run.adopt(_data_environment(data), stage="data")
+        for position, query in enumerate(before):
+            run.reserve_query(f"preprocessing {position}", query)
+        prepared = source.prepare(noise_source=run.noise("preprocessing"), preprocessing=preprocessing)
+        return _train(prepared, run, options, kind, device=device, started=started)
+
+
+def train_digits(options: TrainOptions) -> Outcome:
+    """Train on scikit-learn's bundled digits."""
+    started = time.monotonic()
+    device = pick_device(options.device)
+    prepared = digits()
+    examples = len(prepared.train)
+    delta = default_delta(examples) if options.delta is None else options.delta
+    kind = models.resolve(options.model, prepared.input)
+    with _open_run(options, kind, examples=examples, delta=delta, before=()) as run:
+        return _train(prepared, run, options, kind, device=device, started=started)
+
+
+def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
+    """Read and validate the data for a kind of model."""
+    return open_source(
+        data.path,
+        target=data.target,
+        test=data.test,
+        columns=data.columns,
+        schema=data.schema,
+        classes=data.classes,
+        text_column=data.text_column,
+        image_size=data.image_size,
+        text_units=models.text_units(kind),
+    )
+
+
+def _model_kind(asked: models.ModelKind, data: SourceKind) -> models.ModelKind:
+    """The model that will be built; decided before any private statistic, because the plan depends on it."""
+    if asked is not models.ModelKind.AUTO:
+        return asked
+    usual = {
+        SourceKind.TABLE: models.ModelKind.MLP,
+        SourceKind.IMAGES: models.ModelKind.CNN,
+        SourceKind.TEXT: models.ModelKind.LINEAR,
+    }
+    return usual[data]
+
+
+def _data_environment(data: DataOptions) -> dict[str, str]:
+    """What the private statistics depend on: the options, and every byte of the files."""
+    files = {"data": data.path, "test data": data.test, "schema": data.schema}
+    return {"data options": repr(data)} | {
+        name: _hash_files(path) for name, path in files.items() if path is not None
+    }
+
+
+def _hash_files(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is an accelerator when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f'device "{name}": torch does not know it; use auto, cpu or cuda.') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f'device "{name}": no CUDA device is available; use --device cpu.')
+    return device
+
+
+def _open_run(
+    options: TrainOptions, kind: models.ModelKind, *, examples: int, delta: float, before: tuple[Query, ...]
+) -> Run:
+    """Resume the run, or plan and create one."""
+    if options.resume:
+        if options.out is None:
+            raise ConfigError("--resume without --out: name the run directory to continue.")
+        run = Run.resume(options.out, seed=options.seed)
+        try:
+            _check_same(run.plan, options, examples=examples, delta=delta, before=before)
+        except ConfigError:
+            run.close()
+            raise
+        return run
+    defaults = models.defaults(kind)
+    clipping = options.clipping if options.clipping is not None else default_clipping(options.epsilon)
+    if math.isinf(options.epsilon):
+        clipping = Clipping.none()
+    plan = make_plan(
+        examples=examples,
+        epsilon=options.epsilon,
+        delta=delta,
+        batch_size=options.batch_size,
+        steps=options.steps if options.steps is not None else defaults.steps,
+        before=before,
+        clipping=clipping.describe(),
+    )
+    return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
+
+
+def _check_same(
+    plan: Plan, options: TrainOptions, *, examples: int, delta: float, before: tuple[Query, ...]
+) -> None:
+    """A resumed run keeps its plan; options that say otherwise are refused and not ignored."""
+    asked = {
+        "examples": (examples, plan.examples),
+        "--epsilon": (options.epsilon, plan.epsilon),
+        "--delta": (delta, plan.delta),
+        "--batch-size": (options.batch_size or plan.batch_size, plan.batch_size),
+        "--steps": (options.steps or plan.steps, plan.steps),
+        "private statistics": (before, plan.before),
+    }
+    if options.clipping is not None:
+        asked["--clipping"] = (options.clipping.describe(), dict(plan.clipping))
+    for name, (now, planned) in asked.items():
+        if now != planned:
+            raise ConfigError(f"{name}: {now} now, {planned} in the plan of this run; resume with the same options.")
+
+
+def _train(
+    prepared: Prepared,
+    run: Run,
+    options: TrainOptions,
+    kind: models.ModelKind,
+    *,
+    device: torch.device,
+    started: float,
+) -> Outcome:
+    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes))
+    with torch.random.fork_rng():
+        torch.manual_seed(run.initial_seed)
+        model = models.build(spec).to(device)
+    rate = options.learning_rate if options.learning_rate is not None else models.defaults(kind).learning_rate
+    private = make_private(
+        model,
+        torch.optim.Adam(model.parameters(), lr=rate),
+        prepared.train,
+        loss=models.loss,
+        learning_rate=rate,
+        microbatch=options.microbatch,
+        run_dir=run,
+    )
+    run.write("schema.json", prepared.record)
+    _iterate(private, prepared)
+    return _conclude(private, prepared, spec, seconds=time.monotonic() - started)
+
+
+def _iterate(private: Private, prepared: Prepared) -> None:
+    """Run the updates; log what is released or public, and figures on held-out examples now and then."""
+    interval = max(1, private.steps // EVALUATIONS)
+    with Progress(steps=private.steps, done=private.done) as progress:
+        for step in private:
+            done = step.index + 1
+            progress.show(done, epsilon=step.epsilon)
+            if done % interval and done < private.steps:
+                continue
+            record: dict[str, float | int] = {"step": done, "learning_rate": step.learning_rate}
+            if math.isfinite(step.epsilon):
+                record["epsilon"] = step.epsilon
+            evaluation = evaluate(private.model, prepared.test) if prepared.test is not None else None
+            if evaluation is not None:
+                record |= {"test_accuracy": evaluation.accuracy, "test_nll": evaluation.nll}
+            private.run.log(record)
+
+
+def _conclude(private: Private, prepared: Prepared, spec: models.ModelSpec, *, seconds: float) -> Outcome:
+    verified = verify(private.run_dir)
+    outcome = Outcome(
+        run_dir=private.run_dir,
+        report=private.run_dir / "release" / "report.html",
+        epsilon=verified.epsilon,
+        seconds=seconds,
+        plan=private.plan,
+        private=verified.private,
+        model={**spec.to_json(), "parameters": sum(p.numel() for p in private.model.parameters())},
+        test=evaluate(private.model, prepared.test) if prepared.test is not None else None,
+        statements=prepared.statements,
+    )
+    outcome.report.unlink(missing_ok=True)
+    private.run.write("result.json", outcome.to_json())
+    return dataclasses.replace(outcome, report=write_report(private.run_dir))
