@@ -1,0 +1,169 @@
+"""The path from an example to the outside has one door: who makes private types, draws noise, or writes gradients."""
+
+from __future__ import annotations
+
+import pytest
+
+from architecture.checkers import (
+    Source,
+    calls_of,
+    constructions,
+    findings,
+    foreign_sets,
+    grad_writes,
+    random_draws,
+    sources,
+)
+
+MAY_DRAW = {
+    "app/selfcheck.py": "random stand-ins for examples, so that a check reads no private value",
+    "app/training.py": "starting weights, before any example is seen",
+    "core/rng.py": "the noise source itself",
+    "core/layout.py": "fixes dropout masks while a forward pass is repeated; puts the state back",
+    "privacy/sampling.py": "which examples are in a batch, from the run's key",
+    "train/loop.py": "the random suffix of a new run folder's name",
+    "train/run.py": "makes the run's secret key, with the operating system's generator",
+    "train/updates.py": "seeds dropout inside one step, from the run's key; puts the caller's state back",
+}
+"""File -> why it may draw random numbers. Everything else asks one of these."""
+
+MAY_PIN = {
+    "core/parameter.py": {
+        "__class__": "guarding a parameter is exactly this: its class, and nothing else",
+        "derivation": "on this file's own tensor subclass, which holds a value computed from a parameter",
+    },
+    "core/precision.py": {"fp32_precision": "torch's own setting for float32 products; put back afterwards"},
+    "core/selftest.py": {"training": "puts a module's mode back as it was"},
+    "privacy/files.py": {"_size": "a class method fills in the file object that it has just made"},
+    "train/loop.py": {"step": "gates the user's optimizer, so that an unfinished batch can never be stepped on"},
+    "train/step.py": {"grad": "the one place that hands a released gradient to the optimizer"},
+    "train/updates.py": {
+        "on_halving": "hands the microbatch its call-back for a smaller size",
+        "size": "a resumed run goes on with the microbatch of its checkpoint",
+    },
+}
+"""File -> attributes that it may write on an object that is not its own, each with its reason."""
+
+
+def test_released_is_made_in_one_place():
+    others = [source for source in sources() if source.path != "core/noise.py"]
+    assert findings(lambda source: constructions(source, "Released"), others) == []
+
+
+def test_clipped_sums_are_made_where_the_bound_is_enforced():
+    makers = {"core/gradient.py", "core/world.py", "core/histogram.py"}
+    others = [source for source in sources() if source.path not in makers]
+    assert findings(lambda source: constructions(source, "ClippedSum"), others) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = Released(tensors={}, noise_std=0.0, private=True)",
+        "from discreet.core import noise\nx = noise.Released(tensors={}, noise_std=0.0, private=True)",
+        "from discreet.core.noise import Released as Safe\nx = Safe({}, 0.0, True)",
+    ],
+)
+def test_a_forged_release_is_found(text):
+    assert constructions(Source(path="train/loop.py", text=text), "Released")
+
+
+def test_naming_a_type_is_not_making_one():
+    assert (
+        constructions(Source(path="train/loop.py", text="def f(x: Released) -> Released:\n    return x"), "Released")
+        == []
+    )
+
+
+def test_random_numbers_come_from_the_noise_source():
+    watched = [
+        source for source in sources("core", "privacy", "train", "app", "integrations") if source.path not in MAY_DRAW
+    ]
+    assert findings(random_draws, watched) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\nx = torch.randn(3)",
+        "import torch\nx = torch.empty(3).normal_()",
+        "import torch\nx = torch.normal(0.0, 1.0, (3,))",
+        "import torch\nx = torch.rand_like(y)",
+        "import torch\ntorch.manual_seed(0)",
+        "import numpy as np\nx = np.random.default_rng(0)",
+        "import numpy as np\nx = np.random.normal()",
+        "import random",
+        "from random import shuffle",
+        "def f():\n    import secrets",
+        "from numpy.random import default_rng",
+        "import os\nkey = os.urandom(32)",
+        "from torch.distributions import Normal",
+    ],
+)
+def test_a_draw_elsewhere_is_found(text):
+    assert random_draws(Source(path="train/step.py", text=text))
+
+
+def test_starting_weights_and_the_noise_source_are_no_finding():
+    text = "import torch\ntorch.nn.init.normal_(w)\nnoise = source.normal(3, position=0, name='w')\nrandomness = 3"
+    assert random_draws(Source(path="app/models.py", text=text)) == []
+
+
+def test_gradients_are_written_in_one_place():
+    others = [source for source in sources() if source.path != "train/step.py"]
+    assert findings(grad_writes, others) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "p.grad = g",
+        "p.grad += g",
+        "a, p.grad = 1, g",
+        "model.w.grad = None",
+        "setattr(p, 'grad', g)",
+        "p.grad: object = g",
+    ],
+)
+def test_a_written_gradient_is_found(text):
+    assert grad_writes(Source(path="core/book.py", text=text))
+
+
+def test_reading_a_gradient_is_not_writing_it():
+    assert grad_writes(Source(path="core/book.py", text="g = p.grad\nself.gradient = g\nx.grad_fn")) == []
+
+
+def test_nothing_is_pinned_on_parameters_or_modules():
+    def unexpected(source: Source) -> list[str]:
+        allowed = MAY_PIN.get(source.path, {})
+        return [line for line in foreign_sets(source) if not any(f"writes .{name} on" in line for name in allowed)]
+
+    assert findings(unexpected, sources("core", "privacy", "train")) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "p.noise = 1",
+        "layer.activations = a",
+        "setattr(m, 'x', 1)",
+        "object.__setattr__(p, 'noise', 1)",
+        "self.model.batch = 3\nq.n = 1",
+    ],
+)
+def test_a_pinned_attribute_is_found(text):
+    assert foreign_sets(Source(path="core/book.py", text=text))
+
+
+def test_nothing_is_unpickled_or_evaluated():
+    names = ("eval", "exec", "pickle.load", "pickle.loads", "torch.load", "torch.save", "yaml.load", "marshal.loads")
+    assert findings(lambda source: calls_of(source, *names), sources()) == []
+
+
+@pytest.mark.parametrize("text", ["torch.load('x')", "eval(text)", "pickle.loads(b)"])
+def test_unpickling_is_found(text):
+    assert calls_of(Source(path="train/checkpoint.py", text=text), "torch.load", "eval", "pickle.loads")
+
+
+def test_putting_a_model_into_eval_mode_is_no_finding():
+    assert calls_of(Source(path="train/loop.py", text="model.eval()"), "eval") == []
