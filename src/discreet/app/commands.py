@@ -117,6 +117,10 @@ def _data(options: argparse.Namespace) -> DataOptions:
 def _training(options: argparse.Namespace) -> TrainOptions:
     if not options.epsilon > 0:
         raise ConfigError(f"--epsilon {options.epsilon}: must be above 0; the usual range is 1 to 8.")
+    if options.delta is not None and not 0 < options.delta < 1:
+        raise ConfigError(f"--delta {options.delta}: must be above 0 and below 1; the default is 1 / examples^1.1.")
+    if options.microbatch is not None and options.microbatch < 1:
+        raise ConfigError(f"--microbatch {options.microbatch}: must be at least 1; leave it out for the default.")
     return TrainOptions(
         epsilon=options.epsilon,
         delta=options.delta,

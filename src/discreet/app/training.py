@@ -140,14 +140,15 @@ def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
 
 def _model_kind(asked: models.ModelKind, data: SourceKind) -> models.ModelKind:
     """The model that will be built; decided before any private statistic, because the plan depends on it."""
-    if asked is not models.ModelKind.AUTO:
-        return asked
     usual = {
         SourceKind.TABLE: models.ModelKind.MLP,
         SourceKind.IMAGES: models.ModelKind.CNN,
         SourceKind.TEXT: models.ModelKind.LINEAR,
     }
-    return usual[data]
+    only = {models.ModelKind.CNN: SourceKind.IMAGES, models.ModelKind.TRANSFORMER: SourceKind.TEXT}
+    if only.get(asked, data) is not data:
+        raise ConfigError(f"--model {asked.value}: is for {only[asked].value}, and this data is {data.value}; leave it out.")
+    return usual[data] if asked is models.ModelKind.AUTO else asked
 
 
 def _data_environment(data: DataOptions) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import platform
-from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ def describe_environment(
 ) -> dict[str, str]:
     """One line per thing that may change the value of a step's sum. Equal records: a replay under the same key is the same.
 
-    The data are hashed whole. Code is named by its versions and by the source of the model's class and the loss; what those
-    call is trusted to be unchanged.
+    The data are hashed whole, and so is the code of this package. Code of others is named by its versions and by the source
+    of the model's class and the loss; what those call is trusted to be unchanged.
     """
     device = next(model.parameters()).device
     shapes = [f"{name}:{tuple(value.shape)}:{value.dtype}" for name, value in model.state_dict().items()]
@@ -42,8 +43,16 @@ def describe_environment(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
-        "discreet": metadata.version("discreet"),
+        "discreet": _own_code(),
     }
+
+
+@functools.cache
+def _own_code() -> str:
+    """Hash of every source file of this package that a step runs through."""
+    root = Path(__file__).resolve().parents[1]
+    files = sorted(file for folder in ("core", "privacy", "train") for file in (root / folder).rglob("*.py"))
+    return _digest(*(f"{file.relative_to(root)}\n{file.read_text(encoding='utf-8')}" for file in files))
 
 
 def _digest(*parts: str) -> str:

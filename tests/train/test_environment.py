@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+from train import toys
+
+from discreet.core.clipping import Clipping
+from discreet.train.auto_lr import RateControl
+from discreet.train.environment import describe_environment
+from discreet.train.examples import Examples
+
+
+def _describe(**changes: object) -> dict[str, str]:
+    model = changes.pop("model", None) or toys.model()
+    optimizer = changes.pop("optimizer", torch.optim.Adam)(model.parameters())
+    given = {
+        "loss": toys.loss,
+        "rates": RateControl(optimizer, changes.pop("rate", 0.1), steps=10),
+        "clipping": Clipping.automatic(),
+        "examples": Examples(toys.data()),
+    } | changes
+    return describe_environment(model=model, optimizer=optimizer, **given)
+
+
+def _other_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return 2 * toys.loss(model, batch)
+
+
+def test_same_set_up_same_record() -> None:
+    assert _describe() == _describe()
+
+
+def test_each_thing_that_changes_a_sum_changes_one_line() -> None:
+    base = _describe()
+    wide = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
+    cases = {
+        "data": _describe(examples=Examples(toys.data(examples=119))),
+        "model": _describe(model=wide),
+        "loss": _describe(loss=_other_loss),
+        "optimizer": _describe(optimizer=torch.optim.SGD),
+        "learning rate": _describe(rate=0.2),
+        "clipping": _describe(clipping=Clipping.abadi(1.0)),
+    }
+    for name, changed in cases.items():
+        assert [key for key in base if base[key] != changed[key]] == [name]
+
+
+def test_threads_are_part_of_it() -> None:
+    base = _describe()
+    torch.set_num_threads(2)
+    try:
+        assert _describe()["threads"] != base["threads"]
+    finally:
+        torch.set_num_threads(1)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from train import toys
+
+from discreet.errors import ConfigError
+from discreet.train.examples import BatchedDataset, Examples
+
+CPU = torch.device("cpu")
+
+
+class _Rows(Dataset):
+    """A plain map-style data set over the toys."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        self.features, self.targets = toys.data().tensors
+        self.shift = shift
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": self.features[index] + self.shift, "y": self.targets[index]}
+
+
+class _Fast(_Rows):
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.features[indices], self.targets[indices]
+
+
+def test_three_kinds_of_data_sets_give_the_same_rows() -> None:
+    indices = np.array([3, 11, 50])
+    features, targets = Examples(toys.data()).fetch(indices, device=CPU)
+    fast = Examples(_Fast()).fetch(indices, device=CPU)
+    slow = Examples(_Rows()).fetch(indices, device=CPU)
+    assert isinstance(_Fast(), BatchedDataset)
+    assert torch.equal(features, fast[0])
+    assert torch.equal(features, slow["x"])
+    assert torch.equal(targets, fast[1])
+    assert torch.equal(targets, slow["y"])
+
+
+def test_fingerprint_sees_one_bit_of_one_row_and_the_order() -> None:
+    base = Examples(toys.data()).fingerprint()
+    assert base == Examples(toys.data()).fingerprint()
+    features, targets = (tensor.clone() for tensor in toys.data().tensors)
+    features[119, 5] = torch.nextafter(features[119, 5], torch.tensor(9.0))
+    assert Examples(TensorDataset(features, targets)).fingerprint() != base
+    flipped = TensorDataset(toys.data().tensors[0].flip(0), toys.data().tensors[1].flip(0))
+    assert Examples(flipped).fingerprint() != base
+    assert Examples(_Rows()).fingerprint() != Examples(_Rows(shift=1e-6)).fingerprint()
+
+
+def test_collate_of_a_loader_is_used() -> None:
+    loader = DataLoader(_Rows(), collate_fn=lambda rows: torch.stack([row["x"] for row in rows]))
+    assert Examples(loader).fetch(np.array([1, 2]), device=CPU).shape == (2, 6)
+
+
+def test_empty_is_refused() -> None:
+    with pytest.raises(ConfigError, match="empty"):
+        Examples(TensorDataset(torch.zeros(0, 2)))

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from train import toys
+
+from discreet.errors import ConfigError
+from discreet.privacy.accounting import Gaussian
+from discreet.privacy.plan import Plan
+from discreet.train.run import Run
+
+
+def _plan(**changes: object) -> Plan:
+    return Plan.solve(**({"examples": 100, "batch_size": 10, "steps": 20, "epsilon": 3.0} | changes))
+
+
+def _draws(run: Run, purpose: str = "gradient") -> torch.Tensor:
+    return run.noise(purpose).normal(8, position=0, name="w")
+
+
+def test_keys_are_secret_and_fresh(tmp_path: Path) -> None:
+    first, second = Run.create(tmp_path / "a", plan=_plan()), Run.create(tmp_path / "b", plan=_plan())
+    assert first.private
+    assert not torch.equal(_draws(first), _draws(second))
+    assert first.sampling_key != second.sampling_key
+    key = (tmp_path / "a" / "private" / "key").read_bytes()
+    for path in [*(tmp_path / "a" / "release").iterdir(), tmp_path / "a" / "ledger.jsonl"]:
+        assert key not in path.read_bytes()
+        assert key.hex() not in path.read_text()
+
+
+def test_streams_of_one_key_differ_and_repeat(tmp_path: Path) -> None:
+    with Run.create(tmp_path, plan=_plan()) as run:
+        kept = {purpose: _draws(run, purpose) for purpose in ("gradient", "preprocessing")}
+        seeds = [run.torch_seed(step) for step in range(50)]
+    assert not torch.equal(kept["gradient"], kept["preprocessing"])
+    assert len(set(seeds)) == 50
+    with Run.resume(tmp_path) as again:
+        assert all(torch.equal(_draws(again, purpose), draws) for purpose, draws in kept.items())
+        assert [again.torch_seed(step) for step in range(50)] == seeds
+
+
+def test_a_seed_is_never_private(tmp_path: Path) -> None:
+    with Run.create(tmp_path, plan=_plan(), seed=1) as run:
+        assert not run.private
+        assert not run.noise("gradient").private
+    with pytest.raises(ConfigError, match="seed=None"):
+        Run.resume(tmp_path)
+    with pytest.raises(ConfigError, match="seed=2"):
+        Run.resume(tmp_path, seed=2)
+    Run.resume(tmp_path, seed=1).close()
+
+
+def test_an_equal_environment_keeps_the_key_and_another_does_not(tmp_path: Path) -> None:
+    with Run.create(tmp_path, plan=_plan()) as run:
+        run.adopt({"data": "a"}, stage="data")
+        before = _draws(run)
+    with Run.resume(tmp_path) as run:
+        run.adopt({"data": "a"}, stage="data")
+        assert torch.equal(_draws(run), before)
+        run.ledger.reserve_steps(first=0, count=8)
+        run.adopt({"data": "b"}, stage="data", done=5)
+        assert not torch.equal(_draws(run), before)
+        assert run.horizon == 20 - (8 - 5)
+    with Run.resume(tmp_path) as run:
+        assert run.horizon == 17
+
+
+def test_preprocessing_is_charged_again_under_a_new_key(tmp_path: Path) -> None:
+    query = Gaussian(noise_multiplier=30.0)
+    with Run.create(tmp_path, plan=_plan(before=(query,))) as run:
+        run.adopt({"data": "a"}, stage="data")
+        run.reserve_query("counts", query)
+        run.reserve_query("counts", query)
+        assert run.ledger.queries().count(query) == 1
+        run.adopt({"data": "b"}, stage="data")
+        run.reserve_query("counts", query)
+        assert sum(item.count for item in run.ledger.queries() if isinstance(item, Gaussian)) == 2
+
+
+def test_metrics_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
+    with Run.create(tmp_path, plan=_plan()) as run:
+        for step in (1, 2, 3):
+            run.log({"step": step, "epsilon": 0.1 * step})
+        with (run.release_dir / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 4, "eps')
+        run.rewind_log(2)
+        lines = (run.release_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_a_lost_key_is_told_from_an_ended_run(tmp_path: Path) -> None:
+    Run.create(tmp_path, plan=_plan()).close()
+    (tmp_path / "private" / "key").unlink()
+    with pytest.raises(ConfigError, match="key is missing"):
+        Run.resume(tmp_path)
+
+
+def test_the_end_destroys_the_key(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, plan=_plan())
+    run.finish(toys.model())
+    assert not (tmp_path / "private" / "key").exists()
+    with pytest.raises(ConfigError, match="has ended"):
+        Run.resume(tmp_path)
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Run.create(tmp_path / "file" / "run", plan=_plan())
