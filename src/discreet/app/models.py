@@ -250,7 +250,7 @@ def _pixels(size: ImageInput) -> int:
 def defaults(kind: ModelKind) -> Defaults:
     """Recommended training of a model: one rate and one number of steps, for every data set and epsilon.
 
-    The best rate of DP-Adam hardly moves with epsilon (arXiv:2603.03226), so it is fixed. Measured, with the rate falling
+    The best rate of DP-Adam hardly moves with epsilon (arXiv:2603.03226), so it is fixed. Measured, the rate falling
     linearly to zero over 200 to 400 steps: 0.02 is within 0.005 of the best accuracy among 0.003, 0.01, 0.02, 0.03 and
     0.05 for the MLP (Adult) and the CNN (digits) at epsilon 3, and in the flat part for the CNN on Fashion-MNIST
     (epsilon 3) and for bag and transformer on SMS spam (epsilon 8). Rates of 0.003 learn too slowly everywhere.

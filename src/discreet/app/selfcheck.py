@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from discreet.app import models
-from discreet.app.data import ImageInput, InputSpec, Source, SourceKind, TableInput, TextInput
+from discreet.app.data import ImageInput, InputSpec, Source, TableInput, TextInput
 from discreet.app.training import DataOptions, open_data
 from discreet.train.check import CheckReport, check
 
@@ -29,11 +29,8 @@ def check_data(data: DataOptions, *, kind: models.ModelKind) -> CheckReport:
 
 
 def public_input(source: Source) -> InputSpec:
-    """What the model is fed: public for images and texts; for a table the number of features is private until it is
-    released, and a stand-in is used."""
-    if source.kind is SourceKind.TABLE or source.input is None:
-        return TableInput(features=_STAND_IN_FEATURES)
-    return source.input
+    """What the model is fed. The number of features of a table is private until it is released: a stand-in is used."""
+    return TableInput(features=_STAND_IN_FEATURES) if source.input is None else source.input
 
 
 def _random_features(input_spec: InputSpec, generator: torch.Generator) -> torch.Tensor:

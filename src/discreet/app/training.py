@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from discreet.app import models
-from discreet.app.data import Prepared, Preprocessing, Source, SourceKind, digits, open_source
+from discreet.app.data import Prepared, Preprocessing, Source, digits, open_source
 from discreet.app.evaluation import Evaluation, evaluate
 from discreet.app.progress import Progress
 from discreet.app.report import write_report
@@ -102,9 +101,9 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     delta = default_delta(source.examples) if options.delta is None else options.delta
     preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
     before = source.queries(preprocessing)
-    kind = _model_kind(options.model, source.kind)
+    kind = models.kind_for(options.model, source.kind)
     with _open_run(options, kind, examples=source.examples, delta=delta, before=before) as run:
-        run.adopt(_data_environment(data), stage="data")
+        run.adopt({"data": source.fingerprint()}, stage="data")
         for position, query in enumerate(before):
             run.reserve_query(f"preprocessing {position}", query)
         prepared = source.prepare(noise_source=run.noise("preprocessing"), preprocessing=preprocessing)
@@ -136,38 +135,6 @@ def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
         image_size=data.image_size,
         text_units=models.text_units(kind),
     )
-
-
-def _model_kind(asked: models.ModelKind, data: SourceKind) -> models.ModelKind:
-    """The model that will be built; decided before any private statistic, because the plan depends on it."""
-    usual = {
-        SourceKind.TABLE: models.ModelKind.MLP,
-        SourceKind.IMAGES: models.ModelKind.CNN,
-        SourceKind.TEXT: models.ModelKind.LINEAR,
-    }
-    only = {models.ModelKind.CNN: SourceKind.IMAGES, models.ModelKind.TRANSFORMER: SourceKind.TEXT}
-    if only.get(asked, data) is not data:
-        raise ConfigError(f"--model {asked.value}: is for {only[asked].value}, and this data is {data.value}; leave it out.")
-    return usual[data] if asked is models.ModelKind.AUTO else asked
-
-
-def _data_environment(data: DataOptions) -> dict[str, str]:
-    """What the private statistics depend on: the options, and every byte of the files."""
-    files = {"data": data.path, "test data": data.test, "schema": data.schema}
-    return {"data options": repr(data)} | {
-        name: _hash_files(path) for name, path in files.items() if path is not None
-    }
-
-
-def _hash_files(path: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def pick_device(name: str) -> torch.device:

@@ -120,15 +120,11 @@ def private_counts(
     Raises:
         ConfigError: a column has another length or an index outside its buckets, or sigma or delta is out of range.
     """
-    total = _bounded_counts(buckets=buckets, names=names, examples=examples)
-    threshold = selection_threshold(
-        noise_std=noise_multiplier * total.sensitivity, names_per_row=len(names), delta=delta
-    )
-    present = ClippedSum(
-        tensors={name: value for name, value in total.tensors.items() if _is_present(name, value, threshold)},
-        sensitivity=total.sensitivity,
-    )
-    released = release(present, noise_multiplier=noise_multiplier, source=source)
+    sensitivity = math.sqrt(len(buckets) + len(names))
+    threshold = selection_threshold(noise_std=noise_multiplier * sensitivity, names_per_row=len(names), delta=delta)
+    total = _bounded_counts(buckets=buckets, names=names, examples=examples, presence=threshold.presence)
+    assert total.sensitivity == sensitivity
+    released = release(total, noise_multiplier=noise_multiplier, source=source)
     return Counts(
         buckets={column: released.tensors[_bucket_key(i)].numpy() for i, column in enumerate(buckets)},
         names={column: _told(released, column=i, threshold=threshold) for i, column in enumerate(names)},
@@ -162,7 +158,10 @@ def selection_threshold(*, noise_std: float, names_per_row: int, delta: float) -
     return Threshold(presence=presence, value=presence + max(margin, 0.0))
 
 
-def _bounded_counts(*, buckets: Mapping[str, Buckets], names: Mapping[str, Names], examples: int) -> ClippedSum:
+def _bounded_counts(
+    *, buckets: Mapping[str, Buckets], names: Mapping[str, Names], examples: int, presence: int = 1
+) -> ClippedSum:
+    """Counts of all buckets, and of the names that at least ``presence`` rows hold (memory stays small)."""
     tensors: dict[str, torch.Tensor] = {}
     for i, (column, dense) in enumerate(buckets.items()):
         _check_length(column, len(dense.index_N), examples)
@@ -170,7 +169,7 @@ def _bounded_counts(*, buckets: Mapping[str, Buckets], names: Mapping[str, Names
     for i, (column, named) in enumerate(names.items()):
         _check_length(column, len(named.value_N), examples)
         counter = Counter(value for value in named.value_N if value is not None and _is_countable(value))
-        for name in sorted(counter):
+        for name in sorted(name for name, count in counter.items() if count >= presence):
             tensors[_name_prefix(i) + name] = torch.tensor([counter[name]], dtype=torch.float64)
     columns = len(buckets) + len(names)
     if columns == 0:
@@ -205,10 +204,6 @@ def _bucket_key(column: int) -> str:
 
 def _name_prefix(column: int) -> str:
     return f"names|{column}|"
-
-
-def _is_present(key: str, count: torch.Tensor, threshold: Threshold) -> bool:
-    return not key.startswith("names|") or float(count) >= threshold.presence
 
 
 def _told(released: Released, *, column: int, threshold: Threshold) -> dict[str, float]:

@@ -1,0 +1,86 @@
+"""The class list of the target: public, or released by threshold; never read off silently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from discreet.app.data.source import IGNORED
+from discreet.core.histogram import Counts
+from discreet.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Names of the classes, in the order of their indices.
+
+    Attributes:
+        names: at least two distinct names.
+        public: given by the user (True), or released from the training rows (False).
+    """
+
+    names: tuple[str, ...]
+    public: bool
+
+    def encode(self, labels: Sequence[str]) -> Tensor:
+        """Class indices, int64, shape (N,); `IGNORED` for a label that is in no class.
+
+        A label also matches without the spaces around it and without one dot at its end (as in ``adult.test``).
+        """
+        index = {name: i for i, name in enumerate(self.names)}
+        return torch.from_numpy(
+            np.fromiter((_find(index, label) for label in labels), dtype=np.int64, count=len(labels))
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """The record of the class list in a saved run."""
+        return {"classes": list(self.names), "source": "public" if self.public else "released"}
+
+    @property
+    def statement(self) -> str:
+        """The sentence about where the class list comes from."""
+        origin = "is public" if self.public else "was released privately by threshold"
+        return f"The list of {len(self.names)} classes {origin}; a row of any other class contributes exactly zero."
+
+
+def public_classes(classes: int | Sequence[str]) -> ClassList:
+    """A class list from the user: a number of classes ("0", "1", ...), or their names."""
+    names = tuple(str(i) for i in range(classes)) if isinstance(classes, int) else tuple(str(name) for name in classes)
+    if len(names) < 2:
+        raise ConfigError(
+            f"{len(names)} classes given: needs at least 2; list every class, e.g. classes = ['no', 'yes']."
+        )
+    if len(set(names)) != len(names):
+        raise ConfigError(
+            f"{len(names)} classes given, {len(set(names))} of them distinct: each must appear once; drop repeats."
+        )
+    return ClassList(names=names, public=True)
+
+
+def released_classes(counts: Counts, *, column: str, path: Path) -> ClassList:
+    """The classes whose noisy count passed the threshold; numbers in numeric order, else alphabetical."""
+    names = tuple(sorted(counts.names[column], key=_class_order))
+    if len(names) < 2:
+        raise DataError(
+            f"{path}: {len(names)} classes of the target reach {counts.threshold:.0f} rows, the least that can be told "
+            "privately; needs 2; list the classes in a schema ([target] classes = [...])."
+        )
+    return ClassList(names=names, public=False)
+
+
+def _class_order(name: str) -> tuple[bool, int, str]:
+    numeric = name.isascii() and name.isdigit()
+    return (not numeric, int(name) if numeric else 0, name)
+
+
+def _find(index: dict[str, int], label: str) -> int:
+    stripped = label.strip()
+    for form in (label, stripped, stripped[:-1] if stripped.endswith(".") else stripped):
+        if form in index:
+            return index[form]
+    return IGNORED

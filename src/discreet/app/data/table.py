@@ -1,0 +1,236 @@
+"""Tables: every column becomes features by its public schema, or by counts that were released and charged.
+
+A column that the schema does not know counts twice per row: in one bucket of a public list (not a number, or one of the
+numeric intervals), and by its own text as a name. From the released counts follows whether it is a number or a
+category, its range and ranks, and its list of names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from discreet.app.data.columns import (
+    BUCKETS,
+    CategoryEncoding,
+    NumberEncoding,
+    bucket_of,
+    is_numeric,
+    notable_numbers,
+    parse_number,
+    released_range,
+)
+from discreet.app.data.labels import ClassList, public_classes, released_classes
+from discreet.app.data.records import Records
+from discreet.app.data.schema import ColumnSchema, ColumnType, Schema
+from discreet.app.data.source import (
+    Examples,
+    Prepared,
+    Request,
+    Source,
+    SourceKind,
+    TableInput,
+    Task,
+    count_statement,
+    digest_of,
+    held_out_statement,
+)
+from discreet.core.histogram import Buckets, Counts, Names
+from discreet.errors import DataError
+
+_DISCRETE_SHARE = 0.8
+"""A numeric column whose released names cover this share of its rows is encoded by name as well."""
+
+_RARE = 0.001
+"""Names and buckets of a smaller share of the rows are not used even without noise: too few to learn from."""
+
+Encoding = NumberEncoding | CategoryEncoding
+
+_Parsed = tuple[np.ndarray, np.ndarray]
+
+
+class TableSource(Source):
+    """Rows of numbers and categories, with one target column."""
+
+    def __init__(
+        self,
+        *,
+        train: Records,
+        test: Records | None,
+        schema: Schema,
+        target: str,
+        classes: int | Sequence[str] | None,
+    ) -> None:
+        self._train, self._test, self._schema, self._target = train, test, schema, target
+        self._classes = None if classes is None else public_classes(classes)
+        self._columns = tuple(
+            name for name in train.names if name != target and _type_of(schema, name) is not ColumnType.DROP
+        )
+        if not self._columns:
+            raise DataError(
+                f"{train.path}: no column beside the target; needs at least 1 that is not dropped by the schema."
+            )
+        for records in (train, test):
+            if records is not None:
+                _check_numbers(records, schema=schema, columns=self._columns)
+        super().__init__(
+            kind=SourceKind.TABLE,
+            path=train.path,
+            examples=len(train.rows),
+            request=_request(
+                train, schema=schema, columns=self._columns, target=None if self._classes is not None else target
+            ),
+        )
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        settings = repr((self._schema.facts(), self._target, self._classes)).encode()
+        held_out = () if self._test is None else self._test.parts()
+        return digest_of((settings, *self._train.parts(), *held_out))
+
+    def _encode(self, counts: Counts | None) -> Prepared:
+        classes = self._classes
+        if classes is None:
+            assert counts is not None
+            classes = released_classes(counts, column=self._target, path=self.path)
+        encodings = {name: self._encodings(name, counts) for name in self._columns}
+        unused = [name for name, found in encodings.items() if not found]
+        if len(unused) == len(encodings):
+            raise DataError(
+                f"{self.path}: no column could be told from the noise with {self.examples} rows; give types, bounds "
+                "and values in a schema, or a larger epsilon."
+            )
+        train = _examples(self._train, encodings=encodings, schema=self._schema, classes=classes, target=self._target)
+        test = None
+        if self._test is not None:
+            test = _examples(self._test, encodings=encodings, schema=self._schema, classes=classes, target=self._target)
+        return Prepared(
+            train=train,
+            test=test,
+            task=Task.CLASSIFICATION,
+            classes=classes.names,
+            input=TableInput(features=train.features.shape[1]),
+            record=self._record(encodings, classes),
+            statements=(
+                *_unused_statement(unused),
+                classes.statement,
+                *count_statement(counts, columns=self.statistics),
+                held_out_statement(test),
+            ),
+            private=counts is None or counts.private,
+        )
+
+    def _encodings(self, name: str, counts: Counts | None) -> tuple[Encoding, ...]:
+        known = self._schema.column.get(name)
+        if known is not None and known.bounds is not None:
+            return (NumberEncoding(low=known.bounds[0], high=known.bounds[1]),)
+        if known is not None and known.values is not None:
+            return (CategoryEncoding(names=known.values),)
+        assert counts is not None
+        least = _RARE * self.examples
+        told = {value: count for value, count in counts.names.get(name, {}).items() if count >= least}
+        category = (CategoryEncoding(names=tuple(told)),) if told else ()
+        if name not in counts.buckets:
+            return category
+        counts_K = counts.buckets[name]
+        if known is None and not is_numeric(counts_K, noise_std=counts.noise_std, least=least):
+            return category
+        number = released_range(counts_K, noise_std=counts.noise_std, least=least)
+        covered = sum(told.values()) >= _DISCRETE_SHARE * notable_numbers(
+            counts_K, noise_std=counts.noise_std, least=least
+        )
+        return (*(() if number is None else (number,)), *(category if covered or number is None else ()))
+
+    def _record(self, encodings: dict[str, tuple[Encoding, ...]], classes: ClassList) -> dict[str, object]:
+        columns = [
+            {
+                "name": name,
+                "source": "released" if name in self.statistics else "public",
+                "encodings": [encoding.to_json() for encoding in found],
+            }
+            for name, found in encodings.items()
+        ]
+        return {
+            "kind": self.kind.value,
+            "columns": columns,
+            "missing": sorted(self._schema.missing),
+            "target": {"name": self._target, **classes.to_json()},
+        }
+
+
+def _type_of(schema: Schema, name: str) -> ColumnType | None:
+    known = schema.column.get(name)
+    return None if known is None else known.type
+
+
+def _request(train: Records, *, schema: Schema, columns: Sequence[str], target: str | None) -> Request:
+    buckets: dict[str, Buckets] = {}
+    names: dict[str, Names] = {}
+    for name in columns:
+        known = schema.column.get(name)
+        values = train.column(name)
+        if known is None or _wants(known, ColumnType.NUMBER):
+            buckets[name] = Buckets(index_N=bucket_of(*_numbers(values, schema.missing)), size=BUCKETS)
+        if known is None or _wants(known, ColumnType.CATEGORY):
+            names[name] = _names(values, schema.missing)
+    if target is not None:
+        names[target] = _names(train.column(target), schema.missing)
+    return Request(buckets=buckets, names=names)
+
+
+def _wants(known: ColumnSchema, kind: ColumnType) -> bool:
+    return known.type is kind and known.bounds is None and known.values is None
+
+
+def _names(values: Sequence[str], missing: frozenset[str]) -> Names:
+    return Names([None if value in missing else value for value in values])
+
+
+def _numbers(values: Sequence[str], missing: frozenset[str]) -> _Parsed:
+    missing_N = np.fromiter((value in missing for value in values), dtype=bool, count=len(values))
+    numbers_N = np.fromiter((parse_number(value) for value in values), dtype=np.float64, count=len(values))
+    return numbers_N, missing_N
+
+
+def _examples(
+    records: Records,
+    *,
+    encodings: Mapping[str, Sequence[Encoding]],
+    schema: Schema,
+    classes: ClassList,
+    target: str,
+) -> Examples:
+    parts: list[np.ndarray] = []
+    for name, found in encodings.items():
+        values = records.column(name)
+        numbers_N, missing_N = _numbers(values, schema.missing)
+        for encoding in found:
+            if isinstance(encoding, NumberEncoding):
+                parts.append(encoding.encode(numbers_N, missing_N))
+            else:
+                parts.append(encoding.encode(values, missing_N))
+    return Examples(
+        features=torch.from_numpy(np.concatenate(parts, axis=1)), targets=classes.encode(records.column(target))
+    )
+
+
+def _check_numbers(records: Records, *, schema: Schema, columns: Sequence[str]) -> None:
+    """A column that the schema calls a number must hold finite numbers or missing values only."""
+    for name in columns:
+        if _type_of(schema, name) is not ColumnType.NUMBER:
+            continue
+        for value, place in zip(records.column(name), records.places, strict=True):
+            if value not in schema.missing and math.isnan(parse_number(value)):
+                raise DataError(
+                    f"{records.path}, {place}, column '{name}': not a finite number, as its schema type says; correct "
+                    "the row, or list the text under 'missing' in the schema."
+                )
+
+
+def _unused_statement(unused: Sequence[str]) -> tuple[str, ...]:
+    if not unused:
+        return ()
+    return (f"Not used, for lack of anything that stands out of the noise: {', '.join(unused)}.",)
