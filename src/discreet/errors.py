@@ -26,8 +26,11 @@ class DataError(DiscreetError, ValueError):
     """A data file is wrong. The message names file, line and column, and never a value from the data."""
 
 
-class UnsupportedUse(DiscreetError, TypeError):
-    """A guarded parameter met a function for which no exact rule exists. Training stops: fail closed."""
+class UnsupportedUse(DiscreetError, RuntimeError):
+    """A guarded parameter met a function for which no exact rule exists. Training stops: fail closed.
+
+    No TypeError: torch's operators would turn one into NotImplemented, and its message would be lost.
+    """
 
 
 class CheckFailed(DiscreetError, RuntimeError):

@@ -15,7 +15,9 @@ from architecture.checkers import (
     undocumented,
 )
 
-CORE_LINES = 2500
+CORE_LINES = 2650
+"""2,500 for the engine, clipping, noise and sums, and 150 for what was found to belong beside them: private counts of a table
+(`histogram`), the precision of norms and sums (`precision`) and the batch axis (`layout`)."""
 FILE_LINES = 600
 
 MAY_FORWARD = {"core/rules/elementwise.py": "a rule stands in for a torch function and hands its keywords on unchanged"}

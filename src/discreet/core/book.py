@@ -10,20 +10,21 @@ Shape legend: B = examples of the microbatch.
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from discreet.core.clipping import Clipping
-from discreet.core.forms import Dense, Form, Lookup, Outer
+from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, Outer, drop_vanishing
+from discreet.core.precision import full_precision
 from discreet.errors import UnsupportedUse
-
-_CHUNK_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,40 @@ class Layout:
 
     axes: Mapping[UseKey, tuple[Axis, ...]]
 
+    def of(self, key: UseKey, *, examples: int) -> tuple[Axis, ...] | None:
+        """How this use carries the examples; one more of a kind is taken to be like all those that were seen.
+
+        Raises:
+            UnsupportedUse: nothing like it was seen, so that a size equal to B could be a coincidence.
+        """
+        if key in self.axes:
+            return self.axes[key]
+        names, function, _ = key
+        alike = {axes for (n, f, _), axes in self.axes.items() if (n, f) == (names, function)}
+        if len(alike) == 1:
+            return alike.pop()
+        if examples == 1:
+            return None
+        raise UnsupportedUse(
+            f"{function} on {', '.join(names)}: the self-check never saw this use, so its layout is unknown; pass "
+            "layout=discreet.check(...).layout of examples that take every path through the model."
+        )
+
+    def merged(self, other: Layout) -> Layout:
+        """One layout from two batch sizes: what looked like the batch at one size only was a coincidence."""
+        axes = dict(self.axes)
+        for key, found in other.axes.items():
+            known = axes.get(key, found)
+            if len(known) == len(found):
+                axes[key] = tuple(_weaker(one, two) for one, two in zip(known, found, strict=True))
+        return Layout(axes)
+
+
+def _weaker(one: Axis, other: Axis) -> Axis:
+    if one is other:
+        return one
+    return Axis.SHARED if Axis.SHARED in (one, other) else Axis.FOLDED
+
 
 class Book:
     """Records of one microbatch, from its forward to its settlement.
@@ -111,6 +146,7 @@ class Book:
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._meetings: dict[tuple[tuple[str, ...], str], int] = defaultdict(int)
         self._records: list[Record] = []
+        self._collecting = False
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
 
@@ -120,13 +156,24 @@ class Book:
             return self._names[id(parameter)]
         except KeyError:
             raise UnsupportedUse(
-                f"a guarded parameter of shape {tuple(parameter.shape)} does not belong to this model: it was copied or "
-                "added after guarding; make the copy before training starts."
+                f"a guarded parameter of shape {tuple(parameter.shape)} does not belong to this model: it was copied "
+                "or added after guarding; make the copy before training starts."
             ) from None
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Book what backward passes inside report; others (``autograd.grad`` within a forward) train nothing."""
+        self._collecting = True
+        try:
+            yield
+        finally:
+            self._collecting = False
 
     def record(self, derivation: Derivation, form: Form) -> None:
         """Book one use; called from inside the backward."""
-        self._records.append(Record(derivation, form.reduced()))
+        if self._collecting:
+            with full_precision():
+                self._records.append(Record(derivation, form.reduced()))
 
     def classify(self, names: tuple[str, ...], function: str, operands: list[Tensor]) -> list[Axis]:
         """How each plain operand of this use carries the examples: dimension 0 is never just assumed.
@@ -138,7 +185,7 @@ class Book:
         ordinal = self._meetings[names, function]
         self._meetings[names, function] += 1
         key = (names, function, ordinal)
-        expected = self._layout.axes.get(key) if self._layout is not None else None
+        expected = self._layout.of(key, examples=self.examples) if self._layout is not None else None
         found = [
             self._axis(operand, known=expected[index] if expected and index < len(expected) else None, key=key)
             for index, operand in enumerate(operands)
@@ -148,95 +195,107 @@ class Book:
 
     def _axis(self, operand: Tensor, *, known: Axis | None, key: UseKey) -> Axis:
         rows = operand.shape[0] if operand.dim() else 0
-        carries = operand.requires_grad
-        folds = carries and rows > 0 and rows % self.examples == 0
-        if known is Axis.SHARED and not carries:
-            return Axis.SHARED
-        if known is Axis.FOLDED and folds:
-            return Axis.FOLDED
+        if not operand.requires_grad and (known is Axis.SHARED or rows != self.examples):
+            return Axis.SHARED  # always exact: nothing is split by its rows
         if known in (None, Axis.BATCH) and rows == self.examples:
             return Axis.BATCH
-        if known is None and not carries:
-            return Axis.SHARED
-        if folds and known is None and (self._trust_folds or self.examples == 1):
+        may_fold = known is Axis.FOLDED or (known is None and (self._trust_folds or self.examples == 1))
+        if may_fold and rows > 0 and rows % self.examples == 0:
             return Axis.FOLDED
         raise UnsupportedUse(
             f"{key[1]} on {', '.join(key[0])}: an operand of shape {tuple(operand.shape)} does not carry the batch of "
             f"{self.examples} in dimension 0; reshape it to [batch, ...], or let the self-check verify its layout "
-            "(discreet.check)."
+            "(layout=discreet.check(...).layout)."
         )
 
     def classify_size(self, names: tuple[str, ...], function: str, size: int) -> bool:
         """Whether the leading size of the use that was classified last (``expand``, ``repeat``) is the batch."""
         key = (names, function, self._meetings[names, function] - 1)
-        known = self._layout.axes.get(key) if self._layout is not None else None
-        if known and self.examples > 1 and known[0] is Axis.BATCH and size != self.examples:
-            raise UnsupportedUse(
-                f"{function} on {', '.join(names)}: a leading size of {size} where the self-check saw the batch, "
-                f"{self.examples}; expand to the batch size."
-            )
-        found = known[0] if known else (Axis.BATCH if size == self.examples else Axis.SHARED)
+        known = self._layout.of(key, examples=self.examples) if self._layout is not None else None
+        is_batch = size == self.examples and (known is None or known[0] is Axis.BATCH)
+        found = Axis.BATCH if is_batch else Axis.SHARED
         self.axes[key] = (found,)
-        return found is Axis.BATCH
-
-    def norms(self) -> Tensor:
-        """Per-example gradient norms over all parameters, shape (B,), float64. Never leaves `core`."""
-        norm2_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
-        for records in self._by_parameter():
-            norm2_B += _norm2(records, self.examples).to(torch.float64)
-        return norm2_B.sqrt()
+        return is_batch
 
     def settle(self, clipping: Clipping) -> dict[str, Tensor]:
         """Clip and sum: name -> ``sum_b factor_b G_b``, at least float32; the records are freed.
 
         Parameters that this microbatch did not use get zeros: they are part of every sum.
         """
-        norm_B = self.norms()
-        factor_B = clipping.factor(norm_B)
-        bad_B = ~torch.isfinite(norm_B)
-        any_bad = bool(bad_B.any())
-        sums = {
-            name: torch.zeros(parameter.shape, dtype=sum_dtype(parameter), device=parameter.device)
-            for name, parameter in self.parameters.items()
-        }
-        for record in self._records:
-            form = record.form.without(bad_B) if any_bad else record.form
-            pulled = record.derivation.pull(form.weighted_sum(factor_B))
-            for name, gradient in zip(record.derivation.names, pulled, strict=True):
-                sums[name] += gradient.reshape(sums[name].shape)
+        with full_precision():
+            uses = self._uses()
+            zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
+            norm_B = sum((use.norm2() for use in uses), zeros_B).sqrt()
+            factor_B = drop_vanishing(clipping.factor(norm_B))
+            bad_B = ~torch.isfinite(norm_B)
+            bad = bad_B if bool(bad_B.any()) else None
+            sums = zeros_like_sums(self.parameters)
+            for use in uses:
+                sums[use.name] += use.weighted_sum(factor_B, bad)
         self._records.clear()
         return sums
 
-    def example_gradients(self) -> dict[str, Tensor]:
-        """Unclipped per-example gradients, name -> (B, *shape). For the self-check and tests; never leaves `core`."""
-        gradients = {
-            name: torch.zeros((self.examples, *parameter.shape), dtype=sum_dtype(parameter), device=parameter.device)
-            for name, parameter in self.parameters.items()
-        }
-        for record in self._records:
-            pulled = record.derivation.pull_each(record.form.per_example())
-            for name, gradient in zip(record.derivation.names, pulled, strict=True):
-                gradients[name] += gradient.reshape(gradients[name].shape)
-        return gradients
-
     def parameter_norms(self) -> dict[str, Tensor]:
         """Per-example norms of each used parameter by the fast route, name -> (B,). For the self-check."""
-        return {
-            name: _norm2(records, self.examples).sqrt()
-            for name, records in zip(self._used_names(), self._by_parameter(), strict=True)
-        }
+        with full_precision():
+            return {use.name: use.norm2().sqrt() for use in self._uses()}
 
-    def _used_names(self) -> list[str]:
-        used = {name for record in self._records for name in record.derivation.names}
-        return [name for name in self.parameters if name in used]
-
-    def _by_parameter(self) -> list[list[tuple[int, Record]]]:
+    def _uses(self) -> list[Uses]:
         """For each used parameter, its records with the position that it has among their sources."""
         grouped: dict[str, list[tuple[int, Record]]] = defaultdict(list)
         for record in self._records:
             for position, name in enumerate(record.derivation.names):
                 grouped[name].append((position, record))
-        return [grouped[name] for name in self._used_names()]
+        return [Uses.of(name, grouped[name], self.examples) for name in self.parameters if name in grouped]
+
+
+@dataclass(frozen=True)
+class Uses:
+    """All uses of one parameter in one microbatch: norm and sum of the per-example gradients that they add up to.
+
+    Both are taken from the same numbers. An example whose uses cancel each other has a small norm, so no small factor;
+    were its uses scaled and summed one by one, their rounding errors would pass the bound.
+
+    Attributes:
+        joined: one record that stands for all of them, when there is one; its derivation keeps norms.
+    """
+
+    name: str
+    records: tuple[tuple[int, Record], ...]
+    examples: int
+    joined: Record | None
+
+    @classmethod
+    def of(cls, name: str, records: list[tuple[int, Record]], examples: int) -> Uses:
+        """The uses of a parameter, joined when their forms allow it."""
+        return cls(name, tuple(records), examples, _joined([record for _, record in records]))
+
+    def norm2(self) -> Tensor:
+        """Squared norms, shape (B,), float64."""
+        if self.joined is not None:
+            return self.joined.form.norm2()
+        return torch.cat([total.norm2() for _, total in self._totals(None)])
+
+    def weighted_sum(self, factor_B: Tensor, bad_B: Tensor | None) -> Tensor:
+        """``sum_b factor_b G_b``, shaped as the parameter; marked examples are left out, whatever they hold."""
+        if self.joined is not None:
+            form = self.joined.form if bad_B is None else self.joined.form.without(bad_B)
+            return self.joined.derivation.pull(form.weighted_sum(factor_B))[0]
+        parts = (total.weighted_sum(factor_B[rows]) for rows, total in self._totals(bad_B))
+        return functools.reduce(torch.add, parts)
+
+    def _totals(self, bad_B: Tensor | None) -> Iterator[tuple[slice, Dense]]:
+        """Instantiated gradients, all uses added, a few examples at a time."""
+        largest = max(max(math.prod(r.form.shape), r.derivation.sources[at].numel()) for at, r in self.records)
+        chunk = max(1, CHUNK_NUMBERS // max(1, largest))
+        for start in range(0, self.examples, chunk):
+            rows = slice(start, min(start + chunk, self.examples))
+            pulled = (
+                record.derivation.pull_each(record.form.rows(rows.start, rows.stop).per_example())[position]
+                for position, record in self.records
+            )
+            total = Dense(functools.reduce(torch.add, pulled))
+            yield rows, total if bad_B is None else total.without(bad_B[rows])
 
 
 def sum_dtype(parameter: Tensor) -> torch.dtype:
@@ -244,46 +303,26 @@ def sum_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype is torch.float64 else torch.float32
 
 
-def _norm2(records: list[tuple[int, Record]], examples: int) -> Tensor:
-    """Squared norm of one parameter's per-example gradient, over all its uses together, shape (B,)."""
-    joined = _joined(records)
-    if joined is not None:
-        return joined.norm2()
-    chunk = max(1, _CHUNK_NUMBERS // max(math.prod(source_shape(records)), 1))
-    parts = []
-    for start in range(0, examples, chunk):
-        stop = min(start + chunk, examples)
-        total: Tensor | None = None
-        for position, record in records:
-            part = record.derivation.pull_each(record.form.rows(start, stop).per_example())[position]
-            total = part if total is None else total + part
-        assert total is not None
-        parts.append(Dense(total).norm2())
-    return torch.cat(parts)
+def zeros_like_sums(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The clipped sum of no example."""
+    return {name: torch.zeros(p.shape, dtype=sum_dtype(p), device=p.device) for name, p in parameters.items()}
 
 
-def source_shape(records: list[tuple[int, Record]]) -> torch.Size:
-    """Shape of the parameter that these records are about."""
-    position, record = records[0]
-    return record.derivation.sources[position].shape
-
-
-def _joined(records: list[tuple[int, Record]]) -> Form | None:
-    """The records as one form whose norm is the parameter's norm, or None when they must be instantiated and added."""
-    if len(records) == 1:
-        record = records[0][1]
-        return record.form if record.derivation.isometric else None
-    if not all(record.derivation.identity for _, record in records):
+def _joined(records: list[Record]) -> Record | None:
+    """One record whose norm is the parameter's norm, or None when the uses must be instantiated and added."""
+    head, *rest = records
+    if not rest:
+        return head if head.derivation.isometric else None
+    if not all(record.derivation.identity for record in records):
         return None
-    forms = [record.form for _, record in records]
-    head = forms[0]
-    for form in forms[1:]:
-        if isinstance(head, Outer) and isinstance(form, Outer) and head.transposed == form.transposed:
-            head = head.joined(form)
-        elif isinstance(head, Lookup) and isinstance(form, Lookup):
-            head = head.joined(form)
-        elif isinstance(head, Dense) and isinstance(form, Dense):
-            head = Dense(head.grad + form.grad)
+    form = head.form
+    for other in (record.form for record in rest):
+        if isinstance(form, Dense) and isinstance(other, Dense):
+            form = Dense(form.grad + other.grad)
+        elif isinstance(form, Lookup) and isinstance(other, Lookup):  # noqa: SIM114 - each branch has its own type
+            form = form.joined(other)
+        elif isinstance(form, Outer) and isinstance(other, Outer) and form.transposed == other.transposed:
+            form = form.joined(other)
         else:
             return None
-    return head
+    return Record(head.derivation, form.reduced())

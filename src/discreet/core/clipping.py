@@ -15,7 +15,7 @@ from torch import Tensor
 
 from discreet.errors import ConfigError
 
-ROUNDING_MARGIN = 1.0 - 2.0**-20
+ROUNDING_MARGIN = 1.0 - 2.0**-18
 """Factors are shrunk by this, so that float32 rounding of the weighted sum cannot pass the bound."""
 
 
@@ -87,7 +87,9 @@ class Clipping:
             factor_B = self.clip_bound * ROUNDING_MARGIN / (norm_B + self.gamma)
         else:
             factor_B = torch.ones_like(norm_B)
-        return torch.where(torch.isfinite(norm_B), factor_B, torch.zeros_like(factor_B))
+        # A subnormal factor has lost its last bits, and may have been rounded up: nothing is within the bound.
+        counts = torch.isfinite(norm_B) & (factor_B >= torch.finfo(factor_B.dtype).tiny)
+        return torch.where(counts, factor_B, torch.zeros_like(factor_B))
 
     def describe(self) -> dict[str, str | float]:
         """The public record of this rule, as it stands in ``plan.json``."""
@@ -114,5 +116,5 @@ class ClippedSum:
     def __add__(self, other: ClippedSum) -> ClippedSum:
         """The sum over two disjoint sets of examples under the same bound (microbatches of one logical batch)."""
         if self.tensors.keys() != other.tensors.keys() or self.sensitivity != other.sensitivity:
-            raise ConfigError("cannot add clipped sums of other tensors or another bound; use one model and one Clipping.")
+            raise ConfigError("cannot add clipped sums of other tensors or bounds; use one model and one Clipping.")
         return replace(self, tensors={name: self.tensors[name] + other.tensors[name] for name in self.tensors})

@@ -4,7 +4,7 @@
     Lookup   G_b = sum_s onehot(id_bs) (x) grad_bs   embedding, integer indexing
     Dense    G_b as it stands                        biases, scales, tokens, and whatever is instantiated
 
-    norm2          (B,)           |G_b|^2, at least float32, never below the true value by more than rounding
+    norm2          (B,)           |G_b|^2 in float64, never below the norm of what weighted_sum adds
     gram           (B, B)         <G_b, G_c>: the neural tangent kernel of this use
     inner(other)   (B,)           <G_b, H_b>, for two uses of one parameter
     per_example    (B, *shape)    G_b
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from discreet.core.route import Cost, Route, choose
 
-_CHUNK_NUMBERS = 1 << 24
+CHUNK_NUMBERS = 1 << 24
+_VANISHING = 1e-30
 
 
 class Form(abc.ABC):
@@ -53,7 +54,7 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def norm2(self) -> Tensor:
-        """Squared norms, shape (B,)."""
+        """Squared norms, shape (B,), float64."""
 
     @abc.abstractmethod
     def per_example(self) -> Tensor:
@@ -65,7 +66,7 @@ class Form(abc.ABC):
 
     def gram(self) -> Tensor:
         """Inner products between examples, shape (B, B)."""
-        flat = _wide(self.per_example()).flatten(1)
+        flat = wide(self.per_example()).reshape(self.examples, -1)
         return flat @ flat.T
 
     def inner(self, other: Form) -> Tensor:
@@ -75,7 +76,7 @@ class Form(abc.ABC):
         for start in range(0, self.examples, chunk):
             stop = min(start + chunk, self.examples)
             mine, theirs = self.rows(start, stop).per_example(), other.rows(start, stop).per_example()
-            parts.append((_wide(mine) * _wide(theirs)).flatten(1).sum(1))
+            parts.append((wide(mine) * wide(theirs)).reshape(stop - start, -1).sum(1))
         return torch.cat(parts)
 
     def reduced(self) -> Form:
@@ -104,13 +105,13 @@ class Dense(Form):
         return Dense(_zero_rows(self.grad, bad_B))
 
     def norm2(self) -> Tensor:
-        return _wide(self.grad).flatten(1).square().sum(1)
+        return _square_sum(self.grad)
 
     def per_example(self) -> Tensor:
         return self.grad
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
-        flat = _wide(self.grad).flatten(1)
+        flat = wide(self.grad).reshape(self.examples, -1)
         return (factor_B.to(flat.dtype) @ flat).reshape(self.shape)
 
 
@@ -141,8 +142,7 @@ class Outer(Form):
     @property
     def cost(self) -> Cost:
         """Shape of this use, for the choice of route."""
-        _, groups, positions, inputs = self.input.shape
-        return Cost(groups=groups, positions=positions, inputs=inputs, outputs=self.grad.shape[-1])
+        return Cost(positions=self.input.shape[2], inputs=self.input.shape[3], outputs=self.grad.shape[-1])
 
     def rows(self, start: int, stop: int) -> Outer:
         return replace(self, input=self.input[start:stop], grad=self.grad[start:stop])
@@ -158,38 +158,44 @@ class Outer(Form):
 
     def norm2(self) -> Tensor:
         if self.input.shape[2] == 1:
-            return (_wide(self.input).square().sum(-1) * _wide(self.grad).square().sum(-1)).flatten(1).sum(1)
-        if choose(self.cost) is Route.GRAM:
-            return self._norm2_by_gram()
-        chunk = _examples_at_a_time(math.prod(self.shape))
+            return self._norm2_of_products()
+        _, groups, positions, inputs = self.input.shape
+        chunk = _examples_at_a_time(groups * positions * (positions + inputs))
         starts = range(0, self.examples, chunk)
-        return torch.cat([Dense(self.rows(start, start + chunk).per_example()).norm2() for start in starts])
+        return torch.cat([self.rows(start, start + chunk)._norm2_by_gram() for start in starts])
+
+    def _norm2_of_products(self) -> Tensor:
+        """One position: ``sum_k |input_k|^2 |grad_k|^2``, scaled as in `_norm2_by_gram`."""
+        input_BKSI, input_peak_B = _scaled(wide(self.input))
+        grad_BKSO, grad_peak_B = _scaled(wide(self.grad))
+        products_B = (input_BKSI.square().sum(-1) * grad_BKSO.square().sum(-1)).flatten(1).sum(1, dtype=torch.float64)
+        return products_B * (input_peak_B * grad_peak_B).square()
 
     def _norm2_by_gram(self) -> Tensor:
         """Eq. 3, arXiv:2110.05679: ``<input input^T, grad grad^T>``, rounded up.
 
-        The signed sum cancels where positions oppose each other, and a norm that came out too small would break the
-        sensitivity; so a bound on its rounding error, ``4 eps (sum_s |input_s| |grad_s|)^2``, is added.
+        Two things differ from the paper. Operands are scaled to a largest entry of 1: squares of tiny gradients vanish
+        against huge inputs. And where positions oppose each other the signed sum cancels, in the norm and again in the
+        weighted sum; a bound on its rounding error, ``4 eps (sum_s |input_s| |grad_s|)^2``, covers both.
         """
-        chunk = _examples_at_a_time(2 * self.input.shape[1] * self.input.shape[2] ** 2)
-        parts = []
-        for start in range(0, self.examples, chunk):
-            part = self.rows(start, start + chunk)
-            input_BKSI, grad_BKSO = _wide(part.input), _wide(part.grad)
-            gram_B = ((input_BKSI @ input_BKSI.mT) * (grad_BKSO @ grad_BKSO.mT)).flatten(1).sum(1)
-            size_B = (input_BKSI.norm(dim=-1) * grad_BKSO.norm(dim=-1)).flatten(1).sum(1)
-            parts.append(gram_B.clamp(min=0) + 4 * torch.finfo(gram_B.dtype).eps * size_B.square())
-        return torch.cat(parts)
+        input_BKSI, input_peak_B = _scaled(wide(self.input))
+        grad_BKSO, grad_peak_B = _scaled(wide(self.grad))
+        products = (input_BKSI @ input_BKSI.mT).mul_(grad_BKSO @ grad_BKSO.mT)
+        gram_B = products.flatten(1).sum(1, dtype=torch.float64)
+        size_B = (input_BKSI.norm(dim=-1) * grad_BKSO.norm(dim=-1)).flatten(1).sum(1, dtype=torch.float64)
+        rounding = 4 * torch.finfo(input_BKSI.dtype).eps
+        return (gram_B.clamp(min=0) + rounding * size_B.square()) * (input_peak_B * grad_peak_B).square()
 
     def per_example(self) -> Tensor:
-        grad_BKOI = _wide(self.grad).mT @ _wide(self.input)
+        grad_BKOI = wide(self.grad).mT @ wide(self.input)
         if self.transposed:
             grad_BKOI = grad_BKOI.mT
         return grad_BKOI.reshape(self.examples, *self.value_shape)
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
-        grad_BKSO, input_BKSI = _wide(self.grad), _wide(self.input)
-        scaled_BKSO = grad_BKSO * factor_B.to(grad_BKSO.dtype).reshape(-1, 1, 1, 1)
+        grad_BKSO, input_BKSI = wide(self.grad), wide(self.input)
+        kept_B = drop_vanishing(factor_B, scale_B=grad_BKSO.flatten(1).abs().amax(1))
+        scaled_BKSO = grad_BKSO * kept_B.to(grad_BKSO.dtype).reshape(-1, 1, 1, 1)
         left = scaled_BKSO.transpose(0, 1).flatten(1, 2)
         right = input_BKSI.transpose(0, 1).flatten(1, 2)
         if self.transposed:
@@ -210,11 +216,13 @@ class Lookup(Form):
         ids: (B, S) int64.
         grad: (B, S, D).
         num_rows: V.
+        merged: gradients of equal ids within an example are added up already; all but one of them are zero.
     """
 
     ids: Tensor
     grad: Tensor
     num_rows: int
+    merged: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -232,34 +240,65 @@ class Lookup(Form):
 
     def joined(self, other: Lookup) -> Lookup:
         """Two lookups in one table as one with more positions: exact, cross terms included."""
-        return replace(self, ids=torch.cat([self.ids, other.ids], 1), grad=torch.cat([self.grad, other.grad], 1))
+        return Lookup(torch.cat([self.ids, other.ids], 1), torch.cat([self.grad, other.grad], 1), self.num_rows)
 
     def norm2(self) -> Tensor:
-        """Gradients of equal ids within an example are added before squaring; cost O(B S D), not O(B V D)."""
-        grad_BSD = _wide(self.grad)
-        example_B1 = torch.arange(self.examples, device=self.ids.device).unsqueeze(1)
-        cells, cell_of = torch.unique(self.ids + example_B1 * self.num_rows, return_inverse=True)
-        sums = grad_BSD.new_zeros(cells.numel(), grad_BSD.shape[-1])
-        sums.index_add_(0, cell_of.flatten(), grad_BSD.flatten(0, 1))
-        owner = torch.div(cells, self.num_rows, rounding_mode="floor")
-        return grad_BSD.new_zeros(self.examples).index_add_(0, owner, sums.square().sum(1))
+        return _square_sum(self.reduced().grad)
 
     def per_example(self) -> Tensor:
-        grad_BSD = _wide(self.grad)
-        example_B1 = torch.arange(self.examples, device=self.ids.device).unsqueeze(1)
+        grad_BSD = wide(self.grad)
         table = grad_BSD.new_zeros(self.examples * self.num_rows, grad_BSD.shape[-1])
-        table.index_add_(0, (self.ids + example_B1 * self.num_rows).flatten(), grad_BSD.flatten(0, 1))
+        table.index_add_(0, self._cell_BS().flatten(), grad_BSD.flatten(0, 1))
         return table.reshape(self.examples, *self.shape)
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
-        grad_BSD = _wide(self.grad)
+        grad_BSD = self.reduced().grad
         scaled_BSD = grad_BSD * factor_B.to(grad_BSD.dtype).reshape(-1, 1, 1)
         return grad_BSD.new_zeros(self.shape).index_add_(0, self.ids.flatten(), scaled_BSD.flatten(0, 1))
 
+    def reduced(self) -> Lookup:
+        """Gradients of equal ids within an example added up, at cost O(B S D) and not O(B V D).
 
-def _wide(value: Tensor) -> Tensor:
+        Norm and sum then see the very same numbers: what cancels within an example cancels once, before any scaling.
+        """
+        if self.merged:
+            return self
+        cells, cell_of = torch.unique(self._cell_BS().flatten(), return_inverse=True)
+        grad_BSD = wide(self.grad)
+        sums = grad_BSD.new_zeros(cells.numel(), grad_BSD.shape[-1]).index_add_(0, cell_of, grad_BSD.flatten(0, 1))
+        position = torch.arange(cell_of.numel(), device=cell_of.device)
+        first = torch.full_like(cells, cell_of.numel()).scatter_reduce_(0, cell_of, position, "amin")
+        grad = torch.zeros_like(grad_BSD).flatten(0, 1).index_copy_(0, first, sums)
+        return replace(self, grad=grad.reshape(grad_BSD.shape), merged=True)
+
+    def _cell_BS(self) -> Tensor:
+        """One number for each (example, id)."""
+        return self.ids + torch.arange(self.examples, device=self.ids.device).unsqueeze(1) * self.num_rows
+
+
+def wide(value: Tensor) -> Tensor:
     """At least float32: norms and sums never accumulate in half precision."""
     return value if value.dtype in (torch.float32, torch.float64) else value.to(torch.float32)
+
+
+def drop_vanishing(factor_B: Tensor, *, scale_B: Tensor | float = 1.0) -> Tensor:
+    """Factors with those set to 0 that come near the subnormal numbers, alone or times a scale.
+
+    Subnormals keep only a few bits: against an input of 1e38 their rounding would pass the bound. Nothing is within it.
+    """
+    return torch.where(factor_B * scale_B < _VANISHING, torch.zeros_like(factor_B), factor_B)
+
+
+def _square_sum(value: Tensor) -> Tensor:
+    """Squared norm of each example's gradient. Entries below 1e-22 vanish, norms above 1e19 are infinite: both safe."""
+    return wide(value).reshape(len(value), -1).square().sum(1).to(torch.float64)
+
+
+def _scaled(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Each example divided by its largest magnitude, and that magnitude in float64; infinity becomes NaN."""
+    peak_B = value.flatten(1).abs().amax(1)
+    divisor_B = torch.where(peak_B == 0, torch.ones_like(peak_B), peak_B)
+    return value / divisor_B.reshape(-1, *[1] * (value.dim() - 1)), peak_B.to(torch.float64)
 
 
 def _zero_rows(value: Tensor, bad_B: Tensor) -> Tensor:
@@ -267,4 +306,4 @@ def _zero_rows(value: Tensor, bad_B: Tensor) -> Tensor:
 
 
 def _examples_at_a_time(numbers_per_example: int) -> int:
-    return max(1, _CHUNK_NUMBERS // max(1, numbers_per_example))
+    return max(1, CHUNK_NUMBERS // max(1, numbers_per_example))

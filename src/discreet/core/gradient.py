@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from discreet.core import rules
-from discreet.core.book import Book, Layout, sum_dtype
+from discreet.core.book import Book, Layout, zeros_like_sums
 from discreet.core.clipping import ClippedSum, Clipping
-from discreet.core.parameter import guard
-from discreet.errors import ConfigError
+from discreet.core.layout import observed_layout
+from discreet.core.parameter import Guarded, guard
+from discreet.errors import ConfigError, UnsupportedUse
 
 __all__ = ["LossFunction", "backward", "clipped_gradient", "open_book", "settle", "trainable", "zero_sum"]
 
@@ -37,8 +38,8 @@ def clipped_gradient(
 ) -> ClippedSum:
     """Clip each example's gradient, and sum.
 
-    ``sum_i c(|g_i|) g_i`` with ``g_i`` the gradient of example i's loss over all trainable parameters together, computed
-    by book-keeping (arXiv:2210.00038, Algorithm 1): one forward, one backward without weight gradients, one weighted
+    ``sum_i c(|g_i|) g_i`` with ``g_i`` the gradient of example i's loss over all trainable parameters together, by
+    book-keeping (arXiv:2210.00038, Algorithm 1): one forward, one backward without weight gradients, one weighted
     contraction per parameter.
 
     **Guarantees.** Adding or removing one example changes the result by at most ``clipping.sensitivity`` in L2 norm,
@@ -50,14 +51,21 @@ def clipped_gradient(
         loss: per-example losses, shape (B,).
         batch: whatever ``loss`` takes; a tensor, or a tuple, list or dict of tensors with dimension 0 = B.
         clipping: the clipping function.
-        layout: what the self-check established about folded axes (``CheckReport.layout``).
+        layout: how every use carries the batch (``CheckReport.layout``, from the self-check). Without it, a forward at
+            another batch size finds out first, and folded axes are refused.
         examples: B, when it cannot be read off the batch.
 
     Raises:
         UnsupportedUse: a use without an exact rule.
         ConfigError: the losses are not one per example, or nothing is trainable.
     """
-    book = open_book(model, examples=examples if examples is not None else batch_size_of(batch), layout=layout)
+    size = examples if examples is not None else batch_size_of(batch)
+    parameters = trainable(model)
+    if size == 0:
+        return zero_sum(parameters, clipping)
+    if layout is None and size > 1:
+        layout = observed_layout(model, loss, batch, parameters=parameters, size=size)
+    book = Book(parameters, examples=size, layout=layout)
     with guard(book):
         backward(book, loss(model, batch))
     return settle(book, clipping)
@@ -78,11 +86,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def open_book(
-    model: nn.Module, *, examples: int, layout: Layout | None = None, trust_folds: bool = False
-) -> Book:
-    """A book for one microbatch of this model."""
-    return Book(trainable(model), examples=examples, layout=layout, trust_folds=trust_folds)
+def open_book(model: nn.Module, *, examples: int, layout: Layout | None = None) -> Book:
+    """A book for one microbatch of this model. Without a layout, dimension 0 of every operand is taken as it looks."""
+    return Book(trainable(model), examples=examples, layout=layout)
 
 
 def backward(book: Book, losses_B: Tensor) -> None:
@@ -96,9 +102,31 @@ def backward(book: Book, losses_B: Tensor) -> None:
             f"losses of shape {tuple(losses_B.shape)}: must be one per example, ({book.examples},); "
             'use reduction="none" and sum or average within each example.'
         )
-    if not losses_B.requires_grad:
-        raise ConfigError("the losses do not depend on any trainable parameter; compute them from the model's output.")
-    losses_B.sum().backward()
+    if isinstance(losses_B, Guarded) or not losses_B.requires_grad:
+        raise ConfigError("the losses depend on no trainable parameter and example together; use the model's output.")
+    _refuse_strays(book, losses_B)
+    with book.collecting():
+        losses_B.sum().backward()
+
+
+def _refuse_strays(book: Book, losses_B: Tensor) -> None:
+    """Whatever else would get a gradient gets a raw one, without clipping or noise: only activations may."""
+    known = {id(book.sink), *(id(parameter) for parameter in book.parameters.values())}
+    todo, seen = [losses_B.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(following for following, _ in node.next_functions)
+        leaf = getattr(node, "variable", None)
+        if leaf is None or id(leaf) in known or isinstance(leaf, Guarded):
+            continue
+        if isinstance(leaf, nn.Parameter) or leaf.dim() == 0 or leaf.shape[0] % book.examples:
+            raise UnsupportedUse(
+                f"a trainable tensor of shape {tuple(leaf.shape)} is no parameter of this model: it would get a raw "
+                "gradient; register it in the model, or detach it."
+            )
 
 
 def settle(book: Book, clipping: Clipping) -> ClippedSum:
@@ -109,11 +137,7 @@ def settle(book: Book, clipping: Clipping) -> ClippedSum:
 
 def zero_sum(parameters: Mapping[str, Tensor], clipping: Clipping) -> ClippedSum:
     """The clipped sum of no example: what an empty Poisson batch releases noise on."""
-    tensors = {
-        name: torch.zeros(parameter.shape, dtype=sum_dtype(parameter), device=parameter.device)
-        for name, parameter in parameters.items()
-    }
-    return ClippedSum(tensors=tensors, sensitivity=clipping.sensitivity)
+    return ClippedSum(tensors=zeros_like_sums(parameters), sensitivity=clipping.sensitivity)
 
 
 def batch_size_of(batch: Any) -> int:

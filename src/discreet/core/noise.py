@@ -45,7 +45,7 @@ def release(total: ClippedSum, *, noise_multiplier: float, source: NoiseSource) 
         ConfigError: sigma is negative or not finite, or noise is asked for on an unbounded sum.
     """
     if not (0 <= noise_multiplier < math.inf):
-        raise ConfigError(f"noise_multiplier={noise_multiplier}: must be finite and at least 0; solve it with Plan.solve().")
+        raise ConfigError(f"noise_multiplier={noise_multiplier}: must be finite and >= 0; solve it with Plan.solve().")
     position = source.claim()
     if noise_multiplier == 0:
         return Released(tensors=dict(total.tensors), noise_std=0.0, private=False)

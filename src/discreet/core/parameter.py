@@ -1,15 +1,15 @@
 """How a use of a parameter is met by a rule, or refused.
 
 While a model is guarded, each of its trainable parameters has the class `PrivateParameter` (the object, its name and
-everything that refers to it stay as they are). PyTorch then hands every function that touches one to `_meet`, which finds
+everything that refers to it stay as they are). PyTorch then hands every function that touches one to `_meet`, which has
 one of four answers:
 
 1. no gradient can flow (``no_grad``, or a mere observation such as ``p.shape``): the plain function;
-2. a function of parameters alone (``1 + w``, ``w.t()``, ``w[index]``): a `DerivedParameter` that remembers how it was made;
+2. a function of parameters alone (``1 + w``, ``w.t()``, ``w[index]``): a `DerivedParameter`, which remembers how;
 3. a function that also takes activations, and for which there is a rule: the rule;
 4. anything else: `UnsupportedUse`. Fail closed: a norm is right or there is none.
 
-A gradient that would reach a guarded parameter behind the rules' back (a custom ``autograd.Function``, a scripted module)
+A gradient that would reach a guarded value behind the rules' back (a custom ``autograd.Function``, a scripted module)
 hits a hook that refuses it.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from discreet.core.book import Axis, Book, Derivation
 from discreet.core.forms import Dense, Form
@@ -36,14 +36,16 @@ _derivable: dict[Function, bool] = {}
 _observations: set[Function] = set()
 
 
+def _hand_over(
+    cls: type, func: Function, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> Any:
+    return _meet(func, args, kwargs or {})
+
+
 class PrivateParameter(nn.Parameter):
     """A trainable parameter whose every use is met by a rule or refused."""
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Function, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _meet(func, args, kwargs or {})
+    __torch_function__ = classmethod(_hand_over)
 
 
 class DerivedParameter(Tensor):
@@ -51,11 +53,7 @@ class DerivedParameter(Tensor):
 
     derivation: Derivation
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Function, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _meet(func, args, kwargs or {})
+    __torch_function__ = classmethod(_hand_over)
 
 
 Guarded = (PrivateParameter, DerivedParameter)
@@ -120,7 +118,7 @@ class _Expand(torch.autograd.Function):
 
 
 def rule(*functions: Function) -> Callable[[Function], Function]:
-    """Register the decorated rule for these functions. A rule has the function's own signature after a leading `Use`."""
+    """Register the decorated rule for these functions. A rule has the function's signature after a leading `Use`."""
 
     def register(meeting: Function) -> Function:
         for function in functions:
@@ -151,7 +149,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, PrivateParameter):
         return value.detach()
     if isinstance(value, DerivedParameter):
-        return value.as_subclass(Tensor)
+        return value.detach().as_subclass(Tensor)
     return value
 
 
@@ -236,9 +234,9 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not batched and func in _derivable:
             return derive(use, args, kwargs, isometric=_derivable[func])
         raise UnsupportedUse(
-            f"{function_name(func)} on {', '.join(names)} (shape {tuple(guarded[0].shape)}): there is no exact rule for "
-            "this function; freeze the parameter (requires_grad=False), or write this part with linear, convolution, "
-            "embedding, normalisation or elementwise functions."
+            f"{function_name(func)} on {', '.join(names)} (shape {tuple(guarded[0].shape)}): no exact rule for it; "
+            "freeze the parameter (requires_grad=False), or write this part with linear, convolution, embedding, "
+            "normalisation or elementwise functions."
         )
 
 
@@ -270,12 +268,17 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
             constant if part is None else part.rebuild(*(known[name] for name in part.names))
             for part, constant in zip(parts, constants, strict=True)
         ]
-        called_args, called_kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
+        called_args, called_kwargs = tree_unflatten(filled, spec)
         return func(*called_args, **called_kwargs)
 
     keeps_norm = isometric and len(origins) == 1 and origins[0].isometric
+    plain_leaves = [plain(leaf) for leaf in leaves]
+    versions = [leaf._version for leaf in plain_leaves if isinstance(leaf, Tensor)]
+    plain_args, plain_kwargs = tree_unflatten(plain_leaves, spec)
     with torch.no_grad():
-        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        result = func(*plain_args, **plain_kwargs)
+    if versions != [leaf._version for leaf in plain_leaves if isinstance(leaf, Tensor)]:
+        raise use.refuse(f"it changes {', '.join(names)} in place", "write it out of place (no inplace=, max_norm=).")
     if isinstance(result, Tensor):
         return _wrap(result, Derivation(names, tuple(values[name] for name in names), call, keeps_norm))
     pieces = []
@@ -299,6 +302,11 @@ def _piece(call: Callable[..., Any], index: int) -> Callable[..., Tensor]:
 
 
 def _wrap(value: Tensor, derivation: Derivation) -> Tensor:
+    if not value.is_floating_point():
+        raise UnsupportedUse(
+            f"{', '.join(derivation.names)} as {value.dtype}: no real gradient comes back; keep it floating point."
+        )
     wrapped = value.detach().as_subclass(DerivedParameter)
     wrapped.derivation = derivation
+    wrapped.requires_grad_().register_hook(_refuser(", ".join(derivation.names)))
     return wrapped

@@ -48,7 +48,7 @@ class NoiseSource:
 
     @classmethod
     def keyed(cls, key: bytes, *, position: int = 0, private: bool = True) -> NoiseSource:
-        """A source over a stored key, from ``position`` on; ``private=False`` when that key is no secret (test mode)."""
+        """A source over a stored key, from ``position`` on; ``private=False`` when the key is no secret (tests)."""
         return cls(key, position=position, private=private)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the self-check asks the trusted core, on a few examples: is the model met, are norms right, are examples isolated?
+"""What the self-check asks the trusted core on a few examples: is the model met, are norms right, examples isolated?
 
 Everything here sees single examples' losses and gradients, so only verdicts leave it: booleans, names and shapes.
 
@@ -7,21 +7,17 @@ Shape legend: B = examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from discreet.core.book import Axis, Layout, UseKey
+from discreet.core.book import Book, Layout
 from discreet.core.clipping import Clipping
-from discreet.core.gradient import LossFunction, backward, batch_size_of, open_book, settle, trainable
+from discreet.core.gradient import LossFunction, backward, batch_size_of, settle, trainable
+from discreet.core.layout import SEED, frozen_state, other_rows, take
 from discreet.core.parameter import guard
-
-_SEED = 20_777
 
 
 @dataclass(frozen=True)
@@ -75,42 +71,39 @@ def compare_with_brute_force(
     size = examples if examples is not None else batch_size_of(batch)
     parameters = trainable(model)
     tolerance = _tolerance(parameters)
-    axes: dict[UseKey, tuple[Axis, ...]] = {}
-    agree = dict.fromkeys(parameters, True)
-    functions: dict[str, dict[str, None]] = {name: {} for name in parameters}
-    sum_agrees = True
-    for count in sorted({max(1, size - 1), size}):
-        part = take(batch, range(count), size)
+    rows = other_rows(parameters, batch, size=size)
+    parts = ((take(batch, rows, size), len(rows)), (batch, size))
+    layout, functions = Layout({}), {name: {} for name in parameters}
+    for part, count in parts:
+        layout = layout.merged(Layout(_booked(model, loss, part, count, layout=None).axes))
+    agree, sum_agrees = dict.fromkeys(parameters, True), True
+    for part, count in parts:
         with frozen_state(model):
             expected = _brute_force(model, loss, part, parameters, count)
-        with frozen_state(model):
-            book = open_book(model, examples=count, trust_folds=True)
-            with guard(book):
-                backward(book, loss(model, part))
+        book = _booked(model, loss, part, count, layout=layout)
         found = book.parameter_norms()
         for name in parameters:
             wanted = _flat_norm(expected[name])
             agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance)
-        for (names, function, ordinal), operand_axes in book.axes.items():
-            if count > 1:
-                key = (names, function, ordinal)
-                axes[key] = _merge(axes.get(key), operand_axes)
+        for names, function, _ in book.axes:
             for name in names:
-                functions[name].setdefault(function)
+                functions[name][function] = None
         sum_agrees &= _sums_agree(settle(book, clipping).tensors, expected, clipping, tolerance)
     verdicts = tuple(
         ParameterVerdict(name, tuple(value.shape), tuple(functions[name]), agree[name])
         for name, value in parameters.items()
     )
-    return NormVerdict(parameters=verdicts, sum_agrees=sum_agrees, layout=Layout(axes), tolerance=tolerance)
+    return NormVerdict(parameters=verdicts, sum_agrees=sum_agrees, layout=layout, tolerance=tolerance)
 
 
 def examine_isolation(
     model: nn.Module, loss: LossFunction, batch: Any, *, examples: int | None = None
 ) -> IsolationVerdict:
-    """Replace and remove examples, and see whether the losses of the others move. Behaviour decides, not class names."""
+    """Replace and remove examples, and see whether losses of the others move. Behaviour decides, not class names."""
     size = examples if examples is not None else batch_size_of(batch)
     reference = _losses(model, loss, batch)
+    # Replacing changes no shape, so that losses of the others keep their bits; removing others changes the kernels.
+    exact = 16 * torch.finfo(reference.dtype).eps
     tolerance = 1e-8 if reference.dtype is torch.float64 else 1e-4
     by_substitution = True
     buffers: set[str] = set()
@@ -119,10 +112,10 @@ def examine_isolation(
         rows = [other if other != row else (row + 1) % size for other in range(size)]
         replaced = take(batch, rows, size)
         others = [other for other in range(size) if other != row]
-        by_substitution &= _close(_losses(model, loss, replaced)[others], reference[others], tolerance)
+        by_substitution &= _close(_losses(model, loss, replaced)[others], reference[others], exact)
         after = _buffers_after(model, loss, replaced)
         buffers |= {name for name, value in after.items() if not torch.equal(value, state[name])}
-    stochastic = not torch.equal(_losses(model, loss, batch, seed=_SEED + 1), reference)
+    stochastic = not torch.equal(_losses(model, loss, batch, seed=SEED + 1), reference)
     training = {module: module.training for module in model.modules()}
     try:
         if stochastic:
@@ -134,31 +127,11 @@ def examine_isolation(
     return IsolationVerdict(by_substitution, by_removal, tuple(sorted(buffers)))
 
 
-
-def take(batch: Any, rows: range | list[int], size: int) -> Any:
-    """The given rows of every tensor in the batch whose dimension 0 is the batch; other leaves as they are."""
-
-    def pick(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
-            return leaf[torch.as_tensor(list(rows), device=leaf.device)]
-        return leaf
-
-    return tree_map(pick, batch)
-
-
-@contextmanager
-def frozen_state(model: nn.Module, *, seed: int = _SEED) -> Iterator[None]:
-    """Run with fixed dropout masks, and put buffers, gradients and random state back afterwards."""
-    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
+def _booked(model: nn.Module, loss: LossFunction, batch: Any, count: int, *, layout: Layout | None) -> Book:
+    book = Book(trainable(model), examples=count, layout=layout, trust_folds=True)
+    with frozen_state(model), guard(book):
+        backward(book, loss(model, batch))
+    return book
 
 
 def _brute_force(
@@ -174,18 +147,15 @@ def _brute_force(
     return {name: torch.stack(rows).detach() for name, rows in gradients.items()}
 
 
-def _sums_agree(
-    found: Any, gradients: dict[str, Tensor], clipping: Clipping, tolerance: float
-) -> bool:
-    norm2 = torch.stack([_flat_norm(rows).square() for rows in gradients.values()]).sum(0)
-    factor = clipping.factor(norm2.sqrt())
-    scale = torch.stack([(_flat_norm(rows) * factor).sum() for rows in gradients.values()]).norm()
-    gap = torch.stack(
-        [
-            (found[name] - torch.einsum("b,b...->...", factor, rows.to(factor.dtype))).norm().to(factor.dtype)
-            for name, rows in gradients.items()
-        ]
-    ).norm()
+def _sums_agree(found: Any, gradients: dict[str, Tensor], clipping: Clipping, tolerance: float) -> bool:
+    norm_B = torch.stack([_flat_norm(rows) for rows in gradients.values()]).norm(dim=0)
+    factor_B, bad_B = clipping.factor(norm_B), ~torch.isfinite(norm_B)
+    gaps, sizes = [], []
+    for name, rows in gradients.items():
+        each = rows.reshape(len(rows), -1).masked_fill(bad_B.unsqueeze(1), 0).to(norm_B.dtype) * factor_B.unsqueeze(1)
+        gaps.append((found[name].flatten().to(norm_B.dtype) - each.sum(0)).norm())
+        sizes.append(each.norm(dim=1).sum())
+    gap, scale = torch.stack(gaps).norm(), torch.stack(sizes).norm()
     return bool(gap <= tolerance * scale.clamp(min=tolerance))
 
 
@@ -201,7 +171,7 @@ def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: in
     return True
 
 
-def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, seed: int = _SEED) -> Tensor:
+def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, seed: int = SEED) -> Tensor:
     with frozen_state(model, seed=seed), torch.no_grad():
         return loss(model, batch).detach().clone()
 
@@ -214,7 +184,7 @@ def _buffers_after(model: nn.Module, loss: LossFunction, batch: Any) -> dict[str
 
 def _flat_norm(rows: Tensor) -> Tensor:
     wide = rows if rows.dtype is torch.float64 else rows.to(torch.float32)
-    return wide.flatten(1).norm(dim=1)
+    return wide.reshape(len(wide), -1).norm(dim=1)
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -233,14 +203,3 @@ def _tolerance(parameters: dict[str, nn.Parameter]) -> float:
     if kinds == {torch.float64}:
         return 1e-8
     return 2e-3 if kinds == {torch.float32} else 5e-2
-
-
-def _merge(known: tuple[Axis, ...] | None, found: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    """One layout from two batch sizes: what looked like the batch at one size only was a coincidence."""
-    if known is None or len(known) != len(found):
-        return found
-    return tuple(one if one is other else _weaker(one, other) for one, other in zip(known, found, strict=True))
-
-
-def _weaker(one: Axis, other: Axis) -> Axis:
-    return Axis.SHARED if Axis.SHARED in (one, other) else Axis.FOLDED

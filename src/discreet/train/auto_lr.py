@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from discreet.errors import ConfigError
 
 AUTO = "auto"
-DEFAULT_ADAM_RATE = 0.01
+DEFAULT_ADAM_RATE = 0.02
 """Peak rate for Adam-like optimizers on normalised gradients; see docs/lab-notes.md for the sweeps behind it."""
 
 LearningRate = float | str | LRScheduler | None

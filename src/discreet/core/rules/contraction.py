@@ -53,7 +53,7 @@ def contract(use: Use, operation: Operation, input: Tensor, weight: Tensor, bias
         raise use.refuse("its input does not carry the batch", "pass the activations as the first argument.")
     for name, value in (("weight", weight), ("bias", bias)):
         if isinstance(value, Tensor) and not isinstance(value, Guarded) and value.requires_grad:
-            raise use.refuse(f"its {name} depends on the examples", "use elementwise functions or matmul of activations.")
+            raise use.refuse(f"its {name} depends on the examples", "use elementwise functions or matmul.")
     where = _Ledger(
         book=use.book,
         weight=use.derivation(weight) if isinstance(weight, Guarded) else None,
@@ -65,13 +65,7 @@ def contract(use: Use, operation: Operation, input: Tensor, weight: Tensor, bias
 class _Contract(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        sink: Tensor,
-        operation: Operation,
-        where: _Ledger,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        ctx: Any, sink: Tensor, operation: Operation, where: _Ledger, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.operation, ctx.where = operation, where
         ctx.save_for_backward(input, weight)

@@ -10,6 +10,7 @@ I = C / K times the kernel's numbers, O = outputs per group.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.rules.contraction import Operation, contract
 
 Sizes = tuple[int, ...]
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,13 @@ class Convolution(Operation):
     groups: int
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+        convolve = _CONVOLUTIONS[len(self.stride) - 1]
         return convolve(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         input_grad, _, _ = torch.ops.aten.convolution_backward(
-            grad,
-            input.to(grad.dtype),
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            [0] * len(self.stride),
-            self.groups,
-            [True, False, False],
+            *(grad, input.to(grad.dtype), weight, None, self.stride, self.padding, self.dilation),
+            *(False, [0] * len(self.stride), self.groups, [True, False, False]),
         )
         return input_grad
 
@@ -94,62 +87,23 @@ def _fold_rows(value_NKSX: Tensor, examples: int, width: int) -> Tensor:
     return by_example.transpose(1, 2).reshape(examples, groups, folds * positions, width)
 
 
-@rule(F.conv1d)
-def conv1d(
-    use: Use,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sizes = 1,
-    padding: str | int | Sizes = 0,
-    dilation: int | Sizes = 1,
-    groups: int = 1,
-) -> Tensor:
-    """``F.conv1d``."""
-    return _convolve(use, 1, input, weight, bias, stride, padding, dilation, groups)
+def _register(function: Callable[..., Tensor], axes: int) -> None:
+    @rule(function)
+    def meeting(
+        use: Use, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Sizes = 1,
+        padding: str | int | Sizes = 0, dilation: int | Sizes = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        return _convolve(use, axes, input, weight, bias, stride, padding, dilation, groups)
 
 
-@rule(F.conv2d)
-def conv2d(
-    use: Use,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sizes = 1,
-    padding: str | int | Sizes = 0,
-    dilation: int | Sizes = 1,
-    groups: int = 1,
-) -> Tensor:
-    """``F.conv2d``."""
-    return _convolve(use, 2, input, weight, bias, stride, padding, dilation, groups)
-
-
-@rule(F.conv3d)
-def conv3d(
-    use: Use,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sizes = 1,
-    padding: str | int | Sizes = 0,
-    dilation: int | Sizes = 1,
-    groups: int = 1,
-) -> Tensor:
-    """``F.conv3d``."""
-    return _convolve(use, 3, input, weight, bias, stride, padding, dilation, groups)
+for _axes, _function in enumerate(_CONVOLUTIONS, start=1):
+    _register(_function, _axes)
 
 
 def _convolve(
-    use: Use,
-    axes: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sizes,
-    padding: str | int | Sizes,
-    dilation: int | Sizes,
-    groups: int,
-) -> Tensor:
+    use: Use, axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: int | Sizes,
+    padding: str | int | Sizes, dilation: int | Sizes, groups: int,
+) -> Tensor:  # fmt: skip
     if isinstance(input, Guarded) or input.dim() != axes + 2:
         raise use.refuse(
             f"an input of shape {tuple(input.shape)}", f"the rule covers activations [batch, channels] + {axes} axes."

@@ -74,7 +74,7 @@ def _spread(use: Use, leaf: Any, axes: int, rows: int) -> Any:
 
 @rule(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat)
 def expand(use: Use, value: Tensor, *sizes: Any) -> Tensor:
-    """``p.expand(B, ...)``: a leading axis of 1 (or a new one) that becomes the batch. Otherwise a view of ``p`` alone."""
+    """``p.expand(B, ...)``: a leading axis of 1 (or a new one) that becomes the batch; else a view of ``p`` alone."""
     flat = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
     repeats = use.function is Tensor.repeat
     leading_is_free = len(flat) > value.dim() or value.shape[0] == 1
@@ -97,17 +97,19 @@ def type_as(use: Use, value: Tensor, other: Tensor) -> Tensor:
     return value.to(other.dtype)
 
 
-@rule(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous)
+@rule(Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous)
 def to(use: Use, value: Tensor, *args: Any, **named: Any) -> Tensor:
     """A cast or copy of a guarded value is that value; an activation cast to a guarded one only reads its dtype."""
     substituted, names = tree_map(plain, (args, named))
     if isinstance(value, Guarded):
-        return cast(use, value, use.function(plain(value), *substituted, **names))
+        result = use.function(plain(value), *substituted, **names)
+        return cast(use, value, result) if isinstance(result, Tensor) else result
     return use.function(value, *substituted, **names)
 
 
 sized(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat)
-sized(Tensor.type_as, Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous)
+sized(Tensor.type_as, Tensor.to, Tensor.type, Tensor.contiguous)
+sized(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
 
 derivable(*_POINTWISE)
 derivable(
@@ -142,5 +144,5 @@ observation(
     *(Tensor.detach, Tensor.item, Tensor.tolist, Tensor.__repr__, Tensor.__format__, Tensor.data_ptr),
     *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.is_same_size, torch.numel),
-    *(Tensor.get_device, Tensor.storage_offset, Tensor.untyped_storage, torch.is_tensor, Tensor.type),
+    *(Tensor.get_device, Tensor.storage_offset, Tensor.untyped_storage, torch.is_tensor),
 )

@@ -21,13 +21,7 @@ class _Embed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        sink: Tensor,
-        ids: Tensor,
-        table: Tensor,
-        padding_idx: int | None,
-        book: Book,
-        derivation: Derivation,
+        ctx: Any, sink: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None, book: Book, derivation: Derivation
     ) -> Tensor:
         ctx.book, ctx.derivation = book, derivation
         ctx.padding_idx, ctx.num_rows = padding_idx, table.shape[0]
@@ -66,7 +60,7 @@ def embedding(
     if sparse:
         raise use.refuse("sparse=True: the clipped sum is dense", "pass sparse=False.")
     if isinstance(input, Guarded) or not use.is_batched(input) or weight.dim() != 2:
-        raise use.refuse(f"a table of shape {tuple(weight.shape)}", "the rule covers batched ids in a [rows, width] table.")
+        raise use.refuse(f"a table of shape {tuple(weight.shape)}", "the rule needs batched ids and a 2-D table.")
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     return _Embed.apply(use.book.sink, input, plain(weight), padding_idx, use.book, use.derivation(weight))

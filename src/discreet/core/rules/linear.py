@@ -1,6 +1,6 @@
 """Rules for linear, addmm and matmul: ``y = x W^T + b`` and ``y = x W + b``.
 
-Shape legend: B = examples, S = positions (all axes between the first and the last, and folded rows), I = inputs, O = outputs.
+Shape legend: B = examples, S = positions (axes between the first and the last; folded rows), I = inputs, O = outputs.
 """
 
 from __future__ import annotations

@@ -33,7 +33,12 @@ def rms_norm(
 
 @rule(F.group_norm)
 def group_norm(
-    use: Use, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    use: Use,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """``F.group_norm``: statistics within an example, scale and shift per channel."""
     return _affine(use, input, F.group_norm(input, num_groups, eps=eps), weight, bias, trailing=False)

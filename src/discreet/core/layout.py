@@ -1,0 +1,83 @@
+"""Where the batch axis is: what looks like the batch at one batch size only was a coincidence.
+
+A position table of T rows, used on T examples, looks exactly like a batch of T rows. So a layout is read off twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from discreet.core.book import Book, Layout
+from discreet.core.parameter import guard
+from discreet.errors import ConfigError
+
+SEED = 20_777
+
+
+def observed_layout(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    size: int,
+) -> Layout:
+    """How a forward with another number of examples carries them: the second opinion on this batch. Nothing is booked.
+
+    Raises:
+        UnsupportedUse: a use that has no rule, or whose batch axis is not dimension 0 at the other size.
+        ConfigError: the batch cannot be given another size.
+    """
+    if not any(_carries(leaf, size) for leaf in tree_leaves(batch)):
+        raise ConfigError(
+            f"a batch without any tensor of {size} rows: its layout cannot be verified; pass layout=check(...).layout."
+        )
+    rows = other_rows(parameters, batch, size=size)
+    book = Book(parameters, examples=len(rows))
+    with frozen_state(model), guard(book):
+        loss(model, take(batch, rows, size))
+    return Layout(book.axes)
+
+
+def other_rows(parameters: Mapping[str, Tensor], batch: Any, *, size: int) -> list[int]:
+    """Which examples make a batch of another size: one that no axis of a parameter or of the batch happens to have."""
+    tensors = [*parameters.values(), *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))]
+    taken = {length for tensor in tensors for length in tensor.shape}
+    candidates = itertools.chain(range(size - 1, 1, -1), itertools.count(size + 1))
+    count = next(candidate for candidate in candidates if candidate not in taken)
+    return [row % size for row in range(count)]
+
+
+def take(batch: Any, rows: range | list[int], size: int) -> Any:
+    """The given rows of every tensor in the batch whose dimension 0 is the batch; other leaves as they are."""
+
+    def pick(leaf: Any) -> Any:
+        return leaf[torch.as_tensor(list(rows), device=leaf.device)] if _carries(leaf, size) else leaf
+
+    return tree_map(pick, batch)
+
+
+def _carries(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+
+@contextmanager
+def frozen_state(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
+    """Run with fixed dropout masks, and put buffers, gradients and random state back afterwards."""
+    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])

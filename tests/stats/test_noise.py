@@ -1,0 +1,212 @@
+"""The noise that is really added, measured. Every test has a negative control that it must reject.
+
+The draws are keyed, so each figure here is one fixed number and no test can fail by chance; a false-alarm rate says how
+often a *fresh* key would fail, that is, how sharp a test is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from discreet.core import rng
+from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.gradient import clipped_gradient, zero_sum
+from discreet.core.noise import release
+from discreet.core.rng import NoiseSource
+from discreet.errors import ConfigError
+
+COUNT = 2_000_000
+FALSE_ALARM = 1e-6
+
+
+def _draws(count: int = COUNT, *, position: int = 0, name: str = "w") -> np.ndarray:
+    return NoiseSource.keyed(bytes(range(1, 33))).normal(count, position=position, name=name).numpy()
+
+
+def std_is(draws: np.ndarray, sigma: float) -> bool:
+    """Chi-square test of the variance, two-sided, at the false-alarm rate."""
+    statistic, degrees = float(np.square(draws / sigma).sum()), len(draws)
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], degrees)
+    return bool(low <= statistic <= high)
+
+
+def normal_is(draws: np.ndarray, sigma: float) -> bool:
+    """Kolmogorov-Smirnov test against N(0, sigma^2)."""
+    return bool(stats.kstest(draws, "norm", args=(0, sigma)).pvalue > FALSE_ALARM)
+
+
+def test_std_is_one_and_not_one_percent_off():
+    draws = _draws()
+    assert std_is(draws, 1.0)
+    for wrong in (0.98, 0.99, 1.01, 1.02):
+        assert not std_is(draws, wrong)
+        assert not std_is(draws * wrong, 1.0)
+
+
+def test_mean_is_zero():
+    bound = stats.norm.ppf(1 - FALSE_ALARM / 2) / math.sqrt(COUNT)
+    assert abs(_draws().mean()) < bound
+    assert abs((_draws() + 0.01).mean()) > bound
+
+
+def test_distribution_is_normal_and_nothing_like_it():
+    draws = _draws()
+    assert normal_is(draws, 1.0)
+    generator = np.random.default_rng(0)
+    assert not normal_is(draws * 0.98, 1.0)
+    assert not normal_is(draws * 1.02, 1.0)
+    assert not normal_is(generator.laplace(scale=math.sqrt(0.5), size=COUNT), 1.0)
+    assert not normal_is(generator.uniform(-math.sqrt(3), math.sqrt(3), size=COUNT), 1.0)
+    assert not normal_is(generator.standard_t(30, size=COUNT) * math.sqrt(28 / 30), 1.0)
+
+
+def test_higher_moments():
+    draws = _draws()
+    assert abs(float((draws**3).mean())) < 5 * math.sqrt(15 / COUNT)
+    assert abs(float((draws**4).mean()) - 3) < 5 * math.sqrt(96 / COUNT)
+
+
+def test_no_correlation_at_any_lag():
+    """64 lags, Bonferroni. Neighbouring outputs share a Box-Muller pair, its cosine and its sine: still independent."""
+    draws = _draws()
+    bound = stats.norm.ppf(1 - FALSE_ALARM / 128)
+    for lag in range(1, 65):
+        value = float((draws[:-lag] * draws[lag:]).mean()) * math.sqrt(COUNT - lag)
+        assert abs(value) < bound
+        squares = float(((draws[:-lag] ** 2 - 1) * (draws[lag:] ** 2 - 1)).mean()) * math.sqrt(COUNT - lag) / 2
+        assert abs(squares) < bound
+    mixed = (draws[1:] + 0.01 * draws[:-1]) / math.sqrt(1 + 1e-4)
+    assert abs(float((mixed[:-1] * mixed[1:]).mean()) * math.sqrt(COUNT)) > bound
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [((0, "a"), (0, "b")), ((0, "a"), (1, "a")), ((1, "a"), (0, "b")), ((1, "1"), (11, ""))]
+)
+def test_names_and_positions_are_independent(one, two):
+    count = 500_000
+    a, b = (_draws(count, position=position, name=name) for position, name in (one, two))
+    bound = stats.norm.ppf(1 - FALSE_ALARM / 8)
+    for shift in range(4):
+        value = float((a[: count - shift] * b[shift:]).sum()) / math.sqrt(count)
+        assert abs(value) < bound
+    assert abs(float((a * (b + 0.02 * a)).sum()) / math.sqrt(count)) > bound
+
+
+def test_the_boundary_of_a_chunk_cannot_be_seen():
+    """The draws around the internal chunk size have the law of all others, and do not repeat each other."""
+    chunk = rng._CHUNK
+    around = np.concatenate([_draws(chunk + 100, position=p)[chunk - 100 :] for p in range(50)])
+    assert std_is(around, 1.0) is True
+    assert abs(float((around[:-1] * around[1:]).mean()) * math.sqrt(len(around))) < stats.norm.ppf(1 - FALSE_ALARM)
+    assert len(np.unique(_draws(2 * chunk))) == 2 * chunk
+
+
+def test_the_draws_of_a_long_tensor_begin_like_themselves():
+    whole = _draws(rng._CHUNK * 2 + 5)
+    assert np.array_equal(whole, _draws(rng._CHUNK * 2 + 5))
+    assert np.array_equal(whole[: rng._CHUNK], _draws(rng._CHUNK * 2)[: rng._CHUNK])
+
+
+def test_tails_beyond_the_edge_of_float32():
+    """A float32 sampler stops at 5.768 sigma. Here the smallest uniform gives 12.1, and the tail at 4 has its mass."""
+    assert math.sqrt(2) * math.sqrt(-2 * math.log(2.0**-53)) > 12
+    stream = rng._keystream(bytes(32), "x")
+    uniforms = stream.uniform(100_000)
+    assert uniforms.dtype == np.float64
+    assert uniforms.min() > 0
+    assert uniforms.max() <= 1
+    assert np.any(uniforms * 2.0**24 != np.round(uniforms * 2.0**24))  # finer than the grid of float32
+    expected = 2 * stats.norm.sf(4) * COUNT
+    low, high = stats.poisson.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], expected)
+    draws = np.abs(_draws())
+    assert low <= (draws > 4).sum() <= high
+    assert not low <= (np.minimum(draws, 3.99) > 4).sum()
+
+
+def test_a_stream_that_yields_the_smallest_uniform_gives_the_largest_draw(monkeypatch):
+    monkeypatch.setattr(rng._Keystream, "uniform", lambda self, count: np.full(count, 2.0**-53))
+    draws = NoiseSource.insecure_seed(0).normal(3, position=0, name="w")
+    assert float(draws.max()) > 5.768
+    assert torch.isfinite(draws).all()
+
+
+SHAPES = {"w": (300, 200), "b": (1000,), "scalar": (), "token": (1, 1, 50), "bf16": (64,)}
+
+
+def _zeros(dtype: torch.dtype = torch.float32) -> ClippedSum:
+    return ClippedSum({name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}, sensitivity=0.5)
+
+
+def test_every_entry_of_every_tensor_gets_noise_of_the_stated_size():
+    released = release(_zeros(), noise_multiplier=3.0, source=NoiseSource.insecure_seed(1))
+    assert released.noise_std == 1.5
+    every = np.concatenate([released.tensors[name].double().flatten().numpy() for name in SHAPES])
+    assert len(every) == sum(math.prod(shape) for shape in SHAPES.values())
+    assert (every != 0).all()
+    assert std_is(every, 1.5)
+    for wrong in (1.5 * 2 / 3, 3.0, 0.5, 1.45):
+        assert not std_is(every, wrong)
+
+
+def test_tensors_of_one_release_do_not_share_draws():
+    twin = ClippedSum({"a": torch.zeros(1000), "b": torch.zeros(1000)}, sensitivity=1.0)
+    released = release(twin, noise_multiplier=1.0, source=NoiseSource.insecure_seed(1)).tensors
+    assert not (released["a"] == released["b"]).any()
+
+
+def test_unused_parameters_and_empty_batches_get_the_same_noise():
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(40, 40), "never": torch.nn.Linear(40, 40)})
+    clipping = Clipping.abadi(1e-12)
+    loss = lambda m, b: m["used"](b).sum(1)  # noqa: E731
+    total = clipped_gradient(model, loss, torch.randn(3, 40), clipping=clipping)
+    empty = clipped_gradient(model, loss, torch.randn(0, 40), clipping=clipping)
+    zeros = zero_sum(dict(model.named_parameters()), clipping)
+    every = [
+        release(each, noise_multiplier=1e12, source=NoiseSource.insecure_seed(2)) for each in (total, empty, zeros)
+    ]
+    for name in zeros.tensors:
+        assert (every[0].tensors[name] != 0).all()
+        for other in every[1:]:
+            torch.testing.assert_close(every[0].tensors[name], other.tensors[name], rtol=0, atol=1e-5)
+
+
+def test_noise_is_added_in_float64_and_rounded_once():
+    value = torch.full((10_000,), 300.0)
+    total = ClippedSum({"w": value}, sensitivity=1.0)
+    source = NoiseSource.insecure_seed(3)
+    released = release(total, noise_multiplier=1.0, source=source).tensors["w"]
+    exact = 300.0 + NoiseSource.insecure_seed(3).normal(10_000, position=0, name="w")
+    assert released.dtype is torch.float32
+    assert torch.equal(released, exact.to(torch.float32))
+    assert len(released.unique()) > 9_500
+
+
+def test_a_release_leaves_the_sum_alone():
+    total = _zeros(torch.float64)
+    release(total, noise_multiplier=1.0, source=NoiseSource.insecure_seed(0))
+    assert not any(value.any() for value in total.tensors.values())
+
+
+@pytest.mark.parametrize("sigma", [-1.0, math.nan, math.inf, -math.inf])
+def test_noise_multipliers_that_mean_nothing_are_refused(sigma):
+    source = NoiseSource.insecure_seed(0)
+    with pytest.raises(ConfigError, match="noise_multiplier"):
+        release(_zeros(), noise_multiplier=sigma, source=source)
+
+
+def test_no_noise_is_marked_not_private():
+    released = release(_zeros(), noise_multiplier=0.0, source=NoiseSource.system())
+    assert not released.private
+    assert released.noise_std == 0
+    assert not any(value.any() for value in released.tensors.values())
+
+
+def test_noise_on_an_unbounded_sum_is_refused():
+    unbounded = ClippedSum({"w": torch.zeros(3)}, sensitivity=math.inf)
+    with pytest.raises(ConfigError, match="sensitivity"):
+        release(unbounded, noise_multiplier=1.0, source=NoiseSource.system())

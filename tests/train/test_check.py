@@ -1,0 +1,323 @@
+"""The self-check catches what would void the guarantee, by behaviour; it passes clean models; it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cases import CASES, Fn, loss
+from discreet.core import rules
+from discreet.core.clipping import Clipping
+from discreet.errors import CheckFailed, ConfigError
+from discreet.train.check import Status, check
+
+B, T, D, V = 4, 7, 6, 11
+
+
+def _features(*shape: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {"x": torch.randn(B, *shape), "target": torch.randn(B)}
+
+
+def _model(f, **parts) -> nn.Module:
+    torch.manual_seed(1)
+    return Fn(f, **parts)
+
+
+def _failed(model, batch, what: str, *, loss_function=loss) -> None:
+    report = check(model, loss_function, batch)
+    failed = [row for row in report.rows if row.status is Status.FAILED]
+    assert not report.passed
+    assert any(what in f"{row.name} {row.what}" for row in failed), report.table()
+    with pytest.raises(CheckFailed, match="no private training starts"):
+        report.raise_if_failed()
+
+
+class HandMadeBatchNorm(nn.Module):
+    """Nothing in its name or class says what it does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) / (x.var(0, correction=0).sqrt() + 1e-3)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm1d(D),
+        lambda: nn.BatchNorm1d(D, affine=False),
+        lambda: nn.BatchNorm1d(D, affine=False, track_running_stats=False),
+        lambda: nn.BatchNorm1d(D, track_running_stats=False),
+        lambda: HandMadeBatchNorm(),
+    ],
+)
+def test_batch_norm_is_caught(norm):
+    model = _model(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(D, D), n=norm(), b=nn.Linear(D, 2))
+    _failed(model, _features(D), "isolation")
+
+
+def test_batch_norm_beside_dropout_is_caught():
+    model = _model(
+        lambda s, x: s.b(s.d(s.n(s.a(x)))),
+        a=nn.Linear(D, D),
+        n=nn.BatchNorm1d(D, affine=False),
+        d=nn.Dropout(),
+        b=nn.Linear(D, 2),
+    )
+    _failed(model, _features(D), "isolation")
+
+
+def test_frozen_batch_norm_passes():
+    model = _model(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(D, D), n=nn.BatchNorm1d(D), b=nn.Linear(D, 2))
+    model.n.requires_grad_(False).eval()
+    assert check(model, loss, _features(D)).passed
+
+
+def test_a_mean_over_the_tokens_of_the_batch_is_caught():
+    """What language-model trainers do: divide by the number of labelled tokens in the whole batch."""
+    torch.manual_seed(2)
+    model = _model(lambda s, x: s.l(s.e(x)), e=nn.Embedding(V, D), l=nn.Linear(D, V))
+    labels = torch.randint(0, V, (B, T))
+    labels[0, 3:] = -100
+    batch = {"x": torch.randint(0, V, (B, T)), "target": labels}
+
+    def by_token(m, b):
+        each = F.cross_entropy(m(b["x"]).transpose(1, 2), b["target"], reduction="none", ignore_index=-100).sum(1)
+        return each / (b["target"] != -100).sum()
+
+    def by_example(m, b):
+        each = F.cross_entropy(m(b["x"]).transpose(1, 2), b["target"], reduction="none", ignore_index=-100).sum(1)
+        return each / (b["target"] != -100).sum(1)
+
+    _failed(model, batch, "isolation", loss_function=by_token)
+    assert check(model, by_example, batch).passed
+    even = {"x": batch["x"], "target": torch.randint(0, V, (B, T))}
+    _failed(model, even, "removed", loss_function=by_token)
+
+
+def _auxiliary(m, b):
+    gates = m.gate(b["x"]).softmax(-1)
+    return loss(m, b) + 0.01 * (gates.mean(0).square().sum() * gates.shape[-1])
+
+
+def test_an_auxiliary_loss_over_the_batch_is_caught():
+    model = _model(lambda s, x: s.gate(x).softmax(-1) * s.l(x), gate=nn.Linear(D, 4), l=nn.Linear(D, 4))
+    _failed(model, _features(D), "isolation", loss_function=_auxiliary)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1e-4])
+def test_a_faint_auxiliary_loss_is_caught(weight):
+    model = _model(lambda s, x: s.l(x), l=nn.Linear(D, 4))
+    _failed(model, _features(D), "isolation", loss_function=lambda m, b: loss(m, b) + weight * m(b["x"]).tanh().mean())
+
+
+def test_a_faint_coupling_beside_a_large_loss_is_caught():
+    def uneven(m, b):
+        scale = torch.ones(len(b["x"])).index_fill(0, torch.tensor([0]), 1e4) if len(b["x"]) > 1 else torch.ones(1)
+        return loss(m, b) * scale + 0.05 * m(b["x"]).tanh().mean()
+
+    _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "isolation", loss_function=uneven)
+
+
+def test_negatives_from_the_batch_are_caught():
+    def contrastive(m, b):
+        z = F.normalize(m(b["x"]), dim=1)
+        return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)), reduction="none")
+
+    _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "isolation", loss_function=contrastive)
+
+
+def test_mixing_examples_is_caught():
+    def mixed(m, b):
+        return m(0.7 * b["x"] + 0.3 * b["x"].roll(1, 0)).square().sum(1)
+
+    _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "isolation", loss_function=mixed)
+
+
+def test_division_by_the_size_of_the_batch_is_caught():
+    _failed(
+        _model(lambda s, x: s.l(x), l=nn.Linear(D, 4)),
+        _features(D),
+        "removed",
+        loss_function=lambda m, b: loss(m, b) / len(b["x"]),
+    )
+
+
+def test_a_gradient_that_is_coupled_where_the_loss_is_not_is_caught():
+    """The value of ``h - mean + mean.detach()`` depends on no other example; its gradient does."""
+    model = _model(lambda s, x: _straight(s.a(x)), a=nn.Linear(D, 3))
+    assert not check(model, loss, _features(D)).passed
+
+
+def _straight(h: Tensor) -> Tensor:
+    mean = h.mean(0, keepdim=True).expand_as(h)
+    return h - mean + mean.detach()
+
+
+def test_a_hook_that_couples_gradients_is_caught():
+    def forward(self, x):
+        h = self.a(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: g / g.norm())
+        return self.b(h)
+
+    assert not check(_model(forward, a=nn.Linear(D, D), b=nn.Linear(D, 2)), loss, _features(D)).passed
+
+
+class RunningMean(nn.Module):
+    """Keeps a mean of what it saw, and never uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(D))
+        self.lin = nn.Linear(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.seen.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return self.lin(x)
+
+
+def test_a_buffer_that_learns_from_the_data_is_named():
+    model = RunningMean()
+    report = check(model, loss, _features(D))
+    (row,) = [row for row in report.rows if row.status is Status.FAILED]
+    assert row.name == "buffers"
+    assert "seen" in row.detail
+    assert not model.seen.any()
+
+
+def test_a_counter_is_no_secret():
+    class Counting(RunningMean):
+        def forward(self, x):
+            with torch.no_grad():
+                self.seen.add_(1)
+            return self.lin(x)
+
+    assert check(Counting(), loss, _features(D)).passed
+
+
+def test_a_rule_with_a_wrong_norm_is_caught(monkeypatch):
+    """Negative control: were a rule wrong by one percent, the check would say so."""
+    honest = rules.linear.Linear.weight_form
+
+    def wrong(self, grad, input, weight, examples):
+        return honest(self, grad * 0.99, input, weight, examples)
+
+    monkeypatch.setattr(rules.linear.Linear, "weight_form", wrong)
+    _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "l.weight")
+
+
+def test_a_missed_use_is_caught(monkeypatch):
+    from discreet.core import book
+
+    honest = book.Book.record
+
+    def forgetful(self, derivation, form):
+        if len(self._records) != 1:
+            honest(self, derivation, form)
+
+    monkeypatch.setattr(book.Book, "record", forgetful)
+    assert not check(_model(lambda s, x: s.l(s.l(x).tanh()), l=nn.Linear(D, D)), loss, _features(D)).passed
+
+
+def test_a_use_without_a_rule_is_reported_and_not_raised():
+    model = _model(lambda s, x: s.r(x)[0], r=nn.GRU(D, 3, batch_first=True))
+    report = check(model, loss, _features(T, D))
+    assert not report.passed
+    assert report.layout is None
+    assert "gru" in report.table()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_passes(training):
+    model = _model(
+        lambda s, x: s.b(s.d(s.a(x).relu())), a=nn.Linear(D, 32), d=nn.Dropout(0.5), b=nn.Linear(32, 2)
+    ).train(training)
+    report = check(model, loss, _features(D))
+    assert report.passed, report.table()
+    assert model.training is training
+
+
+def test_nothing_is_left_behind():
+    model = _model(
+        lambda s, x: s.b(s.d(s.n(s.a(x)))), a=nn.Linear(D, D), n=nn.BatchNorm1d(D), d=nn.Dropout(0.3), b=nn.Linear(D, 2)
+    )
+    model.n.eval()
+    model.a.weight.grad = torch.full_like(model.a.weight, 7.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    batch = _features(D)
+    torch.set_rng_state(state)
+    kept = {k: v.clone() for k, v in batch.items()}
+    check(model, loss, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(model.a.weight.grad, torch.full_like(model.a.weight, 7.0))
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "a.weight")
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert all(torch.equal(batch[k], kept[k]) for k in kept)
+
+
+def test_unused_parameters_are_reported_and_pass():
+    model, batch = CASES["unused parameter"].build(torch.float32)
+    report = check(model, loss, batch)
+    assert report.passed
+    assert {row.name for row in report.rows if row.status is Status.UNUSED} == {"never.weight", "never.bias", "token"}
+
+
+def test_every_clipping_function_can_be_compared():
+    model, batch = CASES["linear 3-D"].build(torch.float32)
+    for clipping in (Clipping.abadi(0.1), Clipping.automatic(), Clipping.none()):
+        assert check(model, loss, batch, clipping=clipping).passed
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+def test_any_small_batch_will_do(size):
+    for name in ("windows (Swin)", "position ids (T,), T equal to B", "tied head", "token by repeat"):
+        model, batch = CASES[name].build()
+        part = {k: v.repeat(2, *[1] * (v.dim() - 1))[:size] for k, v in batch.items()}
+        part["target"] = torch.randn(size, dtype=torch.float64)
+        assert check(model, loss, part).passed
+
+
+def test_a_check_of_one_example_is_refused():
+    model, batch = CASES["linear 2-D"].build()
+    with pytest.raises(ConfigError, match="at least 2"):
+        check(model, loss, {k: v[:1] for k, v in batch.items()})
+
+
+def test_the_report_holds_no_value_from_the_data():
+    model, batch = CASES["linear 2-D"].build(torch.float32)
+    batch["x"][0, 0] = 123456.789
+    report = check(model, loss, batch)
+    text = report.table() + json.dumps(report.to_json())
+    assert "123456" not in text
+    assert json.loads(json.dumps(report.to_json()))["passed"] == report.passed
+    assert len(report.table().splitlines()) == len(report.rows) + 1
+
+
+def test_rows_that_are_not_finite_do_not_hide_a_failure():
+    batch = _features(D)
+    batch["x"][1] = float("nan")
+    good = _model(lambda s, x: s.l(x), l=nn.Linear(D, 4))
+    _failed(good, batch, "isolation", loss_function=lambda m, b: loss(m, b) + m(b["x"]).nan_to_num().mean())
+
+
+def test_bfloat16_autocast_inside_the_model_passes():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3))
+
+    def mixed(m, b):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = m(b["x"])
+        return out.float().square().sum(1)
+
+    report = check(net, mixed, _features(D))
+    assert report.passed, report.table()
