@@ -48,10 +48,9 @@ def _exact(model: nn.Module, batch, *, layout: Layout | None = None) -> None:
 
 
 def _refused(model: nn.Module, batch, *words: str, layout: Layout | None = None) -> None:
-    with pytest.raises((UnsupportedUse, TypeError)) as caught:
+    with pytest.raises(UnsupportedUse) as caught:
         clipped_gradient(model, loss, batch, clipping=CLIP, layout=layout)
-    by_operator = "operand type(s)" in str(caught.value) or "not supported between" in str(caught.value)
-    assert by_operator or all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
     assert _unguarded(model)
 
 
@@ -141,7 +140,7 @@ UNRULED = {
         "cat",
     ),
     "dropped weights": (lambda: _model(lambda s, x: x @ F.dropout(s.w), w=par(D, 3)), "dropout"),
-    "comparison": (lambda: _model(lambda s, x: x * (x > s.w), w=par(D)), "gt"),
+    "comparison": (lambda: _model(lambda s, x: x * (x > s.w), w=par(D)), "lt"),
     "complex": (lambda: _model(lambda s, x: (x * s.w.to(torch.complex128)).real, w=par(D)), "w", "complex"),
     "in-place activation of a parameter": (lambda: _model(lambda s, x: x * F.relu(s.w, inplace=True), w=par(D)), "w"),
     "parameter changed in place": (lambda: _model(lambda s, x: x * s.w.mul_(2), w=par(D)), "mul_"),

@@ -99,7 +99,7 @@ class Use:
 
     def refuse(self, why: str, remedy: str) -> UnsupportedUse:
         """The error for a use that no rule covers."""
-        return UnsupportedUse(f"{self.name}: {why}; {remedy}")
+        return UnsupportedUse(f"{self.name} on {', '.join(self.names)}: {why}; {remedy}")
 
 
 class _Expand(torch.autograd.Function):
