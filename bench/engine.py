@@ -29,6 +29,8 @@ from discreet.core.gradient import trainable
 from discreet.train.step import write_gradient
 
 Batch = tuple[Tensor, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+Step = Callable[[], None]
 
 
 class TinyGPT(nn.Module):
@@ -73,12 +75,12 @@ def sequence_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none").mean(1)
 
 
-def _mlp() -> tuple[nn.Module, Batch, Callable[..., Tensor]]:
+def _mlp() -> tuple[nn.Module, Batch, Loss]:
     model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
     return model, (torch.randn(256, 512), torch.randint(10, (256,))), classifier_loss
 
 
-def _cnn() -> tuple[nn.Module, Batch, Callable[..., Tensor]]:
+def _cnn() -> tuple[nn.Module, Batch, Loss]:
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1),
         nn.GroupNorm(8, 32),
@@ -96,7 +98,7 @@ def _cnn() -> tuple[nn.Module, Batch, Callable[..., Tensor]]:
     return model, (torch.randn(64, 3, 32, 32), torch.randint(10, (64,))), classifier_loss
 
 
-def _gpt() -> tuple[nn.Module, Batch, Callable[..., Tensor]]:
+def _gpt() -> tuple[nn.Module, Batch, Loss]:
     ids = torch.randint(2048, (16, 65))
     return TinyGPT(), (ids[:, :-1].clone(), ids[:, 1:].clone()), sequence_loss
 
@@ -104,33 +106,43 @@ def _gpt() -> tuple[nn.Module, Batch, Callable[..., Tensor]]:
 MODELS = {"mlp": _mlp, "cnn": _cnn, "gpt": _gpt}
 
 
-def ordinary_step(model: nn.Module, batch: Batch, loss: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """One update without privacy and without any hook."""
-    optimizer.zero_grad()
-    loss(model, batch).mean().backward()
-    optimizer.step()
+def ordinary(model: nn.Module, batch: Batch, loss: Loss, optimizer: torch.optim.Optimizer) -> Step:
+    """Updates without privacy and without any hook."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model, batch).mean().backward()
+        optimizer.step()
+
+    return step
 
 
-def private_step(model: nn.Module, batch: Batch, loss: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """One update with clipping, noise and the same optimizer."""
-    total = discreet.clipped_gradient(model, loss, batch, clipping=discreet.Clipping.automatic())
-    released = discreet.release(total, noise_multiplier=1.0, source=_source)
-    write_gradient(released, trainable(model), batch_size=len(batch[0]))
-    optimizer.step()
+def private(model: nn.Module, batch: Batch, loss: Loss, optimizer: torch.optim.Optimizer) -> Step:
+    """Updates with clipping, noise and the same optimizer; the self-check comes before, once, as in training."""
+    layout = discreet.check(model, loss, (batch[0][:4], batch[1][:4])).layout
+    clipping, source = discreet.Clipping.automatic(), discreet.NoiseSource.system()
+    parameters = trainable(model)
+
+    def step() -> None:
+        total = discreet.clipped_gradient(model, loss, batch, clipping=clipping, layout=layout)
+        released = discreet.release(total, noise_multiplier=1.0, source=source)
+        write_gradient(released, parameters, batch_size=len(batch[0]))
+        optimizer.step()
+
+    return step
 
 
-_source = discreet.NoiseSource.system()
-STEPS = {"ordinary": ordinary_step, "private": private_step}
+CONTESTANTS = {"ordinary": ordinary, "private": private}
 
 
 def _contestant(pipe: Connection, *, model_name: str, kind: str, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model, batch, loss = MODELS[model_name]()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    step = CONTESTANTS[kind](model, batch, loss, torch.optim.Adam(model.parameters(), lr=1e-4))
     while pipe.recv():
         started = time.perf_counter()
-        STEPS[kind](model, batch, loss, optimizer)
+        step()
         pipe.send(time.perf_counter() - started)
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
@@ -140,12 +152,12 @@ def measure(model_name: str, *, rounds: int, threads: int) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
-    for kind in STEPS:
+    for kind in CONTESTANTS:
         pipes[kind], theirs = context.Pipe()
         options = {"model_name": model_name, "kind": kind, "threads": threads}
         processes.append(context.Process(target=_contestant, args=(theirs,), kwargs=options))
         processes[-1].start()
-    seconds: dict[str, list[float]] = {kind: [] for kind in STEPS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in CONTESTANTS}
     for _ in range(rounds + 3):
         for kind, pipe in pipes.items():
             pipe.send(True)
