@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
+import os
+import resource
+import signal
 import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from discreet.app.cli import main
+from discreet.train.run import Run
 
 ROWS = 2000
 
@@ -67,7 +77,9 @@ def test_train_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str]
     assert plan["before"], "private statistics must be part of the plan"
 
 
-def test_private_statistics_are_in_the_ledger_before_the_steps(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_private_statistics_are_in_the_ledger_before_the_steps(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = _table(workplace / "people.csv")
     assert _run(capsys, "train", data, "--target", "income", "--epsilon", 8, "--steps", 5, "--out", "run")[0] == 0
     kinds = [json.loads(line)["kind"] for line in (workplace / "run" / "ledger.jsonl").read_text().splitlines()]
@@ -125,7 +137,9 @@ def test_images_from_idx_files(workplace: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_text(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [f"spam\twin a prize now {index}" if index % 2 else f"ham\tsee you at home {index}" for index in range(ROWS)]
+    lines = [
+        f"spam\twin a prize now {index}" if index % 2 else f"ham\tsee you at home {index}" for index in range(ROWS)
+    ]
     (workplace / "messages.tsv").write_text("\n".join(lines) + "\n")
     words = ("train", "messages.tsv", "--columns", "label,text", "--target", "label", "--epsilon", 8)
     code, out, err = _run(capsys, *words, "--steps", 40, "--out", "run", "--json")
@@ -145,7 +159,9 @@ def test_account_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("model", ["linear", "mlp"])
-def test_check_prints_a_table_and_spends_nothing(workplace: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+def test_check_prints_a_table_and_spends_nothing(
+    workplace: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
     data = _table(workplace / "people.csv")
     before = sorted(workplace.rglob("*"))
     code, out, _ = _run(capsys, "check", data, "--target", "income", "--model", model)
@@ -288,3 +304,195 @@ def _refused(workplace: Path, capsys: pytest.CaptureFixture[str], *words: object
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert sorted(workplace.rglob("*")) == before
+
+
+def _start(words: tuple[object, ...], *, outside: Callable[[], None]) -> multiprocessing.Process:
+    """The program in a forked child, which has torch loaded already; stderr goes to the file ``err``."""
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+        outside()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(main([str(word) for word in words]))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def _no_change() -> None:
+    """The surroundings are as usual."""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_finishes_later(
+    workplace: Path, capsys: pytest.CaptureFixture[str], sign: signal.Signals
+) -> None:
+    data = _table(workplace / "people.csv", rows=500)
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 400, "--batch-size", 20, "--out", "run")
+    process = _start(words, outside=_no_change)
+    while process.is_alive() and not (workplace / "run" / "private" / "checkpoint" / "step-00000050").exists():
+        time.sleep(0.005)
+    assert process.pid is not None
+    os.kill(process.pid, sign)
+    process.join(60)
+    err = (workplace / "err").read_text()
+    assert process.exitcode == 1, err
+    assert err.splitlines()[-1].startswith("discreet: interrupted")
+    assert "Traceback" not in err
+    assert (workplace / "out").read_text() == ""
+    code, out, _ = _run(capsys, "verify", "run", "--json")
+    assert code == 0
+    assert json.loads(out)["finished"] is False
+    assert json.loads(out)["statement"].startswith("NOT FINISHED")
+    code, out, err = _run(capsys, *words, "--resume", "--json")
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 400
+    assert _run(capsys, "verify", "run")[0] == 0
+
+
+def test_resume_with_another_rate_keeps_the_statistics_and_tells_what_it_cost(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _table(workplace / "people.csv")
+    words = ["train", data, "--target", "income", "--epsilon", 8, "--steps", 90, "--out", "run"]
+
+    def interrupted(_run: Run, record: dict[str, object]) -> None:
+        if int(record["step"]) >= 63:
+            raise KeyboardInterrupt
+
+    for rate in ("0.02", "0.01"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Run, "log", interrupted)
+            code, _, err = _run(capsys, *words, "--learning-rate", rate, *(["--resume"] if rate == "0.01" else []))
+        assert code == 1, err
+    code, out, err = _run(capsys, *words, "--learning-rate", "0.01", "--resume", "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["epsilon"] <= 8
+    assert record["steps"] == 90 - (64 - 50)
+    assert "76 of the 90 planned updates" in " ".join(record["statements"])
+    kinds = [
+        json.loads(line)["body"].get("name") for line in (workplace / "run" / "ledger.jsonl").read_text().splitlines()
+    ]
+    assert len([name for name in kinds if name]) == len(set(kinds) - {None})
+
+
+def test_an_unexpected_error_is_one_line_without_its_message(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(*_arguments: object) -> None:
+        raise IndexError(f"Target {CANARY} is out of bounds.")
+
+    data = _table(workplace / "people.csv")
+    monkeypatch.setattr("discreet.app.models.loss", loss)
+    code, out, err = _run(capsys, "train", data, "--target", "income", "--epsilon", 8, "--steps", 5, "--out", "run")
+    assert code == 1
+    assert out == ""
+    assert err.startswith("discreet: IndexError at ")
+    assert err.count("\n") == 1
+    assert CANARY not in err
+
+
+def test_overflowing_weights_still_give_json(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = _table(workplace / "people.csv")
+    words = (
+        "train",
+        data,
+        "--target",
+        "income",
+        "--epsilon",
+        8,
+        "--steps",
+        20,
+        "--learning-rate",
+        1e30,
+        "--out",
+        "run",
+    )
+    code, out, err = _run(capsys, *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["test"]["nll"] is None
+
+
+@pytest.mark.parametrize("kib", [1, 2, 6, 12])
+def test_a_full_disk_is_one_line_and_resume_goes_on(
+    workplace: Path, capsys: pytest.CaptureFixture[str], kib: int
+) -> None:
+    """No file may grow beyond some KiB: the ledger, a checkpoint or the report is refused."""
+    data = _table(workplace / "people.csv", rows=500)
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 60, "--out", "run")
+    limit = (kib << 10, kib << 10)
+    process = _start(words, outside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    process.join(60)
+    err = (workplace / "err").read_text()
+    assert process.exitcode in (1, 2), err
+    assert err.splitlines()[-1].startswith("discreet: ")
+    assert "Traceback" not in err
+    started = (workplace / "run" / "ledger.jsonl").exists()
+    if not (workplace / "run" / "release" / "certificate.json").exists():
+        code, _, err = _run(capsys, *words, *(["--resume"] if started else []))
+        assert code == 0, err
+    code, out, _ = _run(capsys, "verify", "run", "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 60
+
+
+def _close_pipe() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+
+def _fill() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+
+def _take_streams_away() -> None:
+    sys.stdout = sys.stderr = None
+
+
+def _narrow() -> None:
+    sys.stdout = open(1, "w", closefd=False, encoding="ascii")  # noqa: SIM115
+
+
+@pytest.mark.parametrize(
+    ("outside", "code", "message"),
+    [
+        (_close_pipe, 1, "output was closed"),
+        (_fill, 1, "No space left"),
+        (_take_streams_away, 0, None),
+        (_narrow, 0, None),
+    ],
+)
+def test_odd_outputs(workplace: Path, outside: Callable[[], None], code: int, message: str | None) -> None:
+    """A closed pipe, a full or missing output, a narrow encoding: one line at most, and no traceback."""
+    data = _table(workplace / "people.csv", rows=500)
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 3, "--out", "déjà vu/run one")
+    process = _start(words, outside=outside)
+    process.join(60)
+    errors = [line for line in (workplace / "err").read_text().splitlines() if not line.startswith("step ")]
+    assert process.exitcode == code, errors
+    assert len(errors) == (message is not None), errors
+    assert message is None or message in errors[0]
+    assert (workplace / "déjà vu" / "run one" / "release" / "certificate.json").exists()
+
+
+def test_a_reader_that_leaves_causes_no_complaint_at_the_end(tmp_path: Path) -> None:
+    """The interpreter flushes once more when it ends."""
+    command = (
+        f'"{sys.executable}" -m discreet.app.cli account --examples 100 --batch-size 10 --steps 5 --epsilon 3 | true'
+    )
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    surroundings.pop("HOME", None)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=surroundings, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "output was closed" in done.stderr

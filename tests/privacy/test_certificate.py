@@ -288,3 +288,39 @@ def test_plan_and_ledger_weakened_together_are_seen(tmp_path):
     write_certificate(forged)
     with pytest.raises(LedgerError, match=r"above the plan's 2\.0"):
         verify(forged)
+
+
+def _under_way(folder):
+    folder, plan = _run(folder, steps=20, finish=False)
+    (folder / CERTIFICATE_FILE).unlink()
+    return folder, plan
+
+
+def test_a_run_under_way_is_verified_from_plan_and_ledger(tmp_path):
+    folder, plan = _under_way(tmp_path / "run")
+    found = verify(folder)
+    assert not found.finished
+    assert found.epsilon == plan.spent(20)
+    assert found.steps == 20
+    assert found.statement.startswith("NOT FINISHED")
+
+
+def test_a_run_under_way_is_verified_strictly(tmp_path):
+    folder, _ = _under_way(tmp_path / "run")
+    content = (folder / LEDGER_FILE).read_text()
+    (folder / LEDGER_FILE).write_text(content.replace('"count":10', '"count":9', 1))
+    with pytest.raises(LedgerError, match="ledger line 3"):
+        verify(folder)
+
+
+def test_a_finished_run_does_not_pass_for_one_under_way(run):
+    """Whoever cuts the end off the ledger and removes the certificate still has the model to explain."""
+    folder, _ = run
+    (folder / "release" / "model.safetensors").write_bytes(b"")
+    (folder / CERTIFICATE_FILE).unlink()
+    with pytest.raises(LedgerError, match="resume the run once"):
+        verify(folder)
+    lines = (folder / LEDGER_FILE).read_text().splitlines(keepends=True)
+    (folder / LEDGER_FILE).write_text("".join(lines[:-2]))
+    with pytest.raises(LedgerError, match="records were cut off"):
+        verify(folder)

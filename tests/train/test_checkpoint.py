@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int
     )
 
 
-def _trained(optimizer_class: type[torch.optim.Optimizer], **options: object) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _trained(
+    optimizer_class: type[torch.optim.Optimizer], **options: object
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = toys.model()
     optimizer = optimizer_class(model.parameters(), **options)
     for _ in range(3):
@@ -120,3 +123,27 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     path = save(tmp_path, _checkpoint(model, optimizer))
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "state.json", "tensors.safetensors"]
     json.loads((path / "state.json").read_text())
+
+
+def test_saving_a_step_again_never_leaves_a_moment_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older checkpoint of the same step goes only after the newer one has its name."""
+    model, optimizer = _trained(torch.optim.Adam, lr=0.1)
+    save(tmp_path, _checkpoint(model, optimizer))
+    (tmp_path / ".step-00000001.tmp").mkdir()
+    for microbatch in (8, 4, 2):
+        again = dataclasses.replace(_checkpoint(model, optimizer), microbatch=microbatch)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", _cut)
+            with pytest.raises(OSError, match="cut"):
+                save(tmp_path, again)
+        assert load(tmp_path) is not None
+        save(tmp_path, again)
+        found = load(tmp_path)
+        assert found is not None
+        assert found.microbatch == microbatch
+        assert len(list(tmp_path.glob("step-*"))) == 1
+    assert list(tmp_path.glob(".step-*")) == []
+
+
+def _cut(*_arguments: object) -> None:
+    raise OSError("cut")

@@ -96,7 +96,7 @@ POINTS = [
     *[(checkpoint, "save", call, after) for call in (1, 2, 3) for after in (False, True)],
     *[(checkpoint, "sync", call, after) for call in range(1, 12) for after in (False, True)],
     *[(run, "save_model", 1, after) for after in (False, True)],
-    *[(run.Run, "_destroy_key", 1, after) for after in (False, True)],
+    *[(run, "_destroy_key", 1, after) for after in (False, True)],
     *[(Ledger, "finish", 1, after) for after in (False, True)],
     *[(run, "write_certificate", 1, after) for after in (False, True)],
 ]

@@ -213,11 +213,21 @@ def test_dropout_is_a_function_of_the_key_and_leaves_the_callers_generator_alone
     assert not torch.equal(first, _finish(_private(tmp_path / "c", model=toys.model(dropout=0.1))))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, 1e20])
+def test_no_single_row_decides_whether_training_starts(tmp_path: Path, value: float) -> None:
+    """The self-check sees the first rows: one of them must not be able to fail it."""
+    features, targets = (tensor.clone() for tensor in toys.data().tensors)
+    features[1] = value
+    assert torch.isfinite(_finish(_private(tmp_path, dataset=TensorDataset(features, targets)))).all()
+
+
 class TestRefused:
     """Each of these must stop before anything is released, and mostly before anything is written."""
 
     def test_batch_coupling(self, tmp_path: Path) -> None:
-        network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False, track_running_stats=False), nn.Linear(8, 2))
+        network = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False, track_running_stats=False), nn.Linear(8, 2)
+        )
         with pytest.raises(CheckFailed, match="isolation"):
             _private(tmp_path / "run", model=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
         assert not (tmp_path / "run").exists()
@@ -306,7 +316,12 @@ class TestRefused:
 
         with pytest.raises(ConfigError, match="empty"):
             make_private(
-                toys.model(), torch.optim.SGD(toys.model().parameters()), Nothing(), loss=toys.loss, epsilon=1.0, run_dir=tmp_path
+                toys.model(),
+                torch.optim.SGD(toys.model().parameters()),
+                Nothing(),
+                loss=toys.loss,
+                epsilon=1.0,
+                run_dir=tmp_path,
             )
 
     def test_second_run_in_a_directory(self, tmp_path: Path) -> None:
@@ -324,3 +339,30 @@ class TestRefused:
         _private(tmp_path).close()
         with pytest.raises(ConfigError, match="clipping"):
             _private(tmp_path, resume=True, clipping=Clipping.abadi(3.0))
+
+    def test_an_optimizer_that_needs_a_closure(self, tmp_path: Path) -> None:
+        network = toys.model()
+        with pytest.raises(ConfigError, match="LBFGS: its step needs a closure"):
+            _private(tmp_path / "run", model=network, optimizer=torch.optim.LBFGS(network.parameters()))
+        assert not (tmp_path / "run").exists()
+
+    def test_a_scheduler_that_needs_a_metric(self, tmp_path: Path) -> None:
+        network = toys.model()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        with pytest.raises(ConfigError, match="needs a metric"):
+            _private(tmp_path / "run", model=network, optimizer=optimizer, learning_rate=scheduler)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_gradient_scaler(self, tmp_path: Path, fused: bool) -> None:
+        network = toys.model()
+        optimizer = torch.optim.Adam(network.parameters(), fused=fused)
+        private = _private(tmp_path, model=network, optimizer=optimizer, microbatch=64)
+        scaler = torch.amp.GradScaler("cpu")
+        before = toys.weights(network)
+        batches = iter(private.loader)
+        private.backward(scaler.scale(toys.loss(network, next(batches))))
+        with pytest.raises((ConfigError, AssertionError), match=r"GradScaler|No inf checks"):
+            scaler.step(optimizer)
+        assert torch.equal(toys.weights(network), before)

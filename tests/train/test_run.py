@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from train import toys
 
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Gaussian
+from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
-from discreet.train.run import Run
+from discreet.train import run as run_module
+from discreet.train.horizon import updates_allowed
+from discreet.train.run import Run, Stage
 
 
 def _plan(**changes: object) -> Plan:
@@ -56,27 +60,28 @@ def test_a_seed_is_never_private(tmp_path: Path) -> None:
 
 def test_an_equal_environment_keeps_the_key_and_another_does_not(tmp_path: Path) -> None:
     with Run.create(tmp_path, plan=_plan()) as run:
-        run.adopt({"data": "a"}, stage="data")
+        run.adopt({"data": "a"}, stage=Stage.TRAINING)
         before = _draws(run)
     with Run.resume(tmp_path) as run:
-        run.adopt({"data": "a"}, stage="data")
+        run.adopt({"data": "a"}, stage=Stage.TRAINING)
         assert torch.equal(_draws(run), before)
         run.ledger.reserve_steps(first=0, count=8)
-        run.adopt({"data": "b"}, stage="data", done=5)
+        assert updates_allowed(run.ledger, done=5) == 20
+        run.adopt({"data": "b"}, stage=Stage.TRAINING)
         assert not torch.equal(_draws(run), before)
-        assert run.horizon == 20 - (8 - 5)
+        assert updates_allowed(run.ledger, done=5) == 20 - (8 - 5)
     with Run.resume(tmp_path) as run:
-        assert run.horizon == 17
+        assert updates_allowed(run.ledger, done=5) == 17
 
 
 def test_preprocessing_is_charged_again_under_a_new_key(tmp_path: Path) -> None:
     query = Gaussian(noise_multiplier=30.0)
     with Run.create(tmp_path, plan=_plan(before=(query,))) as run:
-        run.adopt({"data": "a"}, stage="data")
+        run.adopt({"data": "a"}, stage=Stage.DATA)
         run.reserve_query("counts", query)
         run.reserve_query("counts", query)
         assert run.ledger.queries().count(query) == 1
-        run.adopt({"data": "b"}, stage="data")
+        run.adopt({"data": "b"}, stage=Stage.DATA)
         run.reserve_query("counts", query)
         assert sum(item.count for item in run.ledger.queries() if isinstance(item, Gaussian)) == 2
 
@@ -111,3 +116,68 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         Run.create(tmp_path / "file" / "run", plan=_plan())
+
+
+def test_an_end_interrupted_while_the_key_is_overwritten(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, plan=_plan())
+    run.finish(toys.model())
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "ledger.jsonl").write_text("".join(lines[:-1]))
+    (tmp_path / "release" / "certificate.json").unlink()
+    (tmp_path / "private" / "key").write_bytes(bytes(32))
+    with pytest.raises(ConfigError, match="has ended"):
+        Run.resume(tmp_path)
+    assert not (tmp_path / "private" / "key").exists()
+    assert verify(tmp_path).finished
+
+
+def test_the_end_leaves_no_secret_and_a_readable_model(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, plan=_plan())
+    run.adopt({"data": "a"}, stage=Stage.TRAINING)
+    run.sums().restart()
+    run.finish(toys.model())
+    assert list((tmp_path / "private").iterdir()) == []
+    assert (tmp_path / "release" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_change_of_training_keeps_the_private_statistics(tmp_path: Path) -> None:
+    """Otherwise every later resume would draw and charge them again, and encode the data anew."""
+    query = Gaussian(noise_multiplier=30.0)
+    with Run.create(tmp_path, plan=_plan(before=(query,))) as run:
+        run.adopt({"data": "a"}, stage=Stage.DATA)
+        run.reserve_query("counts", query)
+        drawn = _draws(run, "preprocessing")
+        run.adopt({"rate": "1"}, stage=Stage.TRAINING)
+        gradient = _draws(run)
+    for rate in ("2", "2", "3"):
+        with Run.resume(tmp_path) as run:
+            run.adopt({"data": "a"}, stage=Stage.DATA)
+            run.reserve_query("counts", query)
+            assert torch.equal(_draws(run, "preprocessing"), drawn)
+            run.adopt({"rate": rate}, stage=Stage.TRAINING)
+            assert not torch.equal(_draws(run), gradient)
+            assert run.ledger.queries().count(query) == 1
+    assert len(run.ledger.key_ids) == 3
+    with Run.resume(tmp_path) as run:
+        run.adopt({"data": "b"}, stage=Stage.DATA)
+        run.reserve_query("counts", query)
+        assert not torch.equal(_draws(run, "preprocessing"), drawn)
+        assert sum(item.count for item in run.ledger.queries() if isinstance(item, Gaussian)) == 2
+
+
+def test_a_private_half_made_by_others_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir(mode=0o755)
+    Run.create(tmp_path, plan=_plan()).close()
+    assert (tmp_path / "private").stat().st_mode & 0o077 == 0
+
+
+def test_a_full_disk_at_the_end_keeps_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    run = Run.create(tmp_path, plan=_plan())
+    monkeypatch.setattr(run_module, "save_model", full)
+    with pytest.raises(OSError, match="No space"):
+        run.finish(toys.model())
+    run.close()
+    Run.resume(tmp_path).close()

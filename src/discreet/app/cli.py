@@ -1,14 +1,20 @@
 """The program: thin commands over the library, with the same words.
 
-Exit codes: 0 done; 1 the run failed; 2 the arguments or the input are wrong; 3 the privacy budget would be exceeded. Errors
-are one line on stderr: value, rule, remedy. With ``--json``, stdout holds one object and nothing else.
+Exit codes: 0 done; 1 the run failed; 2 the arguments or the input are wrong; 3 the privacy budget would be exceeded.
+Errors are one line on stderr: value, rule, remedy. With ``--json``, stdout holds one object and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -29,28 +35,92 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help.")
 
 
+_UNEXPECTED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+)
+_UNEXPECTED += (TypeError, ValueError)
+"""What torch and others raise. Their messages may quote an example ("Target 7 is out of bounds"): not shown."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _settle_streams()
     try:
-        options = parser().parse_args(argv)
-        commands.COMMANDS[options.command](options)
+        with _termination_is_interruption():
+            options = parser().parse_args(argv)
+            commands.COMMANDS[options.command](options)
+            sys.stdout.flush()
     except BudgetExceeded as error:
         return _fail(error, EXIT_BUDGET)
     except LedgerError as error:
         return _fail(error, EXIT_FAILED)
     except DiscreetError as error:
         return _fail(error, EXIT_WRONG_INPUT)
+    except BrokenPipeError:
+        # What is still buffered has no reader either; the interpreter would complain about it at its exit.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return _fail("the output was closed before it was whole; the run directory holds all of it.", EXIT_FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; check the disk and the permissions, then use --resume.", EXIT_FAILED)
+        return _fail(
+            f"{where}{error.strerror or error}; check the disk and the permissions, then use --resume.", EXIT_FAILED
+        )
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume.", EXIT_FAILED)
+        return _fail(
+            "interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume.", EXIT_FAILED
+        )
+    except _UNEXPECTED as error:
+        return _fail(_without_values(error), EXIT_FAILED)
     return EXIT_DONE
+
+
+def _settle_streams() -> None:
+    """A missing stream swallows what is written, and a narrow encoding does not end a run."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _termination_is_interruption() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl-C does. Signals can be handled in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _without_values(error: Exception) -> str:
+    """The kind and the place of an unexpected error, without its message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "discreet" in Path(frame.filename).parts] or list(frames)
+    place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown place"
+    return (
+        f"{type(error).__name__} at {place}: an unexpected failure, its message withheld as it may quote an example; "
+        "report it; --resume goes on from the last checkpoint."
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = _Parser(prog="discreet", description="Train models on private data with differential privacy.", allow_abbrev=False)
+    top = _Parser(
+        prog="discreet", description="Train models on private data with differential privacy.", allow_abbrev=False
+    )
     top.add_argument("--version", action="version", version=f"discreet {metadata.version('discreet')}")
     verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     train = _command(verbs, "train", "train a model on a private file or folder")
@@ -61,7 +131,10 @@ def parser() -> argparse.ArgumentParser:
     _add_model(check)
     account = _command(verbs, "account", "epsilon of a training run, or the noise for an epsilon")
     _add_account(account)
-    for name, text in (("verify", "re-derive epsilon and delta of a run from its ledger"), ("report", "write report.html")):
+    for name, text in (
+        ("verify", "re-derive epsilon and delta of a run from its ledger"),
+        ("report", "write report.html"),
+    ):
         _command(verbs, name, text).add_argument("run", type=Path, metavar="RUN", help="a run directory")
     demo = _command(verbs, "demo", "train on scikit-learn's digits")
     _add_training(demo, epsilon_required=False)
@@ -75,11 +148,17 @@ def _command(verbs: argparse._SubParsersAction[_Parser], name: str, text: str) -
 
 
 def _add_data(command: _Parser) -> None:
-    command.add_argument("data", type=Path, metavar="DATA", help="CSV, TSV, Parquet or text file; folder of IDX files or images")
+    command.add_argument(
+        "data", type=Path, metavar="DATA", help="CSV, TSV, Parquet or text file; folder of IDX files or images"
+    )
     command.add_argument("--target", metavar="NAME", help="the label column")
-    command.add_argument("--test", type=Path, metavar="DATA", help="held-out data; default: one row in five, by a public hash")
+    command.add_argument(
+        "--test", type=Path, metavar="DATA", help="held-out data; default: one row in five, by a public hash"
+    )
     command.add_argument("--columns", type=_names, metavar="A,B,C", help="column names of a file without a header")
-    command.add_argument("--schema", type=Path, metavar="FILE", help="TOML file with public types, bounds and categories")
+    command.add_argument(
+        "--schema", type=Path, metavar="FILE", help="TOML file with public types, bounds and categories"
+    )
     command.add_argument("--classes", type=_classes, metavar="N|A,B", help="public number or list of classes")
     command.add_argument("--text-column", metavar="NAME", help="the column that holds the text")
     command.add_argument("--image-size", type=_size, metavar="HxW", help="resize the images of a folder to this size")

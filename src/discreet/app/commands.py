@@ -164,16 +164,11 @@ def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
         "delta": outcome.plan.delta,
         "examples": outcome.plan.examples,
         "batch size": outcome.plan.batch_size,
-        "steps": outcome.plan.steps,
+        "steps": outcome.updates,
         "noise multiplier": outcome.plan.noise_multiplier,
     }
     if outcome.test is not None:
-        facts |= {
-            "test accuracy": outcome.test.accuracy,
-            "test nll": outcome.test.nll,
-            "test ece": outcome.test.ece,
-            "test examples": outcome.test.examples,
-        }
+        facts |= {f"test {name}": value for name, value in outcome.test.to_json().items()}
     facts |= {"seconds": round(outcome.seconds, 1), "run": outcome.run_dir, "report": outcome.report}
     if not outcome.private:
         print("NOT PRIVATE: trained in test mode or without noise.\n")

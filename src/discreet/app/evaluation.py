@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,17 +22,18 @@ class Evaluation:
 
     Attributes:
         accuracy: share of right answers; a row whose class is not in the class list counts as wrong.
-        nll: mean negative log-likelihood in nats, over the rows whose class is in the list.
-        ece: expected calibration error, over the same rows.
+        nll: mean negative log-likelihood in nats, over the rows whose class is in the list; None when it is not finite,
+            because the weights have overflowed.
+        ece: expected calibration error, over the same rows; None likewise.
         examples: rows in all.
     """
 
     accuracy: float
-    nll: float
-    ece: float
+    nll: float | None
+    ece: float | None
     examples: int
 
-    def to_json(self) -> dict[str, float | int]:
+    def to_json(self) -> dict[str, float | int | None]:
         """As it stands in ``result.json``."""
         return {"accuracy": self.accuracy, "nll": self.nll, "ece": self.ece, "examples": self.examples}
 
@@ -56,4 +58,8 @@ def evaluate(model: nn.Module, examples: Examples) -> Evaluation | None:
     correct = int((logits.argmax(1) == targets).sum())
     nll = float(F.cross_entropy(logits[known], targets[known])) if bool(known.any()) else 0.0
     ece = expected_calibration_error(logits[known].softmax(1), targets[known])
-    return Evaluation(accuracy=correct / len(targets), nll=nll, ece=ece, examples=len(targets))
+    return Evaluation(accuracy=correct / len(targets), nll=_finite(nll), ece=_finite(ece), examples=len(targets))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

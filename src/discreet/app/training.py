@@ -1,4 +1,4 @@
-"""`discreet train` and `discreet demo`, step by step: data -> plan -> ledger -> private statistics -> model -> release."""
+"""`discreet train` and `discreet demo` in order: data -> plan -> ledger -> private statistics -> model -> release."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from discreet.privacy.accounting import Query
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.planner import plan as make_plan
+from discreet.train.environment import describe_data
 from discreet.train.loop import Private, default_clipping, make_private, new_run_dir
-from discreet.train.run import Run
+from discreet.train.run import PREPROCESSING, Run, Stage
 
 EVALUATIONS = 10
 """How often the held-out examples are looked at during training, for the curve in the report."""
@@ -69,6 +70,7 @@ class Outcome:
     epsilon: float
     seconds: float
     plan: Plan
+    updates: int
     private: bool
     model: dict[str, object]
     test: Evaluation | None
@@ -83,7 +85,7 @@ class Outcome:
             "delta": self.plan.delta,
             "noise_multiplier": self.plan.noise_multiplier,
             "batch_size": self.plan.batch_size,
-            "steps": self.plan.steps,
+            "steps": self.updates,
             "examples": self.plan.examples,
             "seconds": round(self.seconds, 3),
             "private": self.private,
@@ -103,10 +105,10 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     before = source.queries(preprocessing)
     kind = models.kind_for(options.model, source.kind)
     with _open_run(options, kind, examples=source.examples, delta=delta, before=before) as run:
-        run.adopt({"data": source.fingerprint()}, stage="data")
+        run.adopt(describe_data(source.fingerprint()), stage=Stage.DATA)
         for position, query in enumerate(before):
             run.reserve_query(f"preprocessing {position}", query)
-        prepared = source.prepare(noise_source=run.noise("preprocessing"), preprocessing=preprocessing)
+        prepared = source.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing)
         return _train(prepared, run, options, kind, device=device, started=started)
 
 
@@ -180,9 +182,7 @@ def _open_run(
     return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
 
 
-def _check_same(
-    plan: Plan, options: TrainOptions, *, examples: int, delta: float, before: tuple[Query, ...]
-) -> None:
+def _check_same(plan: Plan, options: TrainOptions, *, examples: int, delta: float, before: tuple[Query, ...]) -> None:
     """A resumed run keeps its plan; options that say otherwise are refused and not ignored."""
     asked = {
         "examples": (examples, plan.examples),
@@ -241,7 +241,9 @@ def _iterate(private: Private, prepared: Prepared) -> None:
                 record["epsilon"] = step.epsilon
             evaluation = evaluate(private.model, prepared.test) if prepared.test is not None else None
             if evaluation is not None:
-                record |= {"test_accuracy": evaluation.accuracy, "test_nll": evaluation.nll}
+                record["test_accuracy"] = evaluation.accuracy
+                if evaluation.nll is not None:
+                    record["test_nll"] = evaluation.nll
             private.run.log(record)
 
 
@@ -253,11 +255,22 @@ def _conclude(private: Private, prepared: Prepared, spec: models.ModelSpec, *, s
         epsilon=verified.epsilon,
         seconds=seconds,
         plan=private.plan,
+        updates=private.done,
         private=verified.private,
         model={**spec.to_json(), "parameters": sum(p.numel() for p in private.model.parameters())},
         test=evaluate(private.model, prepared.test) if prepared.test is not None else None,
-        statements=prepared.statements,
+        statements=(*prepared.statements, *_cut_short(private)),
     )
     outcome.report.unlink(missing_ok=True)
     private.run.write("result.json", outcome.to_json())
     return dataclasses.replace(outcome, report=write_report(private.run_dir))
+
+
+def _cut_short(private: Private) -> tuple[str, ...]:
+    """The sentence about updates that the budget no longer allowed."""
+    if private.done >= private.plan.steps:
+        return ()
+    return (
+        f"The run made {private.done} of the {private.plan.steps} planned updates: the others were charged under a key "
+        "that had to be replaced, because something had changed when the run was resumed.",
+    )

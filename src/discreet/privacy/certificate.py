@@ -23,7 +23,9 @@ FORMAT = 1
 LEDGER_NAME = "ledger.jsonl"
 PLAN_NAME = "release/plan.json"
 CERTIFICATE_NAME = "release/certificate.json"
+MODEL_NAME = "release/model.safetensors"
 NOT_PRIVATE_STAMP = "NOT PRIVATE"
+UNFINISHED = "NOT FINISHED, what is reserved so far"
 EPSILON_TOLERANCE = 1e-6
 """Relative difference allowed between two derivations of epsilon: other versions of the numerical packages."""
 
@@ -106,22 +108,20 @@ def verify(run_dir: Path | str) -> Verification:
 
     **Guarantees.** Raises unless every ledger line is intact and in order, the ledger is the one the certificate was
     written for (same head, same number of records), the plan is the ledger's, the composition of all reservations gives
-    the certified epsilon, and no field of the certificate differs from its derivation.
+    the certified epsilon, and no field of the certificate differs from its derivation. A run that has not ended has no
+    certificate yet: what is reserved so far follows from its ledger and plan, and the statement says that it is
+    unfinished.
 
     Raises:
         LedgerError: names the file, and the line or field, that is wrong.
     """
     run_dir = Path(run_dir)
     plan, ledger = _read_run(run_dir)
-    found = _read_certificate(run_dir / CERTIFICATE_NAME)
-    expected = certificate(plan, ledger)
-    _compare_ledger(found, expected)
-    for name in sorted(expected):
-        if not _agree(found[name], expected[name], name=name):
-            raise LedgerError(
-                f"{CERTIFICATE_NAME}: field {name!r} does not follow from ledger and plan; "
-                "write the certificate again, or distrust it."
-            )
+    under_way = not ledger.finished and not (run_dir / CERTIFICATE_NAME).exists()
+    if under_way:
+        _check_nothing_ended(run_dir)
+    else:
+        _check_certificate(_read_certificate(run_dir / CERTIFICATE_NAME), certificate(plan, ledger))
     if not ledger.within_budget():
         raise LedgerError(
             f"{LEDGER_NAME}: spends epsilon {ledger.epsilon():.6g}, above the plan's {plan.epsilon}; do not release."
@@ -139,8 +139,27 @@ def verify(run_dir: Path | str) -> Verification:
         target_epsilon=plan.epsilon,
         plan_fingerprint=plan.fingerprint(),
         finished=ledger.finished,
-        statement=_statement(plan, ledger),
+        statement=f"{UNFINISHED}: {_statement(plan, ledger)}" if under_way else _statement(plan, ledger),
     )
+
+
+def _check_nothing_ended(run_dir: Path) -> None:
+    """A run under way has released no model: otherwise the end of its ledger, or its certificate, is missing."""
+    if (run_dir / MODEL_NAME).exists():
+        raise LedgerError(
+            f"{LEDGER_NAME}: has no end although {MODEL_NAME} is released: records were cut off, or the end was "
+            "interrupted; resume the run once, which finishes it, or distrust it."
+        )
+
+
+def _check_certificate(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    _compare_ledger(found, expected)
+    for name in sorted(expected):
+        if not _agree(found[name], expected[name], name=name):
+            raise LedgerError(
+                f"{CERTIFICATE_NAME}: field {name!r} does not follow from ledger and plan; "
+                "write the certificate again, or distrust it."
+            )
 
 
 def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
@@ -252,7 +271,11 @@ def _first_difference(plan: Plan, other: Plan) -> str:
 def _read_certificate(path: Path) -> dict[str, object]:
     try:
         record = parse_json(path.read_text(encoding="ascii"), where=CERTIFICATE_NAME)
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
+    except OSError as error:
+        raise LedgerError(
+            f"{CERTIFICATE_NAME}: cannot be read ({error.strerror}); resume the run once, which writes it again."
+        ) from None
+    except (UnicodeDecodeError, ConfigError) as error:
         raise LedgerError(
             f"{CERTIFICATE_NAME}: cannot be read ({error}); write it again from plan and ledger."
         ) from None

@@ -1,13 +1,15 @@
 """The learning rate, when nobody sets one: a fixed DP-Adam rate with linear decay to zero.
 
 The best rate of DP-SGD grows linearly with epsilon, but that of sign-like methods, DP-Adam among them, is nearly
-independent of it (arXiv:2603.03226): Adam divides by the size of what it sees, and under DP that is mostly the noise. So one
-public rate transfers across budgets, and nothing about the data goes into it. Probing the loss inside the budget
+independent of it (arXiv:2603.03226): Adam divides by the size of what it sees, and under DP that is mostly the noise.
+So one public rate transfers across budgets, and nothing about the data goes into it. Probing the loss inside the budget
 (HyFreeDP, arXiv:2503.00703) is to replace this rule.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +60,12 @@ class RateControl:
         if isinstance(learning_rate, LRScheduler):
             if learning_rate.optimizer is not optimizer:
                 raise ConfigError("the scheduler belongs to another optimizer; make it from the optimizer passed here.")
+            if needs_arguments(type(learning_rate).step):
+                raise ConfigError(
+                    f"{type(learning_rate).__name__}: its step needs a metric, and none of the private data is "
+                    "released; use a "
+                    "scheduler that depends on the step alone."
+                )
             self.scheduler = learning_rate
         elif learning_rate == AUTO:
             if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam)):
@@ -89,3 +97,10 @@ class RateControl:
         """Step the torch scheduler, if that is who rules."""
         if self.scheduler is not None:
             self.scheduler.step()
+
+
+def needs_arguments(method: Callable[..., object]) -> bool:
+    """Whether a method, as its class defines it, cannot be called without arguments."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return any(p.default is inspect.Parameter.empty and p.kind not in kinds for p in parameters)

@@ -1,7 +1,7 @@
 """Atomic save and resume: model, optimizer and scheduler, as safetensors and JSON; never pickle.
 
-A checkpoint is a directory ``step-NNNNNNNN`` written under a temporary name, fsynced, and renamed. Its manifest holds the
-SHA-256 of every file. The previous one stays until the new one is in place, so a crash at any instant leaves one to
+A checkpoint is a directory ``step-NNNNNNNN`` written under a temporary name, fsynced, and renamed. Its manifest holds
+the SHA-256 of every file. The previous one stays until the new one is in place, so a crash at any instant leaves one to
 resume from.
 """
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from discreet.errors import ConfigError, LedgerError
+from discreet.train.secret_files import sync
 
 _FORMAT = 1
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -68,9 +69,10 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
         "optimizer": _encode(dict(checkpoint.optimizer), "optimizer", tensors),
         "scheduler": _encode(checkpoint.scheduler, "scheduler", tensors),
     }
-    final = directory / f"step-{checkpoint.step:08d}"
+    final = _free_name(directory, checkpoint.step)
     temporary = directory / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in directory.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(mode=0o700)
         save_file(tensors, temporary / _TENSORS)
@@ -81,10 +83,12 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
             os.chmod(temporary / name, 0o600)
             sync(temporary / name)
         sync(temporary)
-    except (OSError, SafetensorError):
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{temporary}: cannot be written ({error})") from error
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     sync(directory)
     for older in sorted(directory.glob("step-*")):
@@ -104,15 +108,17 @@ def load(directory: Path) -> Checkpoint | None:
         return None
     newest = found[-1]
     try:
-        digests = json.loads((newest / _MANIFEST).read_text())
+        digests = dict(json.loads((newest / _MANIFEST).read_text()))
         damaged = [name for name in (_TENSORS, _STATE) if _sha256(newest / name) != digests.get(name)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise LedgerError(f"{newest}: the checkpoint cannot be read ({error}); remove it to start anew.") from error
     if damaged:
         raise LedgerError(f"{newest / damaged[0]}: does not match its checksum; restore it, or start a new run.")
     state = json.loads((newest / _STATE).read_text())
     if state.get("format") != _FORMAT:
-        raise LedgerError(f"{newest}: format {state.get('format')} is not {_FORMAT}; resume with the version that wrote it.")
+        raise LedgerError(
+            f"{newest}: format {state.get('format')} is not {_FORMAT}; resume with the version that wrote it."
+        )
     tensors = load_file(newest / _TENSORS)
     return Checkpoint(
         step=state["step"],
@@ -133,17 +139,20 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise ConfigError(f"{name}: state of type {type(value).__name__}; only tensors are saved; drop get_extra_state.")
+            raise ConfigError(
+                f"{name}: state of type {type(value).__name__}; only tensors are saved; drop get_extra_state."
+            )
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def sync(path: Path) -> None:
-    """fsync a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _free_name(directory: Path, step: int) -> Path:
+    """A new name that sorts after every earlier checkpoint of this step: the one that is there stays until then."""
+    name = f"step-{step:08d}"
+    present = sorted(path.name for path in directory.glob(f"{name}*"))
+    if not present:
+        return directory / name
+    last = present[-1].removeprefix(name).lstrip("-")
+    return directory / f"{name}-{int(last or 0) + 1:04d}"
 
 
 def _sha256(path: Path) -> str:

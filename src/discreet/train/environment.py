@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction
@@ -26,33 +26,54 @@ def describe_environment(
     clipping: Clipping,
     examples: Examples,
 ) -> dict[str, str]:
-    """One line per thing that may change the value of a step's sum. Equal records: a replay under the same key is the same.
+    """One line per thing that may change the value of a step's sum. Equal records: a replay under the same key is the
+    same.
 
-    The data are hashed whole, and so is the code of this package. Code of others is named by its versions and by the source
-    of the model's class and the loss; what those call is trusted to be unchanged.
+    The data are hashed whole, and so is the code of this package. Code of others is named by its versions and by the
+    source of the model's class and the loss; what those call is trusted to be unchanged.
     """
     device = next(model.parameters()).device
-    shapes = [f"{name}:{tuple(value.shape)}:{value.dtype}" for name, value in model.state_dict().items()]
+    state = model.state_dict()
+    shapes = [f"{name}:{tuple(value.shape)}:{value.dtype}" for name, value in state.items()]
+    sources = sorted({_source(type(module)) for module in model.modules()})
+    modes = "".join("t" if module.training else "e" for module in model.modules())
+    # Other buffers are part of the checkpoint.
+    fixed = [f"{name}:{_values(value)}" for name, value in model.named_buffers() if name not in state]
     return {
         "data": examples.fingerprint(),
-        "model": _digest(repr(model), *shapes, _source(type(model))),
+        "model": _digest(repr(model), modes, *shapes, *fixed, *sources),
         "loss": _digest(_source(loss)),
         "optimizer": type(optimizer).__qualname__,
         "learning rate": rates.describe(),
         "clipping": repr(clipping),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        "device": _device_name(device),
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
         "discreet": _own_code(),
     }
 
 
+def describe_data(fingerprint: str) -> dict[str, str]:
+    """The same for the private statistics: they are a function of the data, of this package's code and of the key."""
+    return {"data": fingerprint, "discreet": _own_code(("core", "app/data"))}
+
+
 @functools.cache
-def _own_code() -> str:
+def _own_code(folders: tuple[str, ...] = ("core", "privacy", "train")) -> str:
     """Hash of every source file of this package that a step runs through."""
     root = Path(__file__).resolve().parents[1]
-    files = sorted(file for folder in ("core", "privacy", "train") for file in (root / folder).rglob("*.py"))
+    files = sorted(file for folder in folders for file in (root / folder).rglob("*.py"))
     return _digest(*(f"{file.relative_to(root)}\n{file.read_text(encoding='utf-8')}" for file in files))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _values(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _digest(*parts: str) -> str:

@@ -33,8 +33,8 @@ class BatchedDataset(Protocol):
 class Examples:
     """A map-style data set (or the one inside a DataLoader) with its way to collate.
 
-    Only the data set and ``collate_fn`` of a DataLoader are used: which examples form a batch is the plan's business, and
-    a sampler or batch size of the loader would contradict it.
+    Only the data set and ``collate_fn`` of a DataLoader are used: which examples form a batch is the plan's business,
+    and a sampler or batch size of the loader would contradict it.
 
     Raises:
         ConfigError: the data set is iterable-style, or empty.

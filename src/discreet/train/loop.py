@@ -6,6 +6,7 @@ import functools
 import math
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,24 +15,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction, trainable
 from discreet.core.world import world_size
-from discreet.errors import ConfigError, DiscreetError
+from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
 from discreet.privacy.planner import plan as make_plan
-from discreet.train.auto_lr import LearningRate, RateControl
+from discreet.train.auto_lr import LearningRate, RateControl, needs_arguments
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.run import Run
-from discreet.train.step import ClippedStep, Microbatch
+from discreet.train.step import ClippedStep, Microbatch, refuse_unreleased
 from discreet.train.updates import Step, Updates, begin
 
 CHECK_EXAMPLES = 4
+CHECK_RANGE = 1e4
+"""Numbers beyond it are brought to it before the self-check, and NaN and infinity to zero."""
 CPU_MICROBATCH = 512
 """On a CPU larger microbatches only leave the cache; on an accelerator a whole realised batch is tried first."""
 
@@ -91,8 +95,11 @@ class Private:
         """One private update per iteration, until the plan's last; then the run is finished."""
         updates = self._updates
         while not updates.finished:
-            yield updates.update(updates.clipped_sum())
-            updates.checkpoint_if_due()
+            index = updates.done
+            step = updates.update(updates.clipped_sum(), index=index)
+            if step is not None:
+                yield step
+                updates.checkpoint_if_due()
         updates.finish()
 
     def backward(self, losses: Tensor) -> None:
@@ -114,16 +121,22 @@ class Private:
     def _gate(self, optimizer: torch.optim.Optimizer) -> None:
         """Replace ``optimizer.step`` of this one object: only released gradients may move the weights.
 
-        No hook: a pre-hook could not hold back the step of an unfinished batch. `update_wrapper` keeps the mark by which
-        torch schedulers know that a step was taken.
+        No hook: a pre-hook could not hold back the step of an unfinished batch. `update_wrapper` keeps the mark by
+        which torch schedulers know that a step was taken.
         """
 
         def step(closure: Callable[[], Any] | None = None) -> None:
             if closure is not None:
-                raise ConfigError("optimizer.step(closure): it would evaluate private examples again; call step() alone.")
+                raise ConfigError(
+                    "optimizer.step(closure): it would evaluate private examples again; call step() alone."
+                )
+            if getattr(optimizer, "grad_scale", None) is not None:
+                raise ConfigError(
+                    "a GradScaler: released gradients carry no loss scale; train in bfloat16 or float32 without one."
+                )
             total = self.loader.take()
             if total is not None:
-                self._updates.update(total)
+                self._updates.update(total, index=self.loader.index)
 
         optimizer.step = functools.update_wrapper(step, optimizer.step)  # type: ignore[method-assign]
 
@@ -195,9 +208,10 @@ def make_private(
 ) -> Private:
     """Set up private training.
 
-    **Guarantees.** Everything under ``run_dir/release``, and every attribute of the steps, is together (epsilon, delta)-DP
-    with respect to adding or removing one example of ``dataset``, as `verify` re-derives from the ledger. Training stops
-    before the step that would pass the budget. N, the expected batch size and the model's structure are public.
+    **Guarantees.** Everything under ``run_dir/release``, and every attribute of the steps, is together (epsilon,
+    delta)-DP with respect to adding or removing one example of ``dataset``, as `verify` re-derives from the ledger.
+    Training stops before the step that would pass the budget. N, the expected batch size and the model's structure are
+    public.
 
     Args:
         model: trained in place; every parameter with ``requires_grad`` is covered and gets noise at every update.
@@ -245,7 +259,9 @@ def make_private(
         )
 
     run = _existing_run(run_dir, resume=resume, seed=seed)
-    try:
+    with ExitStack() as on_failure:
+        if run is not None:
+            on_failure.callback(run.close)
         the_plan = run.plan if run is not None else new_plan()
         _agree(the_plan, clipping=clipping, examples=examples)
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps)
@@ -253,7 +269,10 @@ def make_private(
         rule = clipping_of(the_plan)
         report = _self_check(model, loss, examples, rule, device)
         if run is None:
-            run = Run.create(Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed)
+            run = Run.create(
+                Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed
+            )
+            on_failure.callback(run.close)
         step = ClippedStep(
             model=model,
             loss=loss,
@@ -265,10 +284,7 @@ def make_private(
         )
         updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps)
         run.write("check.json", report.to_json())
-    except DiscreetError:
-        if run is not None:
-            run.close()
-        raise
+        on_failure.pop_all()
     return Private(updates, model=model, optimizer=optimizer, check_report=report)
 
 
@@ -277,12 +293,21 @@ def _covered(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn
     parameters = trainable(model)
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter): name for name, parameter in parameters.items()}
+    if needs_arguments(type(optimizer).step):
+        raise ConfigError(
+            f"{type(optimizer).__name__}: its step needs a closure, which would evaluate private examples again; use "
+            "an "
+            "optimizer that moves by the gradient alone."
+        )
     missing = [name for key, name in trained.items() if key not in moved]
     if missing:
-        raise ConfigError(f"{missing[0]}: is trainable but the optimizer does not hold it; add it, or set requires_grad=False.")
+        raise ConfigError(
+            f"{missing[0]}: is trainable but the optimizer does not hold it; add it, or set requires_grad=False."
+        )
     frozen = {id(parameter) for parameter in model.parameters()} - trained.keys()
     if moved - trained.keys() - frozen:
         raise ConfigError("the optimizer holds a parameter that is not in the model; make it from model.parameters().")
+    refuse_unreleased(optimizer, parameters)
     return parameters
 
 
@@ -297,7 +322,9 @@ def _solve(
     clipping: Clipping | None,
 ) -> Plan:
     if (epsilon is None) == (noise_multiplier is None):
-        raise ConfigError(f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: pass exactly one of them, or a plan.")
+        raise ConfigError(
+            f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: pass exactly one of them, or a plan."
+        )
     rule = clipping if clipping is not None else default_clipping(epsilon)
     if noise_multiplier is not None:
         if batch_size is None or steps is None:
@@ -351,7 +378,8 @@ def _agree(plan: Plan, *, clipping: Clipping | None, examples: Examples) -> None
     """Refuse data or clipping that a plan, perhaps from an earlier process, was not made for."""
     if plan.examples != examples.count:
         raise ConfigError(
-            f"{examples.count} examples in the data set, {plan.examples} in the plan: N is public and fixed; make a plan for "
+            f"{examples.count} examples in the data set, {plan.examples} in the plan: N is public and fixed; make a "
+            "plan for "
             "this data."
         )
     if clipping is not None and clipping.describe() != dict(plan.clipping):
@@ -361,13 +389,22 @@ def _agree(plan: Plan, *, clipping: Clipping | None, examples: Examples) -> None
 def _self_check(
     model: nn.Module, loss: LossFunction, examples: Examples, rule: Clipping, device: torch.device
 ) -> CheckReport:
-    """Check on the first few examples; raises `CheckFailed`."""
+    """Check on the first few examples; raises `CheckFailed`.
+
+    Numbers that no computation survives are taken out first: a single row must not decide whether training starts.
+    """
     count = min(CHECK_EXAMPLES, examples.count)
-    batch = examples.fetch(np.arange(count), device=device)
+    batch = tree_map(_tame, examples.fetch(np.arange(count), device=device))
     compare = Clipping.automatic() if rule.kind is ClippingKind.NONE else rule
     report = check(model, loss, batch, clipping=compare, examples=count)
     report.raise_if_failed()
     return report
+
+
+def _tame(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    return leaf.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(-CHECK_RANGE, CHECK_RANGE)
 
 
 def _microbatch_size(asked: int | None, device: torch.device, batch_size: int) -> int:

@@ -22,6 +22,9 @@ class MicrobatchLoader:
 
     Between giving a microbatch out and `settle`, the model is guarded: every use of a parameter is booked. An empty
     Poisson batch gives out one example with weight zero, so the loop body runs and noise is still released.
+
+    Attributes:
+        index: the update that the batch was drawn for.
     """
 
     def __init__(self, updates: Updates) -> None:
@@ -31,12 +34,14 @@ class MicrobatchLoader:
         self._total: ClippedSum | None = None
         self._weight = 1.0
         self._is_last = False
+        self.index = 0
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, as the data set collates them; when the last update is made, the run is finished."""
         updates = self._updates
         while not updates.finished:
             indices = updates.draw()
+            self.index = updates.done
             self._weight = 1.0 if len(indices) else 0.0
             self._total = updates.empty_sum()
             parts = updates.step.microbatch.split(indices) or [np.zeros(1, dtype=np.int64)]
@@ -45,7 +50,9 @@ class MicrobatchLoader:
                     self._is_last = position == len(parts) - 1
                     yield from self._give(part)
             if self._total is not None:
-                raise ConfigError("optimizer.step() was not called after the batch; call it once per batch of the loader.")
+                raise ConfigError(
+                    "optimizer.step() was not called after the batch; call it once per batch of the loader."
+                )
             updates.checkpoint_if_due()
         updates.finish()
 
@@ -81,11 +88,15 @@ class MicrobatchLoader:
     def _give(self, part: np.ndarray) -> Iterator[Any]:
         step = self._updates.step
         batch = step.fetch(part)
-        self._book = open_book(step.model, examples=len(part), layout=step.layout)
+        book = open_book(step.model, examples=len(part), layout=step.layout)
         with ExitStack() as stack:
-            stack.enter_context(guard(self._book))
-            self._guarded = stack
-            yield batch
-        if self._book is not None:
-            self._book = None
+            stack.enter_context(guard(book))
+            self._book, self._guarded = book, stack
+            try:
+                yield batch
+                skipped = self._book is not None
+            finally:
+                # Also when the loop is left: without the guard, a late backward would be booked nowhere.
+                self._book = None
+        if skipped:
             raise ConfigError("a batch of private.loader was skipped; call private.backward(losses) once for each.")

@@ -1,43 +1,63 @@
 """A run directory: the key, the ledger, the metrics, and what is left when the run ends.
 
-    release/    plan.json, metrics.jsonl, check.json, model.safetensors, certificate.json: released or public, every byte
-    private/    key, environment.json, checkpoint/: mode 0600; destroyed or useless once the run has ended
+    release/    plan.json, metrics.jsonl, check.json, model.safetensors, certificate.json: released or public, every
+    byte private/    key, state.json, sums, checkpoint/: mode 0600; destroyed or useless once the run has ended
     ledger.jsonl
 
 Noise, batches and dropout masks are functions of (key, step). A step is replayed under its key only when nothing that
-could change its sum has changed: the environment record says what that is. Otherwise the run goes on under a new key, and
-the steps are charged again.
+could change its sum has changed: the environment record says what that is, and the journal of sums proves it. Otherwise
+the run goes on under a new key, and the steps are charged again.
 """
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
 from discreet.core.rng import KEY_BYTES, NoiseSource, seed_key, subkey
-from discreet.errors import ConfigError
-from discreet.privacy.accounting import Query
+from discreet.errors import ConfigError, LedgerError
+from discreet.privacy.accounting import Query, query_to_json
 from discreet.privacy.certificate import write_certificate
+from discreet.privacy.files import write_atomically
 from discreet.privacy.ledger import Ledger, key_id
 from discreet.privacy.plan import Plan
-from discreet.train.checkpoint import load as load_checkpoint, sync
+from discreet.train.checkpoint import load as load_checkpoint
+from discreet.train.journal import SumJournal
+from discreet.train.secret_files import replace_secret, sync
 
 LEDGER = "ledger.jsonl"
 KEY = Path("private", "key")
 STATE = Path("private", "state.json")
+SUMS = Path("private", "sums")
 PLAN = Path("release", "plan.json")
 MODEL = Path("release", "model.safetensors")
+PREPROCESSING = "preprocessing"
 _KEY_DESTROYED = {"key": "destroyed"}
+_DESTROYED_KEY = bytes(KEY_BYTES)
 
 Environment = Mapping[str, str]
 """Everything beyond (key, plan) that the bits of a step depend on: data, code, device, threads. Private."""
+
+
+class Stage(enum.Enum):
+    """What draws noise under the run's key, and the kind of ledger record that says that it did."""
+
+    DATA = "data"
+    TRAINING = "training"
+
+    @property
+    def charge(self) -> str:
+        """Kind of the records by which this stage charges the ledger."""
+        return "query" if self is Stage.DATA else "steps"
 
 
 class Run:
@@ -49,6 +69,7 @@ class Run:
         ledger: open for writing.
         private: False in test mode and without noise; then every artefact says NOT PRIVATE.
         resumed: whether it was started by an earlier process.
+        closed: nothing may be released any more: the run was finished, or let go of.
     """
 
     def __init__(self, path: Path, *, plan: Plan, ledger: Ledger, key: bytes, resumed: bool) -> None:
@@ -57,7 +78,14 @@ class Run:
         self.ledger = ledger
         self.private = plan.noise_multiplier > 0 and not ledger.test_mode
         self.resumed = resumed
+        self.closed = False
         self._key = key
+
+    def __reduce__(self) -> str:
+        """Refuse every copy: two runs with one key would put the same noise on two sums."""
+        raise ConfigError(
+            "a run cannot be copied or pickled: its noise would be used twice; start another run instead."
+        )
 
     @classmethod
     def create(cls, path: Path, *, plan: Plan, seed: int | None = None) -> Run:
@@ -72,12 +100,17 @@ class Run:
             ConfigError: there is a run already.
         """
         if (path / LEDGER).exists():
-            raise ConfigError(f"{path}: holds a run already; continue it with resume (--resume), or name another directory.")
+            raise ConfigError(
+                f"{path}: holds a run already; continue it with resume (--resume), or name another directory."
+            )
         key = secrets.token_bytes(KEY_BYTES) if seed is None else seed_key(seed)
         try:
             (path / "release").mkdir(parents=True, exist_ok=True)
             (path / "private").mkdir(mode=0o700, exist_ok=True)
-            _write_secret(path / KEY, key)
+            (path / "private").chmod(0o700)
+            for left in (SUMS, STATE):
+                (path / left).unlink(missing_ok=True)
+            replace_secret(path / KEY, key)
             plan.save(path / PLAN)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}); name a run directory that can.") from None
@@ -94,10 +127,12 @@ class Run:
         """
         if not (path / LEDGER).exists():
             raise ConfigError(f"{path}: holds no run to resume; leave out resume (--resume) to start one.")
-        if not (path / KEY).exists():
+        key = _read_key(path)
+        if key is None:
             _conclude(path)
-            raise ConfigError(f"{path}: this run has ended; see `discreet verify`, or start a new run in another directory.")
-        key = (path / KEY).read_bytes()
+            raise ConfigError(
+                f"{path}: this run has ended; see `discreet verify`, or start a new run in another directory."
+            )
         found = load_checkpoint(path / "private" / "checkpoint")
         known_head = found.ledger_head if found is not None else None
         ledger = Ledger.resume(path / LEDGER, key_id=key_id(key), known_head=known_head)
@@ -128,55 +163,95 @@ class Run:
 
     def noise(self, purpose: str) -> NoiseSource:
         """The noise stream for one purpose ("gradient", "preprocessing"), from its start."""
-        key = subkey(self._key, f"noise for {purpose}")
+        kept = self._state()["preprocessing key"] if purpose == PREPROCESSING else None
+        key = subkey(self._key, f"noise for {purpose}") if kept is None else bytes.fromhex(kept)
         return NoiseSource.keyed(key, private=self.private)
+
+    def sums(self) -> SumJournal:
+        """What each step released under the current key stood for."""
+        return SumJournal(self.path / SUMS, key=self._key)
 
     def torch_seed(self, step: int) -> int:
         """Seed of dropout and other randomness inside the model at this step, the same at every replay."""
         return int.from_bytes(subkey(self._key, f"torch|{step}")[:8], "little") >> 1
 
-    def adopt(self, environment: Environment, *, stage: str, done: int = 0) -> None:
+    def adopt(self, environment: Environment, *, stage: Stage) -> None:
         """Record what the bits of a stage depend on; on resume, compare.
 
-        When something differs, the run gets a new key: the same noise must not meet another sum. Every further step is
-        then charged again, and what was reserved beyond ``done`` under the old key is lost: `horizon` moves forward.
+        When something differs, or nobody knows any more, the run gets a new key: the same noise must not meet another
+        sum. Whatever the stage draws from then on is charged again.
 
         Args:
             environment: what the bits depend on.
-            stage: "data" before preprocessing, "training" before the first update.
-            done: updates that will not be repeated.
+            stage: before preprocessing, or before the first update.
         """
-        state = self._state()
-        known = state["environment"].get(stage)
-        if known is not None and known != dict(environment):
+        known = self._state()["environment"].get(stage.value)
+        if known is None and self.charged(stage):
+            self.renew_key(["the record of the environment is missing"], stage=stage)
+        elif known is not None and known != dict(environment):
             names = sorted({*known, *environment})
-            self._rekey([name for name in names if known.get(name) != environment.get(name)])
-            state["horizon"] = self.plan.steps - (self.ledger.steps_reserved - done)
-        state["environment"][stage] = dict(environment)
-        _write_secret(self.path / STATE, json.dumps(state, sort_keys=True).encode())
+            self.renew_key([name for name in names if known.get(name) != environment.get(name)], stage=stage)
+        state = self._state()
+        state["environment"][stage.value] = dict(environment)
+        self._keep(state)
 
-    @property
-    def horizon(self) -> int:
-        """Updates that the budget allows in all: the plan's steps, less those lost to a change of key."""
-        return int(self._state()["horizon"])
+    def charged(self, stage: Stage) -> bool:
+        """Whether a stage has drawn, or may have drawn, noise under the current key."""
+        current = self.ledger.key_id
+        return any(record.kind == stage.charge and record.body["key_id"] == current for record in self.ledger.records)
+
+    def renew_key(self, changed: Sequence[str], *, stage: Stage = Stage.TRAINING) -> None:
+        """Go on under a fresh key. A change of training leaves the private statistics, drawn before it, as they are.
+
+        Args:
+            changed: why, in public words; recorded in the ledger.
+            stage: the first stage that must draw anew.
+
+        Raises:
+            ConfigError: in test mode, where the key is the seed.
+        """
+        what = ", ".join(changed)
+        if self.ledger.test_mode:
+            raise ConfigError(
+                f"{what}: changed since the run began; a test run cannot change its key; start a new one."
+            )
+        state = self._state()
+        if stage is Stage.TRAINING and state["preprocessing key"] is None:
+            # Kept before the old key goes, so that a crash in between cannot lose it.
+            state["preprocessing key"] = subkey(self._key, f"noise for {PREPROCESSING}").hex()
+            self._keep(state)
+        self._key = secrets.token_bytes(KEY_BYTES)
+        replace_secret(self.path / KEY, self._key)
+        self.ledger.close()
+        self.ledger = Ledger.resume(self.path / LEDGER, key_id=key_id(self._key), facts={"changed": what})
+        if stage is Stage.DATA:
+            self._keep({**state, "preprocessing key": None})
 
     def _state(self) -> dict[str, Any]:
         path = self.path / STATE
         if not path.exists():
-            return {"environment": {}, "horizon": self.plan.steps}
-        return dict(json.loads(path.read_text()))
+            return {"environment": {}, "preprocessing key": None}
+        try:
+            state = json.loads(path.read_text())
+            return {"environment": dict(state["environment"]), "preprocessing key": state["preprocessing key"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise LedgerError(
+                f"{path}: cannot be read ({type(error).__name__}); remove it, and steps are charged anew."
+            ) from None
 
-    def _rekey(self, changed: list[str]) -> None:
-        what = ", ".join(changed)
-        if self.ledger.test_mode:
-            raise ConfigError(f"{what}: changed since the run began; a test run cannot change its key; start a new one.")
-        self._key = secrets.token_bytes(KEY_BYTES)
-        _write_secret(self.path / KEY, self._key)
-        self.ledger.close()
-        self.ledger = Ledger.resume(self.path / LEDGER, key_id=key_id(self._key), facts={"changed": what})
+    def _keep(self, state: Mapping[str, Any]) -> None:
+        replace_secret(self.path / STATE, json.dumps(state, sort_keys=True).encode())
 
     def reserve_query(self, name: str, query: Query) -> None:
-        """Charge a query on all examples (private preprocessing) before it is released."""
+        """Charge a query on all examples (private preprocessing) before it is released.
+
+        One that is repeated with the noise of an earlier key was charged under that key.
+        """
+        if self._state()["preprocessing key"] is not None:
+            wanted = {"name": name, "query": query_to_json(query)}
+            for record in self.ledger.records:
+                if record.kind == "query" and {key: record.body[key] for key in wanted} == wanted:
+                    return
         self.ledger.reserve_query(name, query)
 
     def log(self, record: Mapping[str, float | int]) -> None:
@@ -195,14 +270,14 @@ class Run:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if record.get("step", 0) <= step:
+            if isinstance(record, dict) and record.get("step", 0) <= step:
                 kept.append(json.dumps(record))
-        path.write_text("".join(f"{line}\n" for line in kept))
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, name: str, record: Mapping[str, object]) -> Path:
         """Write one JSON file of the release half."""
         path = self.release_dir / name
-        path.write_text(json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n")
         return path
 
     def finish(self, model: nn.Module) -> None:
@@ -211,25 +286,22 @@ class Run:
         Without the key nobody can subtract the noise. A crash in between is mended by the next `resume`.
         """
         temporary = self.path / "private" / "model.safetensors"
-        save_model(model, str(temporary))
+        try:
+            save_model(model, str(temporary))
+        except SafetensorError as error:
+            raise OSError(f"{temporary}: cannot be written ({error})") from error
+        temporary.chmod(0o644)
         sync(temporary)
         temporary.rename(self.path / MODEL)
         sync(self.release_dir)
-        self._destroy_key()
+        self.closed = True
+        _destroy_key(self.path)
         self.ledger.finish(_KEY_DESTROYED)
         write_certificate(self.path)
 
-    def _destroy_key(self) -> None:
-        path = self.path / KEY
-        with path.open("r+b") as stream:
-            stream.write(bytes(KEY_BYTES))
-            stream.flush()
-            os.fsync(stream.fileno())
-        path.unlink()
-        sync(path.parent)
-
     def close(self) -> None:
         """Let go of the ledger; the run can be resumed."""
+        self.closed = True
         self.ledger.close()
 
     def __enter__(self) -> Run:
@@ -237,6 +309,39 @@ class Run:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _read_key(path: Path) -> bytes | None:
+    """The run's key; None when it was destroyed, be it half-way.
+
+    Raises:
+        LedgerError: the file does not hold a key; a shorter one, or a known one, would be no secret.
+    """
+    if not (path / KEY).exists():
+        return None
+    key = (path / KEY).read_bytes()
+    if key == _DESTROYED_KEY:
+        return None
+    if len(key) != KEY_BYTES:
+        raise LedgerError(
+            f"{path / KEY}: {len(key)} bytes; a key has {KEY_BYTES}; restore the file, or start a new run."
+        )
+    return key
+
+
+def _destroy_key(path: Path) -> None:
+    """Overwrite and remove the key; then what only its holder can use."""
+    key = path / KEY
+    if key.exists():
+        with key.open("r+b") as stream:
+            stream.write(_DESTROYED_KEY)
+            stream.flush()
+            os.fsync(stream.fileno())
+        key.unlink()
+    # The state may hold the noise key of the private statistics.
+    for name in (STATE, SUMS):
+        (path / name).unlink(missing_ok=True)
+    sync(key.parent)
 
 
 def _conclude(path: Path) -> None:
@@ -247,21 +352,8 @@ def _conclude(path: Path) -> None:
     """
     if not (path / MODEL).exists():
         raise ConfigError(f"{path / KEY}: the key is missing, so no step can be repeated; start a new run.")
+    _destroy_key(path)
     view = Ledger.read(path / LEDGER)
     if not view.finished:
         Ledger.resume(path / LEDGER, key_id=view.key_id).finish(_KEY_DESTROYED)
     write_certificate(path)
-
-
-def _write_secret(path: Path, content: bytes) -> None:
-    """Replace a file of the private half, mode 0600, durably."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        os.write(descriptor, content)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.rename(path)
-    sync(path.parent)
-

@@ -60,8 +60,8 @@ class ClippedStep:
     def clipped_sum(self, indices: np.ndarray) -> ClippedSum:
         """The clipped sum over these examples, microbatch by microbatch; zeros when there are none.
 
-        When a microbatch does not fit into memory, all of the batch is done again in halves: no example is dropped, none
-        is counted twice, and the bits of the sum are a function of the batch and of the microbatch size alone.
+        When a microbatch does not fit into memory, all of the batch is done again in halves: no example is dropped,
+        none is counted twice, and the bits of the sum are a function of the batch and of the microbatch size alone.
         """
         while True:
             try:
@@ -98,6 +98,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter], *, batch_size: int) -> None:
     """Set ``p.grad`` of every trainable parameter to the released sum over the expected batch, a public constant."""
     if released.tensors.keys() != parameters.keys():
-        raise ConfigError("the released sum and the model have different parameters; do not freeze or unfreeze mid-run.")
+        raise ConfigError(
+            "the released sum and the model have different parameters; do not freeze or unfreeze mid-run."
+        )
     for name, parameter in parameters.items():
         parameter.grad = (released.tensors[name] / batch_size).to(parameter.dtype)
+
+
+def refuse_unreleased(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an optimizer that would move a parameter by a gradient that no release wrote.
+
+    Raises:
+        ConfigError: a parameter outside ``parameters`` (frozen, or added later) holds a gradient.
+    """
+    covered = {id(parameter) for parameter in parameters.values()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in covered and parameter.grad is not None:
+                raise ConfigError(
+                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} whose gradient is not "
+                    "released: it is "
+                    "frozen or no part of the model; set its grad to None, or leave it out of the optimizer."
+                )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,20 +14,24 @@ import numpy as np
 import torch
 
 from discreet.core.clipping import ClippedSum
-from discreet.core.gradient import zero_sum
+from discreet.core.gradient import trainable, zero_sum
 from discreet.core.noise import release
 from discreet.core.world import world_sum
-from discreet.errors import BudgetExceeded
+from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.plan import Plan
 from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
-from discreet.train.run import Run
-from discreet.train.step import ClippedStep, write_gradient
+from discreet.train.horizon import updates_allowed
+from discreet.train.run import Run, Stage
+from discreet.train.step import ClippedStep, refuse_unreleased, write_gradient
 
 RESERVE_STEPS = 16
 """Steps charged to the ledger at once: one fsync for all of them. A crash over-counts by at most this many."""
+
+_FINGERPRINT_SEED = 20_778
+_log = logging.getLogger("discreet")
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ class Step:
 class Updates:
     """State of a run between updates.
 
-    **Guarantees.** A step's charge is durable before its batch is drawn. Noise is drawn at position = step index under the
-    run's key, so a replay repeats it and nothing else does. The gradient that reaches the optimizer is released.
+    **Guarantees.** A step's charge is durable before its batch is drawn, and a sum is released at most once, as the
+    update that it was drawn for. Noise is drawn at position = step index under the run's key; a step that is repeated
+    with another sum gets another key and another charge. Nothing but released gradients reaches the optimizer.
 
     Attributes:
         done: updates that the model and the optimizer have behind them.
@@ -82,13 +89,22 @@ class Updates:
         self.run = run
         self.step = step
         self.done = done
-        self.last = run.horizon
         self._optimizer = optimizer
         self._move = optimizer.step
         self._rates = rates
         self._checkpoint_steps = checkpoint_steps
-        self._source = run.noise("gradient")
-        self._reserved = done
+        self._process = os.getpid()
+        self._adopt_key()
+        if not self._sums.whole:
+            if run.charged(Stage.TRAINING):
+                self._renew_key("the journal of sums is missing")
+            self._sums.restart()
+
+    def __reduce__(self) -> str:
+        """Refuse every copy: two of them would put the same noise on two sums."""
+        raise ConfigError(
+            "a private run cannot be copied or pickled: its noise would be used twice; start another run."
+        )
 
     @property
     def plan(self) -> Plan:
@@ -105,9 +121,14 @@ class Updates:
 
         Raises:
             BudgetExceeded: no update is left, or the charge would pass the budget. Nothing was drawn.
+            ConfigError: the run was let go of, or the model is no longer the one that it began with.
         """
         if self.finished:
-            raise BudgetExceeded(f"update {self.done}: the budget ends after {self.last} updates; make a new plan to go on.")
+            raise BudgetExceeded(
+                f"update {self.done}: the budget ends after {self.last} updates; make a new plan to go on."
+            )
+        self._check_hold()
+        self._check_parameters()
         if self.done >= self._reserved:
             count = min(RESERVE_STEPS, self.last - self.done)
             self.run.ledger.reserve_steps(first=self.done, count=count)
@@ -124,17 +145,82 @@ class Updates:
         """The clipped sum of no example."""
         return zero_sum(self.step.parameters, self.step.clipping)
 
-    def update(self, total: ClippedSum) -> Step:
-        """Release the sum, write it as the gradient, and move the weights."""
-        index = self.done
+    def update(self, total: ClippedSum, *, index: int) -> Step | None:
+        """Release the sum, write it as the gradient, and move the weights.
+
+        Args:
+            total: the clipped sum of one batch.
+            index: the update that the batch was drawn for.
+
+        Returns:
+            None when this step was released before with another sum: nothing is released, the run has a new key, and
+            the update is to be drawn again.
+
+        Raises:
+            ConfigError: the batch was drawn for another update, or the optimizer holds a gradient that is not released.
+        """
+        self._check_hold()
+        self._check_parameters()
+        if index != self.done or index >= self._reserved:
+            raise ConfigError(
+                f"a batch drawn for update {index}, at update {self.done}: each batch is released once; iterate either "
+                "`private` or `private.loader`, and only once at a time."
+            )
+        total = world_sum(total)
+        if not self._sums.admits(index, total):
+            self._renew_key("the sum of a repeated step")
+            return None
         self._source.seek(index)
-        released = release(world_sum(total), noise_multiplier=self.plan.noise_multiplier, source=self._source)
+        released = release(total, noise_multiplier=self.plan.noise_multiplier, source=self._source)
         write_gradient(released, self.step.parameters, batch_size=self.plan.batch_size)
         rate = self._rates.before_update(index)
         self._move()
         self._rates.after_update()
         self.done += 1
         return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan)
+
+    def _adopt_key(self) -> None:
+        """Take noise, journal and horizon from the run's key in force."""
+        self._source = self.run.noise("gradient")
+        self._sums = self.run.sums()
+        self._reserved = self.done
+        self.last = updates_allowed(self.run.ledger, done=self.done)
+        if self.last >= self.plan.steps:
+            return
+        if self.last <= self.done == 0:
+            raise BudgetExceeded(
+                f"0 of {self.plan.steps} updates left: all were charged under keys that had to be replaced; start a "
+                "new run."
+            )
+        _log.warning(
+            "discreet: the run ends after %d of %d updates: the others were charged under a key that had to be "
+            "replaced",
+            self.last,
+            self.plan.steps,
+        )
+
+    def _renew_key(self, why: str) -> None:
+        self.run.renew_key([why])
+        self._adopt_key()
+        self._sums.restart()
+
+    def _check_hold(self) -> None:
+        """Refuse to go on with a run that another process may be continuing."""
+        if self.run.closed:
+            raise ConfigError(f"{self.run.path}: the run was closed; continue it with resume=True (--resume).")
+        if os.getpid() != self._process:
+            raise ConfigError(
+                "the run was begun by another process (fork): its noise would be used twice; begin it there."
+            )
+
+    def _check_parameters(self) -> None:
+        """Refuse a model or an optimizer that is no longer covered by the clipped sum."""
+        if {id(p) for p in trainable(self.step.model).values()} != {id(p) for p in self.step.parameters.values()}:
+            raise ConfigError(
+                "the model's trainable parameters changed since make_private: freezing, unfreezing or replacing "
+                "layers needs a new run; undo it."
+            )
+        refuse_unreleased(self._optimizer, self.step.parameters)
 
     @contextmanager
     def model_randomness(self) -> Iterator[None]:
@@ -165,8 +251,10 @@ class Updates:
         )
 
     def finish(self) -> None:
-        """Save the model, end the run, and certify it."""
-        self.run.finish(self.step.model)
+        """Save the model, end the run, and certify it. A second time does nothing."""
+        if not self.run.ledger.finished:
+            self._check_hold()
+            self.run.finish(self.step.model)
 
 
 def begin(
@@ -178,25 +266,65 @@ def begin(
     *,
     checkpoint_steps: int,
 ) -> Updates:
-    """Put a run where its checkpoint left it, or at its start; decide whether steps may be replayed under the same key."""
+    """Put a run where its checkpoint left it, or at its start; decide whether the key may still be used."""
     found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
+    if found is not None:
+        _restore(found, step, optimizer, rates)
+    with torch.random.fork_rng():
+        # A transform that draws from torch then gives the same fingerprint in every process.
+        torch.manual_seed(_FINGERPRINT_SEED)
+        environment = describe_environment(
+            model=step.model,
+            loss=step.loss,
+            optimizer=optimizer,
+            rates=rates,
+            clipping=step.clipping,
+            examples=examples,
+        )
+    run.adopt(environment, stage=Stage.TRAINING)
     done = found.step if found is not None else 0
-    environment = describe_environment(
-        model=step.model, loss=step.loss, optimizer=optimizer, rates=rates, clipping=step.clipping, examples=examples
-    )
-    run.adopt(environment, stage="training", done=done)
     updates = Updates(
         run=run, step=step, optimizer=optimizer, rates=rates, done=done, checkpoint_steps=checkpoint_steps
     )
     step.microbatch.on_halving = updates.save
     if found is None:
-        # Without this, a crash before the first checkpoint could replay step 0 from other initial weights.
+        # Without this, a crash before the first checkpoint would replay step 0 from other initial weights.
         updates.save()
-        return updates
-    step.microbatch.size = found.microbatch
-    step.model.load_state_dict(dict(found.model))
-    optimizer.load_state_dict(dict(found.optimizer))
+    else:
+        run.rewind_log(done)
+    return updates
+
+
+def _restore(
+    found: checkpoints.Checkpoint, step: ClippedStep, optimizer: torch.optim.Optimizer, rates: RateControl
+) -> None:
+    """Put model, optimizer and scheduler into the state of a checkpoint.
+
+    Raises:
+        ConfigError: they are not of the kind that was saved. Nothing was charged.
+    """
+    remedy = "build them as when the run began, or start a new run."
+    try:
+        step.model.load_state_dict(dict(found.model))
+    except RuntimeError:
+        raise ConfigError(
+            f"the checkpoint of update {found.step} is of another model: names or shapes differ; {remedy}"
+        ) from None
+    saved = [set(group) for group in found.optimizer["param_groups"]]
+    missing = [set(group) - known for group, known in zip(optimizer.param_groups, saved, strict=False)]
+    if (
+        len(saved) != len(optimizer.param_groups)
+        or any(missing)
+        or (rates.scheduler is None) != (found.scheduler is None)
+    ):
+        raise ConfigError(
+            f"the checkpoint of update {found.step} is of another optimizer or scheduler than "
+            f"{type(optimizer).__name__}; {remedy}"
+        )
+    try:
+        optimizer.load_state_dict(dict(found.optimizer))
+    except ValueError:
+        raise ConfigError(f"the checkpoint of update {found.step} has other groups of parameters; {remedy}") from None
     if rates.scheduler is not None and found.scheduler is not None:
         rates.scheduler.load_state_dict(dict(found.scheduler))
-    run.rewind_log(done)
-    return updates
+    step.microbatch.size = found.microbatch

@@ -1,0 +1,324 @@
+"""The same noise never meets two sums, and no sum is released without its own charge: what an attacker would try."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from train import toys
+
+import discreet
+from discreet.core.clipping import ClippedSum
+from discreet.errors import BudgetExceeded, ConfigError, LedgerError
+from discreet.privacy.ledger import Ledger
+from discreet.train import secret_files, updates
+from discreet.train.loop import Private, make_private
+
+STEPS, EVERY = 40, 10
+
+
+@pytest.fixture
+def reused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
+    """The positions at which one key's noise was added to two different sums, over all runs of a test."""
+    seen: dict[tuple[bytes, int], set[str]] = {}
+    original = updates.release
+
+    def spy(total: ClippedSum, *, noise_multiplier: float, source: object) -> object:
+        parts = b"".join(value.numpy().tobytes() for value in total.tensors.values())
+        seen.setdefault((source._key, source.position), set()).add(hashlib.sha256(parts).hexdigest())
+        return original(total, noise_multiplier=noise_multiplier, source=source)
+
+    monkeypatch.setattr(updates, "release", spy)
+    return lambda: [position for (_, position), sums in seen.items() if len(sums) > 1]
+
+
+def _private(run_dir: Path, *, resume: bool = False, **changes: object) -> Private:
+    network = changes.pop("model", None) or toys.model(dropout=0.3)
+    optimizer = changes.pop("optimizer", torch.optim.Adam)(network.parameters(), lr=0.05)
+    given = {
+        "loss": toys.loss,
+        "epsilon": 4.0,
+        "batch_size": 20,
+        "steps": STEPS,
+        "learning_rate": 0.05,
+        "run_dir": run_dir,
+        "resume": resume,
+        "checkpoint_steps": EVERY,
+    } | changes
+    return make_private(network, optimizer, given.pop("dataset", None) or toys.data(), **given)
+
+
+def _go(private: Private, steps: int) -> None:
+    for _, _step in zip(range(steps), private, strict=False):
+        pass
+    private.close()
+
+
+def _scaled_loss(constant: float) -> Callable[..., torch.Tensor]:
+    return lambda model, batch: constant * toys.loss(model, batch)
+
+
+class _Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = [factor]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor[0]
+
+
+def _fresh() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 2))
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    def remove(run_dir: Path) -> None:
+        path = run_dir / "private" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return remove
+
+
+def _nothing(_run_dir: Path) -> None:
+    pass
+
+
+def _moved() -> TensorDataset:
+    features, targets = toys.data().tensors
+    return TensorDataset(features + 0.1, targets)
+
+
+CASES = {
+    "loss constant in a closure": (lambda: {"loss": _scaled_loss(1.0)}, _nothing, lambda: {"loss": _scaled_loss(-2.0)}),
+    "mode of a module": (dict, _nothing, lambda: {"model": toys.model(dropout=0.3).eval()}),
+    "attribute of a module": (
+        lambda: {"model": nn.Sequential(toys.model(), _Scaled(1.0))},
+        _nothing,
+        lambda: {"model": nn.Sequential(toys.model(), _Scaled(3.0))},
+    ),
+    "initial weights, checkpoint lost": (dict, _remove("checkpoint"), lambda: {"model": _fresh()}),
+    "data, record lost": (dict, _remove("state.json"), lambda: {"dataset": _moved()}),
+    "weights, journal lost": (dict, _remove("sums"), lambda: {"loss": _scaled_loss(-2.0)}),
+    "learning rate": (dict, _nothing, lambda: {"learning_rate": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_changed_between_two_lives_gets_a_new_key(
+    tmp_path: Path, reused: Callable[[], list[int]], caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    first, between, second = CASES[name]
+    _go(_private(tmp_path, **first()), 25)
+    between(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="discreet"):
+        private = _private(tmp_path, resume=True, **second())
+        for step in private:
+            assert step.epsilon <= 4.0
+    assert reused() == []
+    view = Ledger.read(tmp_path / "ledger.jsonl")
+    assert len(view.key_ids) == 2
+    assert view.steps_reserved <= STEPS
+    assert discreet.verify(tmp_path).epsilon <= 4.0
+    assert "of 40 updates" in caplog.text
+
+
+def test_nothing_changed_costs_nothing(tmp_path: Path, reused: Callable[[], list[int]]) -> None:
+    _go(_private(tmp_path), 25)
+    for _ in range(2):
+        _go(_private(tmp_path, resume=True), 3)
+    private = _private(tmp_path, resume=True)
+    assert (private.done, private.steps) == (20, STEPS)
+    _go(private, STEPS)
+    assert reused() == []
+    assert Ledger.read(tmp_path / "ledger.jsonl").key_ids == (private.run.ledger.key_id,)
+
+
+def test_the_unchanged_loop_draws_again_under_the_new_key(tmp_path: Path, reused: Callable[[], list[int]]) -> None:
+    for life, constant in enumerate((1.0, -2.0)):
+        network = toys.model()
+        optimizer = torch.optim.Adam(network.parameters())
+        private = _private(tmp_path, resume=life > 0, model=network, optimizer=lambda *_args, o=optimizer, **_named: o)
+        for batch in private.loader:
+            private.backward(constant * toys.loss(network, batch))
+            optimizer.step()
+            if life == 0 and private.done == 25:
+                break
+        private.close()
+    assert reused() == []
+    assert len(Ledger.read(tmp_path / "ledger.jsonl").key_ids) == 2
+    assert discreet.verify(tmp_path).finished
+
+
+def test_a_step_broken_off_and_saved_is_not_repeated_with_other_weights(
+    tmp_path: Path, reused: Callable[[], list[int]]
+) -> None:
+    """As Ctrl-C inside optimizer.step() leaves it: weights half moved, the update not counted."""
+    private = _private(tmp_path)
+    batches = iter(private)
+    for _ in range(25):
+        next(batches)
+    private._updates.done -= 1
+    private.save()
+    private.close()
+    _go(_private(tmp_path, resume=True), 5)
+    assert reused() == []
+
+
+def test_no_updates_left_is_told(tmp_path: Path) -> None:
+    _go(_private(tmp_path, steps=8), 3)
+    with pytest.raises(BudgetExceeded, match="0 of 8 updates left"):
+        _private(tmp_path, resume=True, steps=8, dataset=_moved())
+
+
+def test_a_batch_is_released_once_and_as_the_update_it_was_drawn_for(tmp_path: Path) -> None:
+    """At the edge of a block of reservations, the second release would have had no charge."""
+    network = toys.model()
+    optimizer = torch.optim.Adam(network.parameters())
+    private = _private(tmp_path, model=network, optimizer=lambda *_args, **_named: optimizer)
+    steps = iter(private)
+    for _ in range(updates.RESERVE_STEPS - 1):
+        next(steps)
+    batches = iter(private.loader)
+    private.backward(toys.loss(network, next(batches)))
+    next(steps)
+    with pytest.raises(ConfigError, match="drawn for update 15, at update 16"):
+        optimizer.step()
+    assert private.done == private.run.ledger.steps_reserved == updates.RESERVE_STEPS
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_run_cannot_be_copied(tmp_path: Path, duplicate: Callable[[object], object]) -> None:
+    private = _private(tmp_path)
+    for thing in (private._updates, private.run):
+        with pytest.raises(ConfigError, match="cannot be copied"):
+            duplicate(thing)
+    with pytest.raises(ConfigError, match="cannot be copied"):
+        copy.deepcopy(private)
+
+
+def test_a_fork_cannot_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = _private(tmp_path)
+    next(iter(private))
+    child = os.getpid() + 1
+    monkeypatch.setattr(updates.os, "getpid", lambda: child)
+    with pytest.raises(ConfigError, match="fork"):
+        next(iter(private))
+
+
+def test_a_closed_run_takes_no_step(tmp_path: Path) -> None:
+    private = _private(tmp_path)
+    steps = iter(private)
+    next(steps)
+    private.close()
+    with pytest.raises(ConfigError, match="was closed"):
+        next(steps)
+
+
+def test_iterating_a_finished_run_does_nothing(tmp_path: Path) -> None:
+    private = _private(tmp_path, steps=3)
+    assert len(list(private)) == 3
+    assert list(private) == []
+    assert list(private.loader) == []
+
+
+@pytest.mark.parametrize("change", ["freeze", "replace", "add"])
+def test_another_model_in_mid_run_is_refused(tmp_path: Path, change: str) -> None:
+    network = toys.model()
+    private = _private(tmp_path, model=network)
+    steps = iter(private)
+    next(steps)
+    if change == "freeze":
+        network[0].weight.requires_grad_(False)
+    elif change == "replace":
+        network[3] = nn.Linear(8, 2)
+    else:
+        network.append(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="trainable parameters changed"):
+        next(steps)
+
+
+def test_a_gradient_that_was_not_released_moves_nothing(tmp_path: Path) -> None:
+    network = toys.model()
+    network[0].weight.requires_grad_(False)
+    network[0].weight.grad = torch.ones_like(network[0].weight)
+    with pytest.raises(ConfigError, match="not released"):
+        _private(tmp_path / "a", model=network)
+    assert not (tmp_path / "a").exists()
+    network[0].weight.grad = None
+    private = _private(tmp_path / "b", model=network)
+    steps = iter(private)
+    next(steps)
+    extra = nn.Parameter(torch.zeros(3))
+    extra.grad = torch.ones(3)
+    private._updates._optimizer.add_param_group({"params": [extra]})
+    with pytest.raises(ConfigError, match="not released"):
+        next(steps)
+
+
+def test_a_late_backward_after_leaving_the_loop_is_refused(tmp_path: Path) -> None:
+    network = toys.model()
+    private = _private(tmp_path, model=network)
+    for batch in private.loader:
+        left = batch
+        break
+    with pytest.raises(ConfigError, match="without a batch"):
+        private.backward(toys.loss(network, left))
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": nn.Sequential(nn.Linear(6, 2))}, "another model"),
+        ({"optimizer": torch.optim.SGD}, "another optimizer"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_a_charge(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    _go(_private(tmp_path), 25)
+    before = Ledger.read(tmp_path / "ledger.jsonl").steps_reserved
+    with pytest.raises(ConfigError, match=message):
+        _private(tmp_path, resume=True, **changes)
+    view = Ledger.read(tmp_path / "ledger.jsonl")
+    assert view.steps_reserved == before
+    assert len(view.key_ids) == 1
+
+
+def test_a_full_disk_stops_before_the_noise(tmp_path: Path, reused: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = _private(tmp_path)
+    steps = iter(private)
+    next(steps)
+    weights = toys.weights(private.model)
+
+    def full(*_arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(secret_files.os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        next(steps)
+    assert torch.equal(toys.weights(private.model), weights)
+    monkeypatch.undo()
+    private.close()
+    resumed = _private(tmp_path, resume=True)
+    assert (resumed.done, resumed.steps) == (0, STEPS)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", bytes(32)])
+def test_a_key_that_is_no_secret_is_never_used(tmp_path: Path, content: bytes) -> None:
+    """An empty or zeroed file is what a power failure, or an interrupted end of a run, may leave."""
+    _go(_private(tmp_path), 2)
+    (tmp_path / "private" / "key").write_bytes(content)
+    with pytest.raises((ConfigError, LedgerError), match="key"):
+        _private(tmp_path, resume=True)
+    assert len(Ledger.read(tmp_path / "ledger.jsonl").key_ids) == 1
