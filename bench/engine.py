@@ -2,9 +2,9 @@
 
     python bench/engine.py [--models mlp cnn gpt] [--rounds 15] [--threads 1] [--out bench/out/engine.json]
 
-Each contestant is a process of its own, holding the same model, batch and optimizer; the parent lets them take one step each
-in turn, and takes medians. The private step includes clipping, the draw of the noise and the optimizer. Peak memory is that
-of the process (resident set). Ratios travel between machines; the times beside them do not.
+Each contestant is a process of its own, holding the same model, batch and optimizer; the parent lets them take one
+step each in turn, and takes medians. The private step includes clipping, the draw of the noise and the optimizer. Peak
+memory is that of the process (resident set). Ratios travel between machines; the times beside them do not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ Step = Callable[[], None]
 class TinyGPT(nn.Module):
     """A decoder with tied embeddings and learned positions; one loss per sequence."""
 
-    def __init__(self, *, vocabulary: int = 2048, width: int = 128, depth: int = 2, heads: int = 4, length: int = 64) -> None:
+    def __init__(
+        self, *, vocabulary: int = 2048, width: int = 128, depth: int = 2, heads: int = 4, length: int = 64
+    ) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(

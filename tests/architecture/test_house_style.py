@@ -16,9 +16,12 @@ from architecture.checkers import (
 )
 
 CORE_LINES = 2650
-"""2,500 for the engine, clipping, noise and sums, and 150 for what was found to belong beside them: private counts of a table
-(`histogram`), the precision of norms and sums (`precision`) and the batch axis (`layout`)."""
+"""2,500 for the engine, clipping, noise and sums, and 150 for what was found to belong beside them: private counts of a
+table (`histogram`), the precision of norms and sums (`precision`) and the batch axis (`layout`)."""
 FILE_LINES = 600
+
+MAY_CATCH_ALL = {"app/cli.py": "the edge of the program withholds messages that may quote an example, and exits with 1"}
+"""File -> why it may catch every exception."""
 
 MAY_FORWARD = {"core/rules/elementwise.py": "a rule stands in for a torch function and hands its keywords on unchanged"}
 """File -> why its signatures may take ``**named``."""
@@ -57,7 +60,7 @@ def test_hasattr_is_found():
 
 
 def test_no_exception_is_caught_unseen():
-    assert findings(broad_excepts, sources()) == []
+    assert findings(broad_excepts, [source for source in sources() if source.path not in MAY_CATCH_ALL]) == []
 
 
 @pytest.mark.parametrize(

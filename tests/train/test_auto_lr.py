@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from train import toys
 
 from discreet.errors import ConfigError
 from discreet.train.auto_lr import DEFAULT_ADAM_RATE, LinearDecay, RateControl
+from train import toys
 
 
 def _adam(lr: float = 0.3) -> torch.optim.Adam:

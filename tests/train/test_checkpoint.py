@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from train import toys
 
 from discreet.errors import ConfigError, LedgerError
 from discreet.train import checkpoint as checkpoint_module
 from discreet.train.checkpoint import Checkpoint, load, model_tensors, save
+from train import toys
 
 
 def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int = 3) -> Checkpoint:

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from train import toys
 
 import discreet
 from discreet.errors import ConfigError, DiscreetError
 from discreet.privacy.ledger import Ledger
 from discreet.train import checkpoint, loop, run, updates
+from train import toys
 
 STEPS, EVERY = 10, 4
 CRASHED = 137

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from train import toys
 
 from discreet.core.clipping import Clipping
 from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
+from train import toys
 
 
 def _describe(**changes: object) -> dict[str, str]:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from train import toys
 
 from discreet.errors import ConfigError
 from discreet.train.examples import BatchedDataset, Examples
+from train import toys
 
 CPU = torch.device("cpu")
 

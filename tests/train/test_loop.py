@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
-from train import toys
 
 import discreet
 from discreet.core.clipping import Clipping
 from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
 from discreet.train.loop import Private, make_private, train
+from train import toys
 
 
 def _private(run_dir: Path, **changes: object) -> Private:

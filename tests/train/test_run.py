@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from train import toys
 
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Gaussian
@@ -15,6 +14,7 @@ from discreet.privacy.plan import Plan
 from discreet.train import run as run_module
 from discreet.train.horizon import updates_allowed
 from discreet.train.run import Run, Stage
+from train import toys
 
 
 def _plan(**changes: object) -> Plan:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from train import toys
 
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient, trainable
@@ -13,6 +12,7 @@ from discreet.core.rng import NoiseSource
 from discreet.errors import ConfigError
 from discreet.train.examples import Examples
 from discreet.train.step import ClippedStep, Microbatch, is_out_of_memory, write_gradient
+from train import toys
 
 
 def _step(model: nn.Module, *, microbatch: int, dtype: torch.dtype, loss=toys.loss) -> ClippedStep:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from train import toys
 
 import discreet
 from discreet.core.clipping import ClippedSum
@@ -23,6 +22,7 @@ from discreet.errors import BudgetExceeded, ConfigError, LedgerError
 from discreet.privacy.ledger import Ledger
 from discreet.train import secret_files, updates
 from discreet.train.loop import Private, make_private
+from train import toys
 
 STEPS, EVERY = 40, 10
 

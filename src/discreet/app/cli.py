@@ -35,20 +35,6 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help.")
 
 
-_UNEXPECTED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-)
-_UNEXPECTED += (TypeError, ValueError)
-"""What torch and others raise. Their messages may quote an example ("Target 7 is out of bounds"): not shown."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     _settle_streams()
@@ -76,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             "interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume.", EXIT_FAILED
         )
-    except _UNEXPECTED as error:
+    except Exception as error:  # noqa: BLE001
+        # The edge of the program: what torch raises may quote an example ("Target 7 is out of bounds").
         return _fail(_without_values(error), EXIT_FAILED)
     return EXIT_DONE
 

@@ -12,10 +12,10 @@ from discreet.errors import ConfigError
 
 
 def expected_calibration_error(probability_NK: Tensor, target_N: Tensor, *, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins of confidence (Guo et al., arXiv:1706.04599, Eq. 3).
+    """Mean gap between confidence and accuracy over equal-width bins of confidence (Eq. 3, arXiv:1706.04599).
 
-    ``sum_b (|b| / N) |accuracy(b) - confidence(b)|`` with the confidence of the most probable class. Edge cases: empty bins
-    count nothing; no example gives 0.
+    ``sum_b (|b| / N) |accuracy(b) - confidence(b)|`` with the confidence of the most probable class. Edge cases: empty
+    bins count nothing; no example gives 0.
 
     Args:
         probability_NK: rows that sum to 1.

@@ -1,8 +1,8 @@
 """The self-check before step 0: is every parameter met, are norms right, is every example alone?
 
-Run on a few examples, it decides by behaviour: the engine against one-example-at-a-time autograd, and the losses of some
-examples against changes of the others. It catches BatchNorm, token-mean losses, auxiliary losses over the batch, missed
-uses of a parameter and wrong layouts, whatever their class is called.
+Run on a few examples, it decides by behaviour: the engine against one-example-at-a-time autograd, and the losses of
+some examples against changes of the others. It catches BatchNorm, token-mean losses, auxiliary losses over the batch,
+missed uses of a parameter and wrong layouts, whatever their class is called.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def check(
 ) -> CheckReport:
     """Check a model and a loss on one small batch, without changing either.
 
-    **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is tested by
-    replacing and by removing examples; buffers that a forward changes depending on the data are named. The check is a
-    test and no proof: it sees the control flow that these examples take.
+    **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is
+    tested by replacing and by removing examples; buffers that a forward changes depending on the data are named. The
+    check is a test and no proof: it sees the control flow that these examples take.
 
     Args:
         model: as it will be trained (its mode is kept; buffers, gradients and random state are put back).
@@ -105,9 +105,7 @@ def check(
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
     isolation = _isolation_rows(examine_isolation(model, loss, batch, examples=size))
     try:
-        verdict = compare_with_brute_force(
-            model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size
-        )
+        verdict = compare_with_brute_force(model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size)
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
@@ -116,16 +114,16 @@ def check(
 
 def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     remedy = (
-        "an example's loss depends on other examples (batch statistics, a mean over the batch's tokens, an auxiliary or "
-        "contrastive loss); use GroupNorm or LayerNorm, and average within each example."
+        "an example's loss depends on other examples (batch statistics, a mean over the batch's tokens, an auxiliary "
+        "or contrastive loss); use GroupNorm or LayerNorm, and average within each example."
     )
     rows = [
         _verdict_row("isolation", "losses when another example is replaced", verdict.by_substitution, remedy),
         _verdict_row("isolation", "losses when other examples are removed", verdict.by_removal, remedy),
     ]
     detail = (
-        f"{', '.join(verdict.buffers)}: a forward writes private statistics here, and they would be saved without noise; "
-        "use a layer without running statistics."
+        f"{', '.join(verdict.buffers)}: a forward writes private statistics here, and they would be saved without "
+        "noise; use a layer without running statistics."
     )
     rows.append(_verdict_row("buffers", "no buffer learns from the data", not verdict.buffers, detail))
     return tuple(rows)
@@ -139,9 +137,14 @@ def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
             rows.append(CheckRow(parameter.name, _shape(parameter.shape), Status.UNUSED, detail))
             continue
         met = ", ".join(parameter.functions) or "no function"
-        detail = f"met by {met}; norms differ from autograd by more than {verdict.tolerance:g}: do not train; report it."
-        row = _verdict_row(parameter.name, _shape(parameter.shape), parameter.norms_agree, detail)
-        rows.append(row if not parameter.norms_agree else CheckRow(row.name, row.what, row.status, f"norms agree; {met}"))
+        name, shape = parameter.name, _shape(parameter.shape)
+        if parameter.norms_agree:
+            rows.append(CheckRow(name, shape, Status.PASSED, f"norms agree; {met}"))
+            continue
+        detail = (
+            f"met by {met}; norms differ from autograd by more than {verdict.tolerance:g}: do not train; report it."
+        )
+        rows.append(CheckRow(name, shape, Status.FAILED, detail))
     detail = f"differs from brute force by more than {verdict.tolerance:g}: do not train; report it."
     rows.append(_verdict_row("clipped sum", "against one example at a time", verdict.sum_agrees, detail))
     return tuple(rows)

@@ -111,8 +111,7 @@ def _convolve(
     spread = _sizes(dilation, axes)
     if isinstance(padding, str):
         total = [
-            gap * (kernel - 1) if padding == "same" else 0
-            for gap, kernel in zip(spread, weight.shape[2:], strict=True)
+            gap * (kernel - 1) if padding == "same" else 0 for gap, kernel in zip(spread, weight.shape[2:], strict=True)
         ]
         if any(size % 2 for size in total):
             ends = [end for size in reversed(total) for end in (size // 2, size - size // 2)]
