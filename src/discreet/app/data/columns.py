@@ -24,7 +24,6 @@ BUCKETS = _FIRST_NUMERIC + len(EDGES) - 1
 """Buckets of a column: one for texts that are not numbers, then one per interval of `EDGES`."""
 
 _WIDTHS = (1, 4, 16, 64)
-_MOST = 0.9
 
 NOTABLE = 5.0
 """Noisy counts below this many standard deviations of the noise are taken as empty (post-processing).
@@ -112,35 +111,35 @@ class CategoryEncoding:
 def released_range(counts_K: np.ndarray, *, noise_std: float, least: float) -> NumberEncoding | None:
     """Range and ranks of a column from its noisy bucket counts; None when no bucket stands out of the noise.
 
-    Neighbouring buckets are joined, as far as needed for most rows to stand out. The range goes from the lowest to the
-    highest notable bucket, and ranks come from the share of each. Post-processing of released counts.
+    The range goes from the lowest to the highest bucket with rows in it, and ranks come from the share of each, as told
+    by `_rows_per_bucket`. Post-processing of released counts.
 
     Args:
         counts_K: noisy counts, shape (BUCKETS,).
         noise_std: standard deviation of their noise, in rows.
         least: buckets of fewer rows are left out in any case; public.
     """
-    edges, counts = _notable(counts_K, noise_std=noise_std, least=least)
-    kept = np.flatnonzero(counts)
+    rows_K = _rows_per_bucket(counts_K, noise_std=noise_std, least=least)
+    kept = np.flatnonzero(rows_K)
     if len(kept) == 0:
         return None
     tiny = _POSITIVE_EDGES[0]
-    low, high = float(edges[kept[0]]), float(edges[kept[-1] + 1])
+    low, high = float(EDGES[kept[0]]), float(EDGES[kept[-1] + 1])
     low, high = (0.0 if low == -tiny else low), (0.0 if high == tiny else high)
     if not low < high:
         return None
     knots: list[tuple[float, float]] = []
     rank = 0.0
     for bucket in kept:
-        knots.append((float(edges[bucket]), rank))
-        rank += float(counts[bucket] / counts.sum())
-        knots.append((float(edges[bucket + 1]), rank))
+        knots.append((float(EDGES[bucket]), rank))
+        rank += float(rows_K[bucket] / rows_K.sum())
+        knots.append((float(EDGES[bucket + 1]), rank))
     return NumberEncoding(low=low, high=high, knots=_strictly_ascending(knots))
 
 
 def notable_numbers(counts_K: np.ndarray, *, noise_std: float, least: float) -> float:
     """Rows in the numeric buckets that stand out of the noise."""
-    return float(_notable(counts_K, noise_std=noise_std, least=least)[1].sum())
+    return float(_rows_per_bucket(counts_K, noise_std=noise_std, least=least).sum())
 
 
 def is_numeric(counts_K: np.ndarray, *, noise_std: float, least: float) -> bool:
@@ -148,20 +147,33 @@ def is_numeric(counts_K: np.ndarray, *, noise_std: float, least: float) -> bool:
     return notable_numbers(counts_K, noise_std=noise_std, least=least) > max(float(counts_K[NOT_A_NUMBER]), 0.0)
 
 
-def _notable(counts_K: np.ndarray, *, noise_std: float, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Edges and counts of the finest joining of buckets that keeps most of what any joining keeps; others set to 0."""
-    found = []
+def _rows_per_bucket(counts_K: np.ndarray, *, noise_std: float, least: float) -> np.ndarray:
+    """Rows of each numeric bucket as far as they stand out of the noise, 0 elsewhere; shape (BUCKETS - 1,).
+
+    From fine to coarse: a window is taken when the rows in those of its buckets that no finer window explains stand out;
+    they are then spread evenly over these. So thin tails join coarse windows, and a coarse window that is notable only
+    because of a fine one inside it does not stretch the range.
+    """
+    numeric = counts_K[_FIRST_NUMERIC:]
+    rows, explained = np.zeros(len(numeric)), np.zeros(len(numeric), dtype=bool)
     for width in _WIDTHS:
-        first = _POSITIVE_EDGES[::width]
-        edges = np.array([-edge for edge in reversed(first)] + first)
-        starts = np.searchsorted(EDGES, edges[:-1])
-        counts = np.add.reduceat(counts_K[_FIRST_NUMERIC:], starts)
-        sizes = np.diff([*starts, BUCKETS - _FIRST_NUMERIC])
-        found.append(
-            (edges, np.where(counts >= np.maximum(NOTABLE * noise_std * np.sqrt(sizes), max(least, 1.0)), counts, 0.0))
-        )
-    most = max(float(counts.sum()) for _, counts in found)
-    return next((edges, counts) for edges, counts in found if counts.sum() >= _MOST * most)
+        for start, stop in _windows(width):
+            free = start + np.flatnonzero(~explained[start:stop])
+            if not len(free):
+                continue
+            found = float(numeric[free].sum())
+            if found >= max(NOTABLE * noise_std * math.sqrt(len(free)), least, 1.0):
+                rows[free] = found / len(free)
+                explained[start:stop] = True
+    return rows
+
+
+def _windows(width: int) -> list[tuple[int, int]]:
+    """Windows of ``width`` numeric buckets, aligned outward from the bucket of zero, which is always alone."""
+    zero = len(_POSITIVE_EDGES) - 1
+    above = [(start, min(start + width, 2 * zero + 1)) for start in range(zero + 1, 2 * zero + 1, width)]
+    below = [(2 * zero + 1 - stop, 2 * zero + 1 - start) for start, stop in above]
+    return [*below, (zero, zero + 1), *above]
 
 
 def _strictly_ascending(knots: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
