@@ -167,7 +167,9 @@ def _add_training(command: _Parser, *, epsilon_required: bool) -> None:
     command.add_argument("--delta", type=float, help="default: 1 / examples^1.1")
     _add_model(command)
     command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
-    command.add_argument("--steps", type=int, metavar="S", help="updates; default: the model's usual number")
+    command.add_argument(
+        "--steps", type=int, metavar="S", help="updates; fewer get a larger batch, so no run gets cheaper"
+    )
     command.add_argument("--learning-rate", default="auto", metavar="R", help='"auto" or the peak of a linear decay')
     command.add_argument("--clipping", type=_clipping, metavar="RULE", help='"automatic" (default) or "abadi:R"')
     command.add_argument("--microbatch", type=int, metavar="M", help="examples at a time; never changes the result")

@@ -168,11 +168,15 @@ def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
         "noise multiplier": outcome.plan.noise_multiplier,
     }
     if outcome.test is not None:
-        facts |= {f"test {name}": value for name, value in outcome.test.to_json().items()}
+        facts |= {f"test {name}": value for name, value in outcome.test.to_json().items() if name != "unlisted"}
+        if outcome.test.unlisted:
+            facts["test rows of no listed class, counted as wrong"] = outcome.test.unlisted
     facts |= {"seconds": round(outcome.seconds, 1), "run": outcome.run_dir, "report": outcome.report}
     if not outcome.private:
         print("NOT PRIVATE: trained in test mode or without noise.\n")
     _print_table(facts)
+    if outcome.statements:
+        print("\n" + "\n".join(outcome.statements))
 
 
 def _print_table(facts: Mapping[str, object]) -> None:

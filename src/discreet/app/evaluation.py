@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -26,16 +27,18 @@ class Evaluation:
             because the weights have overflowed.
         ece: expected calibration error, over the same rows; None likewise.
         examples: rows in all.
+        unlisted: rows whose class is not in the class list.
     """
 
     accuracy: float
     nll: float | None
     ece: float | None
     examples: int
+    unlisted: int = 0
 
     def to_json(self) -> dict[str, float | int | None]:
         """As it stands in ``result.json``."""
-        return {"accuracy": self.accuracy, "nll": self.nll, "ece": self.ece, "examples": self.examples}
+        return dataclasses.asdict(self)
 
 
 def evaluate(model: nn.Module, examples: Examples) -> Evaluation | None:
@@ -58,7 +61,13 @@ def evaluate(model: nn.Module, examples: Examples) -> Evaluation | None:
     correct = int((logits.argmax(1) == targets).sum())
     nll = float(F.cross_entropy(logits[known], targets[known])) if bool(known.any()) else 0.0
     ece = expected_calibration_error(logits[known].softmax(1), targets[known])
-    return Evaluation(accuracy=correct / len(targets), nll=_finite(nll), ece=_finite(ece), examples=len(targets))
+    return Evaluation(
+        accuracy=correct / len(targets),
+        nll=_finite(nll),
+        ece=_finite(ece),
+        examples=len(targets),
+        unlisted=int((~known).sum()),
+    )
 
 
 def _finite(value: float) -> float | None:

@@ -259,11 +259,20 @@ def _conclude(private: Private, prepared: Prepared, spec: models.ModelSpec, *, s
         private=verified.private,
         model={**spec.to_json(), "parameters": sum(p.numel() for p in private.model.parameters())},
         test=evaluate(private.model, prepared.test) if prepared.test is not None else None,
-        statements=(*prepared.statements, *_cut_short(private)),
+        statements=(*prepared.statements, *_cut_short(private), *_weak_delta(private.plan)),
     )
     outcome.report.unlink(missing_ok=True)
     private.run.write("result.json", outcome.to_json())
     return dataclasses.replace(outcome, report=write_report(private.run_dir))
+
+
+def _weak_delta(plan: Plan) -> tuple[str, ...]:
+    """A sentence when delta is so large that publishing one row at random would keep the promise."""
+    if plan.delta * plan.examples <= 1:
+        return ()
+    return (
+        f"Warning: delta {plan.delta:g} is above 1 / examples, {1 / plan.examples:.2g}; such a promise says little.",
+    )
 
 
 def _cut_short(private: Private) -> tuple[str, ...]:

@@ -19,8 +19,6 @@ from discreet.core.layout import observed_layout
 from discreet.core.parameter import Guarded, guard
 from discreet.errors import ConfigError, UnsupportedUse
 
-__all__ = ["LossFunction", "backward", "clipped_gradient", "open_book", "settle", "trainable", "zero_sum"]
-
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> Tensor`` of shape (B,): one loss per example."""
 
@@ -97,16 +95,22 @@ def backward(book: Book, losses_B: Tensor) -> None:
     Raises:
         ConfigError: the losses have another shape than (B,), or do not depend on any trainable parameter.
     """
-    if losses_B.shape != (book.examples,):
-        raise ConfigError(
-            f"losses of shape {tuple(losses_B.shape)}: must be one per example, ({book.examples},); "
-            'use reduction="none" and sum or average within each example.'
-        )
+    check_losses(losses_B, examples=book.examples)
     if isinstance(losses_B, Guarded) or not losses_B.requires_grad:
         raise ConfigError("the losses depend on no trainable parameter and example together; use the model's output.")
     _refuse_strays(book, losses_B)
     with book.collecting():
         losses_B.sum().backward()
+
+
+def check_losses(losses: object, *, examples: int) -> None:
+    """Raise `ConfigError` unless a loss function returned a tensor of shape (B,)."""
+    shape = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses).__name__}"
+    if not isinstance(losses, Tensor) or losses.shape != (examples,):
+        raise ConfigError(
+            f"losses of {shape}: must be a tensor with one per example, ({examples},); "
+            'use reduction="none" and sum or average within each example.'
+        )
 
 
 def _refuse_strays(book: Book, losses_B: Tensor) -> None:

@@ -98,16 +98,7 @@ def private_counts(
     adaptive composition: account it as ``Gaussian(noise_multiplier)`` and ``Selection(delta)``. Noise is a function of
     the name and not of its place, so the order of rows or of a dictionary tells nothing.
 
-    *Why delta suffices.* Take neighbours D and D' = D + row, and let U be the names that are present (count >= k, see
-    `selection_threshold`) in D' only. Let M* on D' be the mechanism that never tells U. (1) On all other names M(D) and
-    M*(D') are the same post-processing of Gaussian queries on vectors ``sqrt(C)`` apart. (2) A name of U has count
-    exactly k, so it is told with probability ``Q((tau - k) / s)``, and any of U with probability p <= 1 - exp(-delta):
-    putting M* in place of M on D' costs at most p. (3) Conversely an output that M(D) can give holds no name of U, and
-    for these ``P[M(D')] = (1 - p) P[M*(D')]`` by independence, which shifts epsilon by ``-ln(1 - p) <= delta``; a
-    hockey-stick curve falls by at most 1 per unit of epsilon, so this too costs at most delta. Neither step looks at
-    what is composed with M. Replacing a row meets (2) at one end and (3) at the other, hence twice. (Korolova et al.,
-    WWW 2009; adding the two deltas is the simple analysis of arXiv:2202.01100 and arXiv:2412.10357, whose exact ones
-    are smaller.)
+    Why delta suffices: docs/proofs/private_counts.md (after Korolova et al., WWW 2009).
 
     Args:
         buckets: column -> buckets of its rows.

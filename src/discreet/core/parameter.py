@@ -225,6 +225,8 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         guarded = [leaf for leaf in leaves if isinstance(leaf, Guarded)]
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Guarded)]
         names = tuple(dict.fromkeys(name for leaf in guarded for name in _derivation(book, leaf).names))
+        if func not in _rules and func not in _derivable:
+            raise _no_rule(func, names, guarded[0])
         axes = book.classify(names, function_name(func), operands)
         use = Use(book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)})
         batched = any(axis is not Axis.SHARED for axis in axes)
@@ -233,11 +235,33 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return meeting(use, *args, **kwargs)
         if not batched and func in _derivable:
             return derive(use, args, kwargs, isometric=_derivable[func])
-        raise UnsupportedUse(
-            f"{function_name(func)} on {', '.join(names)} (shape {tuple(guarded[0].shape)}): no exact rule for it; "
-            "freeze the parameter (requires_grad=False), or write this part with linear, convolution, embedding, "
-            "normalisation or elementwise functions."
-        )
+        raise _no_rule(func, names, guarded[0])
+
+
+def _no_rule(func: Function, names: tuple[str, ...], guarded: Tensor) -> UnsupportedUse:
+    usual = (
+        "freeze the parameter (requires_grad=False), or write this part with linear, convolution, embedding, "
+        "normalisation or elementwise functions."
+    )
+    return UnsupportedUse(
+        f"{function_name(func)} on {', '.join(names)} (shape {tuple(guarded.shape)}): no exact rule for it; "
+        f"{_REMEDIES.get(func, usual)}"
+    )
+
+
+_ATTENTION = (
+    "replace nn.MultiheadAttention by linear layers for query, key, value and output around "
+    "F.scaled_dot_product_attention (docs/recipes.md)."
+)
+_RECURRENT = "recurrent layers have no rule yet; use convolutions or attention over time, or freeze the layer."
+_REMEDIES: dict[Function, str] = {
+    torch.nn.functional.batch_norm: "use GroupNorm, LayerNorm or RMSNorm: BatchNorm mixes examples.",
+    torch.nn.functional.multi_head_attention_forward: _ATTENTION,
+    **dict.fromkeys((torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd), _ATTENTION),
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _RECURRENT),
+    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _RECURRENT),
+}
+"""What to write instead, where the usual advice would not help."""
 
 
 def _unwrap_derived(leaf: Any) -> Any:

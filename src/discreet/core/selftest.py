@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from discreet.core.book import Book, Layout
 from discreet.core.clipping import Clipping
-from discreet.core.gradient import LossFunction, backward, batch_size_of, settle, trainable
+from discreet.core.gradient import LossFunction, backward, batch_size_of, check_losses, settle, trainable
 from discreet.core.layout import SEED, frozen_state, other_rows, take
 from discreet.core.parameter import guard
 
@@ -101,7 +101,7 @@ def examine_isolation(
 ) -> IsolationVerdict:
     """Replace and remove examples, and see whether losses of the others move. Behaviour decides, not class names."""
     size = examples if examples is not None else batch_size_of(batch)
-    reference = _losses(model, loss, batch)
+    reference = _losses(model, loss, batch, examples=size)
     # Replacing changes no shape, so that losses of the others keep their bits; removing others changes the kernels.
     exact = 16 * torch.finfo(reference.dtype).eps
     tolerance = 1e-8 if reference.dtype is torch.float64 else 1e-4
@@ -112,10 +112,10 @@ def examine_isolation(
         rows = [other if other != row else (row + 1) % size for other in range(size)]
         replaced = take(batch, rows, size)
         others = [other for other in range(size) if other != row]
-        by_substitution &= _close(_losses(model, loss, replaced)[others], reference[others], exact)
+        by_substitution &= _close(_losses(model, loss, replaced, examples=size)[others], reference[others], exact)
         after = _buffers_after(model, loss, replaced)
         buffers |= {name for name, value in after.items() if not torch.equal(value, state[name])}
-    stochastic = not torch.equal(_losses(model, loss, batch, seed=SEED + 1), reference)
+    stochastic = not torch.equal(_losses(model, loss, batch, examples=size, seed=SEED + 1), reference)
     training = {module: module.training for module in model.modules()}
     try:
         if stochastic:
@@ -160,20 +160,22 @@ def _sums_agree(found: Any, gradients: dict[str, Tensor], clipping: Clipping, to
 
 
 def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: int, tolerance: float) -> bool:
-    reference = _losses(model, loss, batch)
+    reference = _losses(model, loss, batch, examples=size)
     for row in range(size):
         try:
-            alone = _losses(model, loss, take(batch, [row], size))
+            alone = _losses(model, loss, take(batch, [row], size), examples=1)
         except (ValueError, RuntimeError):
             return False
-        if alone.shape != (1,) or not _close(alone, reference[row : row + 1], tolerance):
+        if not _close(alone, reference[row : row + 1], tolerance):
             return False
     return True
 
 
-def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, seed: int = SEED) -> Tensor:
+def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, seed: int = SEED) -> Tensor:
     with frozen_state(model, seed=seed), torch.no_grad():
-        return loss(model, batch).detach().clone()
+        losses = loss(model, batch)
+    check_losses(losses, examples=examples)
+    return losses.detach().clone()
 
 
 def _buffers_after(model: nn.Module, loss: LossFunction, batch: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.accounting import Accountant, Relation, query_to_json
-from discreet.privacy.files import write_atomically
+from discreet.privacy.files import file_digest, write_atomically
 from discreet.privacy.ledger import Ledger, LedgerView
 from discreet.privacy.plan import Plan
 from discreet.privacy.records import Fields, parse_json
@@ -108,7 +108,8 @@ def verify(run_dir: Path | str) -> Verification:
 
     **Guarantees.** Raises unless every ledger line is intact and in order, the ledger is the one the certificate was
     written for (same head, same number of records), the plan is the ledger's, the composition of all reservations gives
-    the certified epsilon, and no field of the certificate differs from its derivation. A run that has not ended has no
+    the certified epsilon, no field of the certificate differs from its derivation, and the model, if it is there, is
+    the one that was released. Figures, curves and the report page are not bound to it. A run that has not ended has no
     certificate yet: what is reserved so far follows from its ledger and plan, and the statement says that it is
     unfinished.
 
@@ -122,6 +123,7 @@ def verify(run_dir: Path | str) -> Verification:
         _check_nothing_ended(run_dir)
     else:
         _check_certificate(_read_certificate(run_dir / CERTIFICATE_NAME), certificate(plan, ledger))
+        _check_model(run_dir / MODEL_NAME, ledger)
     if not ledger.within_budget():
         raise LedgerError(
             f"{LEDGER_NAME}: spends epsilon {ledger.epsilon():.6g}, above the plan's {plan.epsilon}; do not release."
@@ -152,13 +154,26 @@ def _check_nothing_ended(run_dir: Path) -> None:
         )
 
 
+def _check_model(path: Path, ledger: LedgerView) -> None:
+    """A released model must be the one that the ledger ended with; a certificate may travel without it."""
+    expected = _model_digest(ledger)
+    if expected is not None and path.exists() and file_digest(path) != expected:
+        raise LedgerError(f"{MODEL_NAME}: is not the model that the ledger ended with; restore it, or distrust it.")
+
+
+def _model_digest(ledger: LedgerView) -> object:
+    """SHA-256 of the released model, from the ledger's last record; None when it names none."""
+    last = ledger.records[-1]
+    facts = last.body["facts"] if last.kind == "close" else {}
+    return facts.get("model_sha256") if isinstance(facts, Mapping) else None
+
+
 def _check_certificate(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     _compare_ledger(found, expected)
     for name in sorted(expected):
         if not _agree(found[name], expected[name], name=name):
             raise LedgerError(
-                f"{CERTIFICATE_NAME}: field {name!r} does not follow from ledger and plan; "
-                "write the certificate again, or distrust it."
+                f"{CERTIFICATE_NAME}: field {name!r} does not follow from ledger and plan; restore it, or distrust it."
             )
 
 
@@ -204,6 +219,7 @@ def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
         "not_covered": list(NOT_COVERED),
         "ledger": {"head": ledger.head, "records": len(ledger.records), "finished": ledger.finished},
         "plan_fingerprint": plan.fingerprint(),
+        "model_sha256": _model_digest(ledger),
         "versions": dict(plan.versions),
     }
 
@@ -247,6 +263,8 @@ def _json_number(value: float) -> float | str:
 
 
 def _read_run(run_dir: Path) -> tuple[Plan, LedgerView]:
+    if not (run_dir / LEDGER_NAME).exists():
+        raise LedgerError(f"{run_dir}: holds no {LEDGER_NAME}; pass the run directory, the folder above release/.")
     ledger = Ledger.read(run_dir / LEDGER_NAME)
     if ledger.torn:
         raise LedgerError(
@@ -276,11 +294,9 @@ def _read_certificate(path: Path) -> dict[str, object]:
             f"{CERTIFICATE_NAME}: cannot be read ({error.strerror}); resume the run once, which writes it again."
         ) from None
     except (UnicodeDecodeError, ConfigError) as error:
-        raise LedgerError(
-            f"{CERTIFICATE_NAME}: cannot be read ({error}); write it again from plan and ledger."
-        ) from None
+        raise LedgerError(f"{CERTIFICATE_NAME}: cannot be read ({error}); restore it, or distrust it.") from None
     if not isinstance(record, dict):
-        raise LedgerError(f"{CERTIFICATE_NAME}: must be a JSON object; write it again from plan and ledger.")
+        raise LedgerError(f"{CERTIFICATE_NAME}: must be a JSON object; restore it, or distrust it.")
     return record
 
 

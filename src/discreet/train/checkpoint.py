@@ -7,7 +7,6 @@ resume from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from discreet.errors import ConfigError, LedgerError
+from discreet.privacy.files import file_digest
 from discreet.train.secret_files import sync
 
 _FORMAT = 1
@@ -77,7 +77,7 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
         temporary.mkdir(mode=0o700)
         save_file(tensors, temporary / _TENSORS)
         (temporary / _STATE).write_text(json.dumps(state, sort_keys=True))
-        digests = {name: _sha256(temporary / name) for name in (_TENSORS, _STATE)}
+        digests = {name: file_digest(temporary / name) for name in (_TENSORS, _STATE)}
         (temporary / _MANIFEST).write_text(json.dumps(digests, sort_keys=True))
         for name in (_TENSORS, _STATE, _MANIFEST):
             os.chmod(temporary / name, 0o600)
@@ -109,7 +109,7 @@ def load(directory: Path) -> Checkpoint | None:
     newest = found[-1]
     try:
         digests = dict(json.loads((newest / _MANIFEST).read_text()))
-        damaged = [name for name in (_TENSORS, _STATE) if _sha256(newest / name) != digests.get(name)]
+        damaged = [name for name in (_TENSORS, _STATE) if file_digest(newest / name) != digests.get(name)]
     except (OSError, ValueError, TypeError) as error:
         raise LedgerError(f"{newest}: the checkpoint cannot be read ({error}); remove it to start anew.") from error
     if damaged:
@@ -153,14 +153,6 @@ def _free_name(directory: Path, step: int) -> Path:
         return directory / name
     last = present[-1].removeprefix(name).lstrip("-")
     return directory / f"{name}-{int(last or 0) + 1:04d}"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:

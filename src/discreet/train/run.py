@@ -27,7 +27,7 @@ from discreet.core.rng import KEY_BYTES, NoiseSource, seed_key, subkey
 from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.accounting import Query, query_to_json
 from discreet.privacy.certificate import write_certificate
-from discreet.privacy.files import write_atomically
+from discreet.privacy.files import file_digest, write_atomically
 from discreet.privacy.ledger import Ledger, key_id
 from discreet.privacy.plan import Plan
 from discreet.train.checkpoint import load as load_checkpoint
@@ -41,7 +41,6 @@ SUMS = Path("private", "sums")
 PLAN = Path("release", "plan.json")
 MODEL = Path("release", "model.safetensors")
 PREPROCESSING = "preprocessing"
-_KEY_DESTROYED = {"key": "destroyed"}
 _DESTROYED_KEY = bytes(KEY_BYTES)
 
 Environment = Mapping[str, str]
@@ -296,7 +295,7 @@ class Run:
         sync(self.release_dir)
         self.closed = True
         _destroy_key(self.path)
-        self.ledger.finish(_KEY_DESTROYED)
+        self.ledger.finish(_ending(self.path))
         write_certificate(self.path)
 
     def close(self) -> None:
@@ -344,6 +343,11 @@ def _destroy_key(path: Path) -> None:
     sync(key.parent)
 
 
+def _ending(path: Path) -> dict[str, str]:
+    """The facts of the ledger's last record: they bind the released model to the certificate."""
+    return {"key": "destroyed", "model_sha256": file_digest(path / MODEL)}
+
+
 def _conclude(path: Path) -> None:
     """Do what is left of `Run.finish` after its key was destroyed.
 
@@ -355,5 +359,5 @@ def _conclude(path: Path) -> None:
     _destroy_key(path)
     view = Ledger.read(path / LEDGER)
     if not view.finished:
-        Ledger.resume(path / LEDGER, key_id=view.key_id).finish(_KEY_DESTROYED)
+        Ledger.resume(path / LEDGER, key_id=view.key_id).finish(_ending(path))
     write_certificate(path)

@@ -150,9 +150,9 @@ def is_numeric(counts_K: np.ndarray, *, noise_std: float, least: float) -> bool:
 def _rows_per_bucket(counts_K: np.ndarray, *, noise_std: float, least: float) -> np.ndarray:
     """Rows of each numeric bucket as far as they stand out of the noise, 0 elsewhere; shape (BUCKETS - 1,).
 
-    From fine to coarse: a window is taken when the rows in those of its buckets that no finer window explains stand out;
-    they are then spread evenly over these. So thin tails join coarse windows, and a coarse window that is notable only
-    because of a fine one inside it does not stretch the range.
+    From fine to coarse: a window is taken when the rows in those of its buckets that no finer window explains stand
+    out; they are then spread evenly over these. So thin tails join coarse windows, and a coarse window that is notable
+    only because of a fine one inside it does not stretch the range.
     """
     numeric = counts_K[_FIRST_NUMERIC:]
     rows, explained = np.zeros(len(numeric)), np.zeros(len(numeric), dtype=bool)

@@ -61,7 +61,8 @@ def read_records(path: Path, *, schema: Schema, columns: tuple[str, ...] | None)
         path: a ``.parquet`` file, or delimited text (UTF-8). ``.csv`` means commas; otherwise the first line tells: a
             tab if there is one, else a comma, else a semicolon. Tab-separated files have no quoting.
         schema: its `header`, `delimiter` and `columns` are used.
-        columns: names of the columns of a file without a header; overrides nothing, must agree with the schema.
+        columns: names of the columns of a file without a header (one that repeats them is skipped); they must agree
+            with the schema.
 
     Raises:
         ConfigError: names that are repeated, contradict the schema, or are as many as no row has.
@@ -103,7 +104,8 @@ def _read_delimited(path: Path, *, schema: Schema, names: tuple[str, ...] | None
         raise DataError(f"{path}: the file is empty; it needs one row per example.")
     delimiter = schema.delimiter or _delimiter(path, first)
     lines = _parse(path, text, delimiter=delimiter)
-    has_header = schema.header if schema.header is not None else names is None
+    # A first line that is exactly the given names is a header and no row, whether or not the names were needed.
+    has_header = schema.header if schema.header is not None else names is None or tuple(lines[0][0]) == names
     if has_header:
         header = lines.pop(0)[0]
         _check_header(path, header, names)
@@ -172,7 +174,8 @@ def _check_header(path: Path, header: list[str], names: tuple[str, ...] | None) 
     if repeated or "" in header:
         # Not named: where a header is missing, the first line is a row of private values.
         raise DataError(
-            f"{path}, line 1: a column name is repeated or empty; correct it, or name the columns with --columns."
+            f"{path}, line 1: a column name is repeated or empty; correct it (pandas: index=False), or set "
+            "header = true and columns = [...] in a schema to rename them all."
         )
 
 
@@ -185,7 +188,8 @@ def _check_distinct(names: tuple[str, ...] | None, *, where: str) -> None:
 def _check_lengths(path: Path, lines: list[tuple[list[str], int]], *, names: tuple[str, ...]) -> None:
     if all(len(fields) != len(names) for fields, _ in lines):
         raise ConfigError(
-            f"{path}: {len(names)} columns named, no row has as many fields; correct --columns or the delimiter."
+            f"{path}: {len(names)} columns named, no row has as many fields; correct --columns, or set delimiter = "
+            "in a schema."
         )
     for fields, number in lines:
         if len(fields) != len(names):
