@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -496,3 +497,53 @@ def test_a_reader_that_leaves_causes_no_complaint_at_the_end(tmp_path: Path) -> 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "output was closed" in done.stderr
+
+
+def _trained(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = _table(workplace / "people.csv")
+    assert _run(capsys, "train", data, "--target", "income", "--epsilon", 8, "--steps", 10, "--out", "run")[0] == 0
+
+
+def test_another_model_file_is_not_the_certified_one(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _trained(workplace, capsys)
+    with (workplace / "run" / "release" / "model.safetensors").open("ab") as stream:
+        stream.write(b" ")
+    code, _, err = _run(capsys, "verify", "run")
+    assert code == 1
+    assert "is not the model that the ledger ended with" in err
+
+
+def test_what_is_shared_verifies_without_the_private_half(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _trained(workplace, capsys)
+    shutil.copytree(workplace / "run" / "release", workplace / "shared" / "release")
+    shutil.copy(workplace / "run" / "ledger.jsonl", workplace / "shared")
+    assert _run(capsys, "verify", "shared")[0] == 0
+    (workplace / "shared" / "release" / "model.safetensors").unlink()
+    assert _run(capsys, "verify", "shared")[0] == 0
+    code, _, err = _run(capsys, "verify", "run/release")
+    assert code == 1
+    assert "pass the run directory" in err
+
+
+def test_rows_of_an_unlisted_class_are_counted_and_told(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = _table(workplace / "people.csv")
+    words = ("train", data, "--target", "income", "--classes", "low,hihg", "--epsilon", 8, "--steps", 5)
+    _, out, _ = _run(capsys, *words, "--out", "a", "--json")
+    record = json.loads(out)["test"]
+    assert 0 < record["unlisted"] < record["examples"]
+    _, out, _ = _run(capsys, *words, "--out", "b")
+    assert "of no listed class" in out
+
+
+def test_names_that_repeat_the_header_do_not_make_it_a_row(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = _table(workplace / "people.csv")
+    words = ("train", data, "--columns", "age,job,income", "--target", "income", "--epsilon", 8, "--steps", 5)
+    _, out, _ = _run(capsys, *words, "--out", "run", "--json")
+    record = json.loads(out)
+    assert record["examples"] + record["test"]["examples"] == ROWS
+
+
+def test_a_large_delta_is_said_to_be_one(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = _table(workplace / "people.csv")
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--delta", 0.5, "--steps", 5, "--out", "run")
+    assert "above 1 / examples" in _run(capsys, *words)[1]

@@ -321,3 +321,39 @@ def test_bfloat16_autocast_inside_the_model_passes():
 
     report = check(net, mixed, _features(D))
     assert report.passed, report.table()
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (lambda model, batch: model(batch).mean(), r"losses of shape \(\)"),
+        (lambda model, batch: model(batch), r"losses of shape \(4, 3\)"),
+        (lambda model, batch: [1.0, 2.0], "losses of type list"),
+    ],
+)
+def test_losses_that_are_not_one_per_example_are_said_to_be_so(bad, said):
+    with pytest.raises(ConfigError, match=said):
+        check(nn.Linear(5, 3), bad, torch.randn(4, 5))
+
+
+@pytest.mark.parametrize(
+    ("module", "remedy"),
+    [
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "scaled_dot_product_attention"),
+        (nn.LSTM(8, 8, batch_first=True), "recurrent"),
+        (nn.GRU(8, 8, batch_first=True), "recurrent"),
+    ],
+)
+def test_modules_that_bundle_their_weights_get_a_remedy_of_their_own(module, remedy):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = module, nn.Linear(8, 1)
+
+        def forward(self, x):
+            out = self.inner(x)
+            return self.head(out[0] if isinstance(out, tuple) else out).mean((1, 2))
+
+    report = check(Wrapped().eval(), lambda model, batch: model(batch), torch.randn(4, 5, 8))
+    assert not report.passed
+    assert remedy in report.table()
