@@ -9,7 +9,6 @@ import pytest
 
 from architecture.checkers import (
     MAY_IMPORT,
-    SOURCE,
     Source,
     cycles,
     executed_at_import,
