@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import discreet
-from discreet.core.gradient import trainable
+from discreet.core.gradient import trainable, zero_sum
 from discreet.train.step import write_gradient
 
 Batch = tuple[Tensor, Tensor]
@@ -134,7 +134,18 @@ def private(model: nn.Module, batch: Batch, loss: Loss, optimizer: torch.optim.O
     return step
 
 
-CONTESTANTS = {"ordinary": ordinary, "private": private}
+def noise(model: nn.Module, batch: Batch, loss: Loss, optimizer: torch.optim.Optimizer) -> Step:
+    """The draw and addition of the noise alone: the part of a private update that no clipping can save."""
+    total = zero_sum(trainable(model), discreet.Clipping.automatic())
+    source = discreet.NoiseSource.system()
+
+    def step() -> None:
+        discreet.release(total, noise_multiplier=1.0, source=source)
+
+    return step
+
+
+CONTESTANTS = {"ordinary": ordinary, "private": private, "noise": noise}
 
 
 def _contestant(pipe: Connection, *, model_name: str, kind: str, threads: int) -> None:
@@ -150,7 +161,7 @@ def _contestant(pipe: Connection, *, model_name: str, kind: str, threads: int) -
 
 
 def measure(model_name: str, *, rounds: int, threads: int) -> dict[str, float]:
-    """Medians of both contestants, step by step in turn, after three rounds of warming up."""
+    """Medians of all contestants, step by step in turn, after three rounds of warming up."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -176,6 +187,8 @@ def measure(model_name: str, *, rounds: int, threads: int) -> dict[str, float]:
         "private_ms": 1e3 * middle["private"],
         "time_ratio": middle["private"] / middle["ordinary"],
         "memory_ratio": memory["private"] / memory["ordinary"],
+        "noise_ms": 1e3 * middle["noise"],
+        "noise_share_of_surplus": middle["noise"] / (middle["private"] - middle["ordinary"]),
     }
 
 
@@ -191,10 +204,13 @@ def main() -> None:
     record = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads, "results": results}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{'model':8} {'ordinary ms':>12} {'private ms':>12} {'time':>7} {'memory':>7}")
+    print(
+        f"{'model':8} {'ordinary ms':>12} {'private ms':>12} {'time':>7} {'memory':>7} {'noise ms':>9} {'of surplus':>11}"
+    )
     for name, row in results.items():
         figures = f"{row['ordinary_ms']:12.2f} {row['private_ms']:12.2f}"
-        print(f"{name:8} {figures} {row['time_ratio']:6.2f}x {row['memory_ratio']:6.2f}x")
+        noise_figures = f"{row['noise_ms']:9.2f} {row['noise_share_of_surplus']:11.0%}"
+        print(f"{name:8} {figures} {row['time_ratio']:6.2f}x {row['memory_ratio']:6.2f}x {noise_figures}")
 
 
 if __name__ == "__main__":

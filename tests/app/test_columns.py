@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from discreet.app.data.columns import BUCKETS, bucket_of, is_numeric, released_range
+from discreet.app.data.columns import BUCKETS, bucket_of, is_numeric, notable_numbers, released_range
 
 NOISE = 26.0
 """Rows; what a table of four columns and 2,400 rows gets at epsilon 3."""
@@ -39,7 +39,14 @@ def test_thin_tails_are_joined_and_not_lost(seed: int) -> None:
 def test_noise_alone_tells_nothing(seed: int) -> None:
     counts = _counts(np.empty(0), seed=seed)
     assert released_range(counts, noise_std=NOISE, least=2.4) is None
-    assert not is_numeric(counts, noise_std=NOISE, least=2.4) or counts[0] < 0
+    assert notable_numbers(counts, noise_std=NOISE, least=2.4) == 0
+
+
+def test_texts_outweigh_the_noise_of_numbers() -> None:
+    counts = _counts(np.empty(0), seed=0)
+    counts[0] += 500
+    assert not is_numeric(counts, noise_std=NOISE, least=2.4)
+    assert is_numeric(_counts(np.full(500, 3.0), seed=0), noise_std=NOISE, least=2.4)
 
 
 def test_knots_rise_from_0_to_1_over_the_range() -> None:

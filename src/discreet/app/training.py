@@ -22,8 +22,9 @@ from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.planner import plan as make_plan
 from discreet.train.environment import describe_data
-from discreet.train.loop import Private, default_clipping, make_private, new_run_dir
+from discreet.train.loop import Private, make_private, new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
+from discreet.train.setup import default_clipping
 
 EVALUATIONS = 10
 """How often the held-out examples are looked at during training, for the curve in the report."""

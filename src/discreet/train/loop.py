@@ -24,13 +24,13 @@ from discreet.core.world import world_size
 from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
-from discreet.privacy.planner import plan as make_plan
-from discreet.train.auto_lr import LearningRate, RateControl, needs_arguments
+from discreet.train.auto_lr import LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.run import Run
-from discreet.train.step import ClippedStep, Microbatch, refuse_unreleased
+from discreet.train.setup import check_plan, clipping_of, covered_parameters, solve_plan
+from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.updates import Step, Updates, begin
 
 CHECK_EXAMPLES = 4
@@ -242,13 +242,13 @@ def make_private(
     if checkpoint_steps < 1:
         raise ConfigError(f"checkpoint_steps={checkpoint_steps}: must be at least 1; the default is 50.")
     examples = Examples(dataset)
-    parameters = _covered(model, optimizer)
+    parameters = covered_parameters(model, optimizer)
     device = next(iter(parameters.values())).device
 
     def new_plan() -> Plan:
         if plan is not None:
             return plan
-        return _solve(
+        return solve_plan(
             examples.count,
             epsilon=epsilon,
             delta=delta,
@@ -263,7 +263,7 @@ def make_private(
         if run is not None:
             on_failure.callback(run.close)
         the_plan = run.plan if run is not None else new_plan()
-        _agree(the_plan, clipping=clipping, examples=examples)
+        check_plan(the_plan, clipping=clipping, examples=examples.count)
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps)
         size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         rule = clipping_of(the_plan)
@@ -288,77 +288,6 @@ def make_private(
     return Private(updates, model=model, optimizer=optimizer, check_report=report)
 
 
-def _covered(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The trainable parameters, which must be exactly those that the optimizer moves."""
-    parameters = trainable(model)
-    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = {id(parameter): name for name, parameter in parameters.items()}
-    if needs_arguments(type(optimizer).step):
-        raise ConfigError(
-            f"{type(optimizer).__name__}: its step needs a closure, which would evaluate private examples again; use "
-            "an "
-            "optimizer that moves by the gradient alone."
-        )
-    missing = [name for key, name in trained.items() if key not in moved]
-    if missing:
-        raise ConfigError(
-            f"{missing[0]}: is trainable but the optimizer does not hold it; add it, or set requires_grad=False."
-        )
-    frozen = {id(parameter) for parameter in model.parameters()} - trained.keys()
-    if moved - trained.keys() - frozen:
-        raise ConfigError("the optimizer holds a parameter that is not in the model; make it from model.parameters().")
-    refuse_unreleased(optimizer, parameters)
-    return parameters
-
-
-def _solve(
-    count: int,
-    *,
-    epsilon: float | None,
-    delta: float | None,
-    noise_multiplier: float | None,
-    batch_size: int | None,
-    steps: int | None,
-    clipping: Clipping | None,
-) -> Plan:
-    if (epsilon is None) == (noise_multiplier is None):
-        raise ConfigError(
-            f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: pass exactly one of them, or a plan."
-        )
-    rule = clipping if clipping is not None else default_clipping(epsilon)
-    if noise_multiplier is not None:
-        if batch_size is None or steps is None:
-            raise ConfigError("noise_multiplier without batch_size and steps: pass all three, or epsilon alone.")
-        return Plan.solve(
-            examples=count,
-            batch_size=batch_size,
-            steps=steps,
-            noise_multiplier=noise_multiplier,
-            delta=delta,
-            clipping=rule.describe(),
-        )
-    assert epsilon is not None
-    return make_plan(
-        examples=count, epsilon=epsilon, delta=delta, batch_size=batch_size, steps=steps, clipping=rule.describe()
-    )
-
-
-def default_clipping(epsilon: float | None) -> Clipping:
-    """Automatic clipping; none when there is to be no guarantee."""
-    return Clipping.none() if epsilon == float("inf") else Clipping.automatic()
-
-
-def clipping_of(plan: Plan) -> Clipping:
-    """The clipping rule that a plan's public record stands for."""
-    record = plan.clipping
-    kind = ClippingKind(record["kind"])
-    if kind is ClippingKind.AUTOMATIC:
-        return Clipping.automatic(gamma=float(record["gamma"]))
-    if kind is ClippingKind.ABADI:
-        return Clipping.abadi(float(record["clip_bound"]))
-    return Clipping.none()
-
-
 def new_run_dir() -> Path:
     """A new directory below ``runs/``, named by the time in UTC and a random suffix."""
     return Path("runs") / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -372,18 +301,6 @@ def _existing_run(run_dir: str | Path | Run | None, *, resume: bool, seed: int |
     if run_dir is None:
         raise ConfigError("resume=True without run_dir: name the run directory to continue.")
     return Run.resume(Path(run_dir), seed=seed)
-
-
-def _agree(plan: Plan, *, clipping: Clipping | None, examples: Examples) -> None:
-    """Refuse data or clipping that a plan, perhaps from an earlier process, was not made for."""
-    if plan.examples != examples.count:
-        raise ConfigError(
-            f"{examples.count} examples in the data set, {plan.examples} in the plan: N is public and fixed; make a "
-            "plan for "
-            "this data."
-        )
-    if clipping is not None and clipping.describe() != dict(plan.clipping):
-        raise ConfigError(f"clipping {clipping.describe()}: the plan says {dict(plan.clipping)}; pass the same rule.")
 
 
 def _self_check(

@@ -1,0 +1,100 @@
+"""What training settles before anything is written: which parameters, which plan, which clipping."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from discreet.core.clipping import Clipping, ClippingKind
+from discreet.core.gradient import trainable
+from discreet.errors import ConfigError
+from discreet.privacy.plan import Plan
+from discreet.privacy.planner import plan as make_plan
+from discreet.train.auto_lr import needs_arguments
+from discreet.train.step import refuse_unreleased
+
+
+def covered_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The trainable parameters, which must be exactly those that the optimizer moves."""
+    parameters = trainable(model)
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter): name for name, parameter in parameters.items()}
+    if needs_arguments(type(optimizer).step):
+        raise ConfigError(
+            f"{type(optimizer).__name__}: its step needs a closure, which would evaluate private examples again; use an "
+            "optimizer that moves by the gradient alone."
+        )
+    missing = [name for key, name in trained.items() if key not in moved]
+    if missing:
+        raise ConfigError(
+            f"{missing[0]}: is trainable but the optimizer does not hold it; add it, or set requires_grad=False."
+        )
+    frozen = {id(parameter) for parameter in model.parameters()} - trained.keys()
+    if moved - trained.keys() - frozen:
+        raise ConfigError("the optimizer holds a parameter that is not in the model; make it from model.parameters().")
+    refuse_unreleased(optimizer, parameters)
+    return parameters
+
+
+def solve_plan(
+    count: int,
+    *,
+    epsilon: float | None,
+    delta: float | None,
+    noise_multiplier: float | None,
+    batch_size: int | None,
+    steps: int | None,
+    clipping: Clipping | None,
+) -> Plan:
+    """A plan from what the caller gave; the planner fills in the rest.
+
+    Raises:
+        ConfigError: not exactly one of epsilon and noise_multiplier, or sigma without the sizes that it is for.
+    """
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ConfigError(
+            f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: pass exactly one of them, or a plan."
+        )
+    rule = clipping if clipping is not None else default_clipping(epsilon)
+    if noise_multiplier is not None:
+        if batch_size is None or steps is None:
+            raise ConfigError("noise_multiplier without batch_size and steps: pass all three, or epsilon alone.")
+        return Plan.solve(
+            examples=count,
+            batch_size=batch_size,
+            steps=steps,
+            noise_multiplier=noise_multiplier,
+            delta=delta,
+            clipping=rule.describe(),
+        )
+    assert epsilon is not None
+    return make_plan(
+        examples=count, epsilon=epsilon, delta=delta, batch_size=batch_size, steps=steps, clipping=rule.describe()
+    )
+
+
+def default_clipping(epsilon: float | None) -> Clipping:
+    """Automatic clipping; none when there is to be no guarantee."""
+    return Clipping.none() if epsilon == float("inf") else Clipping.automatic()
+
+
+def clipping_of(plan: Plan) -> Clipping:
+    """The clipping rule that a plan's public record stands for."""
+    record = plan.clipping
+    kind = ClippingKind(record["kind"])
+    if kind is ClippingKind.AUTOMATIC:
+        return Clipping.automatic(gamma=float(record["gamma"]))
+    if kind is ClippingKind.ABADI:
+        return Clipping.abadi(float(record["clip_bound"]))
+    return Clipping.none()
+
+
+def check_plan(plan: Plan, *, clipping: Clipping | None, examples: int) -> None:
+    """Refuse data or clipping that a plan, perhaps from an earlier process, was not made for."""
+    if plan.examples != examples:
+        raise ConfigError(
+            f"{examples} examples in the data set, {plan.examples} in the plan: N is public and fixed; make a "
+            "plan for this data."
+        )
+    if clipping is not None and clipping.describe() != dict(plan.clipping):
+        raise ConfigError(f"clipping {clipping.describe()}: the plan says {dict(plan.clipping)}; pass the same rule.")

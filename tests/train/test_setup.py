@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from discreet.core.clipping import Clipping
+from discreet.errors import ConfigError
+from discreet.privacy.plan import Plan
+from discreet.train.setup import check_plan, clipping_of, covered_parameters, default_clipping, solve_plan
+from train import toys
+
+NOTHING = {
+    "epsilon": None,
+    "delta": None,
+    "noise_multiplier": None,
+    "batch_size": None,
+    "steps": None,
+    "clipping": None,
+}
+
+
+@pytest.mark.parametrize("rule", [Clipping.automatic(), Clipping.automatic(gamma=0.3), Clipping.abadi(2.5)])
+def test_a_plan_gives_back_its_clipping(rule: Clipping) -> None:
+    plan = Plan.solve(examples=100, batch_size=10, steps=5, epsilon=3.0, clipping=rule.describe())
+    assert clipping_of(Plan.from_json(plan.to_json())) == rule
+
+
+def test_no_guarantee_no_clipping() -> None:
+    assert default_clipping(math.inf) == Clipping.none()
+    assert default_clipping(3.0) == default_clipping(None) == Clipping.automatic()
+    assert clipping_of(solve_plan(100, **(NOTHING | {"epsilon": math.inf}))) == Clipping.none()
+
+
+def test_what_is_given_is_kept_and_the_rest_is_planned() -> None:
+    plan = solve_plan(1000, **(NOTHING | {"epsilon": 2.0, "steps": 77}))
+    assert (plan.steps, plan.epsilon) == (77, 2.0)
+    assert 1 <= plan.batch_size <= 1000
+    fixed = solve_plan(1000, **(NOTHING | {"noise_multiplier": 1.5, "steps": 10, "batch_size": 50}))
+    assert (fixed.noise_multiplier, fixed.steps, fixed.batch_size) == (1.5, 10, 50)
+
+
+@pytest.mark.parametrize("given", [{}, {"epsilon": 1.0, "noise_multiplier": 1.0}, {"noise_multiplier": 1.0}])
+def test_contradictions_are_refused(given: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        solve_plan(1000, **(NOTHING | given))
+
+
+def test_a_plan_of_other_data_or_clipping_is_refused() -> None:
+    plan = Plan.solve(examples=100, batch_size=10, steps=5, epsilon=3.0)
+    check_plan(plan, clipping=Clipping.automatic(), examples=100)
+    with pytest.raises(ConfigError, match="101 examples"):
+        check_plan(plan, clipping=None, examples=101)
+    with pytest.raises(ConfigError, match="abadi"):
+        check_plan(plan, clipping=Clipping.abadi(1.0), examples=100)
+
+
+def test_exactly_the_trainable_parameters_are_covered() -> None:
+    model = toys.model()
+    model[0].weight.requires_grad_(False)
+    assert set(covered_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))) == {
+        "0.bias",
+        "3.weight",
+        "3.bias",
+    }
+    with pytest.raises(ConfigError, match="closure"):
+        covered_parameters(nn.Linear(2, 2), torch.optim.LBFGS(nn.Linear(2, 2).parameters()))
