@@ -204,9 +204,8 @@ def main() -> None:
     record = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads, "results": results}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=2) + "\n")
-    print(
-        f"{'model':8} {'ordinary ms':>12} {'private ms':>12} {'time':>7} {'memory':>7} {'noise ms':>9} {'of surplus':>11}"
-    )
+    header = f"{'model':8} {'ordinary ms':>12} {'private ms':>12} {'time':>7} {'memory':>7}"
+    print(f"{header} {'noise ms':>9} {'of surplus':>11}")
     for name, row in results.items():
         figures = f"{row['ordinary_ms']:12.2f} {row['private_ms']:12.2f}"
         noise_figures = f"{row['noise_ms']:9.2f} {row['noise_share_of_surplus']:11.0%}"

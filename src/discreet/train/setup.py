@@ -21,8 +21,8 @@ def covered_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     trained = {id(parameter): name for name, parameter in parameters.items()}
     if needs_arguments(type(optimizer).step):
         raise ConfigError(
-            f"{type(optimizer).__name__}: its step needs a closure, which would evaluate private examples again; use an "
-            "optimizer that moves by the gradient alone."
+            f"{type(optimizer).__name__}: its step needs a closure, which would evaluate private examples again; use "
+            "an optimizer that moves by the gradient alone."
         )
     missing = [name for key, name in trained.items() if key not in moved]
     if missing:
