@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP   = $(VENV)/.ready
+ZOO     = $(VENV)/.zoo
 
 # Worker processes for the tests; `make test WORKERS=0` runs them in one.
 WORKERS ?= auto
@@ -36,10 +37,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# Other people's models, which the tests compare with; the demo does without them.
+$(ZOO): $(STAMP)
+	$(PIP) install --constraint constraints.txt --editable '.[zoo]'
+	@touch $@
+
 demo: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/discreet demo
 
-test: $(STAMP)
+test: $(STAMP) $(ZOO)
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(STAMP)

@@ -8,7 +8,9 @@ See docs/quickstart.md. Everything below is re-exported from the modules that de
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.core.noise import Released, release
+from discreet.core.register import register_rule
 from discreet.core.rng import NoiseSource
+from discreet.core.rulecheck import check_rule
 from discreet.errors import (
     BudgetExceeded,
     CheckFailed,
@@ -47,9 +49,11 @@ __all__ = [
     "Step",
     "UnsupportedUse",
     "check",
+    "check_rule",
     "clipped_gradient",
     "make_private",
     "plan",
+    "register_rule",
     "release",
     "train",
     "verify",

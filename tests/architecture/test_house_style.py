@@ -15,20 +15,24 @@ from architecture.checkers import (
     undocumented,
 )
 
-CORE_LINES = 2650
-"""2,500 for the engine, clipping, noise and sums, and 150 for what was found to belong beside them: private counts of a
-table (`histogram`), the precision of norms and sums (`precision`) and the batch axis (`layout`)."""
+CORE_LINES = 4200
+RULE_LINES = 2200
+"""The engine, clipping, noise and sums; and apart from them the rules, which are many small texts read one at a time."""
 FILE_LINES = 600
 
 MAY_CATCH_ALL = {"app/cli.py": "the edge of the program withholds messages that may quote an example, and exits with 1"}
 """File -> why it may catch every exception."""
 
-MAY_FORWARD = {"core/rules/elementwise.py": "a rule stands in for a torch function and hands its keywords on unchanged"}
+_STANDS_IN = "a rule stands in for a torch function and hands its keywords on unchanged"
+MAY_FORWARD = {path: _STANDS_IN for path in ("core/rules/elementwise.py", "core/rules/experts.py", "core/register.py")}
 """File -> why its signatures may take ``**named``."""
 
 
 def test_the_trusted_core_is_small_enough_to_read():
-    assert sum(source.text.count("\n") for source in sources("core")) <= CORE_LINES
+    lines = {source.path: source.text.count("\n") for source in sources("core")}
+    rules = sum(count for path, count in lines.items() if path.startswith("core/rules/"))
+    assert rules <= RULE_LINES
+    assert sum(lines.values()) - rules <= CORE_LINES
 
 
 def test_no_file_is_a_burden():

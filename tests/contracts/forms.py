@@ -42,6 +42,14 @@ class FormContract(abc.ABC):
         assert found.dtype is torch.float64
         torch.testing.assert_close(found, wanted, rtol=self.tolerance, atol=1e-12)
 
+    def test_the_quick_norm_is_the_sure_one(self, form):
+        torch.testing.assert_close(form.quick_norm2(), form.norm2(), rtol=self.tolerance, atol=1e-12)
+
+    def test_added_per_example_is_per_example(self, form):
+        total = torch.ones(B, *form.shape, dtype=torch.float64)
+        form.add_per_example(total)
+        torch.testing.assert_close(total, 1 + form.per_example(), rtol=1e-12, atol=1e-12)
+
     def test_diagonal_of_gram_is_norm2(self, form):
         gram = form.gram()
         assert gram.shape == (B, B)

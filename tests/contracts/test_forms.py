@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from contracts.forms import B, FormContract
-from discreet.core.forms import Dense, Lookup, Outer
-from discreet.core.route import Cost, Route, choose
+from discreet.core.forms import Dense, Lookup
+from discreet.core.outer import Outer, Tied
+from discreet.core.route import Cost, Route, WindowCost
+from discreet.core.windows import Geometry, Windows
 
 
 def _draw(seed: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -34,15 +37,13 @@ class TestDenseScalar(FormContract):
 
 class TestOuter(FormContract):
     sizes = (1, 4, 3, 5)  # groups, positions, inputs, outputs
-    transposed = False
     route: Route | None = None
 
     def make(self, seed, dtype=torch.float64):
         groups, positions, inputs, outputs = self.sizes
         input, grad = _draw(seed, dtype, (B, groups, positions, inputs), (B, groups, positions, outputs))
-        shape = (inputs, outputs) if self.transposed else (groups * outputs, inputs)
-        form = Outer(input, grad, torch.Size(shape), transposed=self.transposed)
-        assert self.route in (None, choose(form.cost))
+        form = Outer(input, grad, torch.Size((groups * outputs, inputs)))
+        assert self.route in (None, form.choice.route)
         return form
 
     def by_hand(self, form):
@@ -53,7 +54,7 @@ class TestOuter(FormContract):
                 block = torch.zeros(form.grad.shape[-1], form.input.shape[-1], dtype=form.grad.dtype)
                 for s in range(form.input.shape[2]):
                     block += torch.outer(form.grad[b, k, s], form.input[b, k, s])
-                blocks.append(block.T if self.transposed else block)
+                blocks.append(block)
             each.append(torch.cat(blocks).reshape(form.shape))
         return torch.stack(each)
 
@@ -66,19 +67,23 @@ class TestOuter(FormContract):
 
 
 class TestOuterOnePosition(TestOuter):
-    sizes, route = (1, 1, 3, 5), Route.GRAM
+    sizes, route = (1, 1, 3, 5), Route.PRODUCT
 
 
 class TestOuterKept(TestOuter):
     sizes, route = (1, 9, 3, 4), Route.KEEP
 
 
+class TestOuterInTwoTiles(TestOuter):
+    sizes, route = (1, 50, 110, 95), Route.GRAM
+
+
+class TestOuterInFourTiles(TestOuter):
+    sizes, route = (2, 101, 230, 240), Route.GRAM
+
+
 class TestOuterByGram(TestOuter):
     sizes, route = (1, 2, 12, 15), Route.GRAM
-
-
-class TestOuterTransposed(TestOuter):
-    sizes, transposed = (1, 2, 12, 15), True
 
 
 class TestOuterGrouped(TestOuter):
@@ -87,6 +92,112 @@ class TestOuterGrouped(TestOuter):
 
 class TestOuterGroupedKept(TestOuter):
     sizes, route = (4, 6, 2, 3), Route.KEEP
+
+
+class TestWindows(FormContract):
+    """(folds, channels, outputs, image, kernel), geometry, route."""
+
+    sizes = (1, 2, 3, (7,), (3,))
+    geometry = Geometry((1,), (0,), (1,), 1)
+    route: Route | None = None
+
+    def make(self, seed, dtype=torch.float64):
+        folds, channels, outputs, image, kernel = self.sizes
+        shape = torch.Size((outputs, channels // self.geometry.groups, *kernel))
+        weight = torch.zeros(shape)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(image) - 1]
+        output = convolve(
+            torch.zeros(1, channels, *image), weight, None, self.geometry.stride, self.geometry.padding,
+            self.geometry.dilation, self.geometry.groups,
+        ).shape[2:]  # fmt: skip
+        input, grad = _draw(seed, dtype, (B, folds, channels, *image), (B, folds, outputs, *output))
+        form = Windows(input, grad, shape, self.geometry)
+        assert self.route in (None, form.choice.route), str(form.choice)
+        return form
+
+    def by_hand(self, form):
+        axes = len(self.sizes[3])
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+        each = []
+        for b in range(B):
+            weight = torch.zeros(form.shape, dtype=form.grad.dtype, requires_grad=True)
+            g = form.geometry
+            output = convolve(form.input[b], weight, None, g.stride, g.padding, g.dilation, g.groups)
+            each.append(torch.autograd.grad((output * form.grad[b]).sum(), weight)[0])
+        return torch.stack(each)
+
+    def test_every_gram_gives_the_norm(self, form):
+        wanted = form.per_example().reshape(B, -1).square().sum(1)
+        for route in (Route.PIXELS, Route.WINDOWS):
+            torch.testing.assert_close(form._gram_norm2(route), wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(form.unfolded().per_example(), form.per_example(), rtol=1e-11, atol=1e-12)
+
+    def test_joined_is_the_sum(self):
+        one, two = self.make(0), self.make(1)
+        joined = one.joined(two)
+        wanted = one.per_example() + two.per_example()
+        torch.testing.assert_close(joined.per_example(), wanted, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(joined.norm2(), wanted.reshape(B, -1).square().sum(1), rtol=1e-10, atol=1e-12)
+
+
+class TestWindowsPlane(TestWindows):
+    sizes = (1, 4, 6, (6, 5), (3, 2))
+    geometry = Geometry((2, 1), (1, 2), (1, 2), 2)
+
+
+class TestWindowsByPixels(TestWindows):
+    sizes, route = (1, 24, 20, (4, 4), (3, 3)), Route.PIXELS
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+
+
+class TestWindowsUnfolded(TestWindows):
+    sizes, route = (1, 30, 40, (9, 9), (3, 3)), Route.WINDOWS
+    geometry = Geometry((4, 4), (1, 1), (1, 1), 1)
+
+
+class TestWindowsFolded(TestWindows):
+    sizes = (2, 24, 20, (4, 4), (3, 3))
+    geometry = Geometry((1, 1), (1, 1), (2, 1), 1)
+
+
+class TestWindowsKept(TestWindows):
+    sizes, route = (2, 4, 4, (9, 9), (3, 3)), Route.KEEP
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 4)
+
+
+class TestWindowsSpace(TestWindows):
+    sizes = (1, 2, 2, (4, 3, 5), (2, 2, 3))
+    geometry = Geometry((1, 2, 1), (0, 1, 1), (1, 1, 2), 1)
+
+
+class TestTied(FormContract):
+    sizes = (4, 7)  # positions of the head, of the lookup
+
+    def make(self, seed, dtype=torch.float64):
+        positions, places = self.sizes
+        ids = torch.randint(0, 6, (B, places), generator=torch.Generator().manual_seed(seed))
+        input, grad, rows = _draw(seed, dtype, (B, 1, positions, 3), (B, 1, positions, 6), (B, places, 3))
+        return Tied(Lookup(ids, rows, 6), Outer(input, grad, torch.Size((6, 3))))
+
+    def by_hand(self, form):
+        return TestLookup.by_hand(self, form.lookup) + TestOuter.by_hand(self, form.outer)
+
+    def poison(self, form, bad, value):
+        return Tied(FormContract.poison(self, form.lookup, bad, value), form.outer)
+
+    def scaled(self, form, scale):
+        return Tied(FormContract.scaled(self, form.lookup, scale), FormContract.scaled(self, form.outer, scale))
+
+    def test_uses_that_oppose_each_other_keep_their_rounding(self):
+        """A lookup that undoes the head: the norm must bound what the sum leaves behind, not the exact zero."""
+        for seed in range(20):
+            input, grad = (1e3 * value for value in _draw(seed, torch.float32, (B, 1, 1, 24), (B, 1, 1, 6)))
+            rows = -(grad[:, 0, 0, :, None] * input[:, 0, 0, None, :])
+            form = Tied(Lookup(torch.arange(6).repeat(B, 1), rows, 6), Outer(input, grad, torch.Size((6, 24))))
+            for b in range(B):
+                unit = torch.zeros(B)
+                unit[b] = 1
+                assert form.weighted_sum(unit).norm() <= form.quick_norm2()[b].sqrt() * (1 + 2.0**-18)
 
 
 class TestLookup(FormContract):
@@ -126,19 +237,45 @@ def test_gram_norms_are_never_below_what_is_summed():
             input = input[:, :, :1].expand_as(input) * 10.0 ** (trial % 9)
             grad = grad - grad.mean(2, keepdim=True)
         form = Outer(input.contiguous(), grad, torch.Size((width, width)))
-        assert choose(form.cost) is Route.GRAM
-        added = form.weighted_sum(torch.ones(1)).double().norm()
-        assert float(added) <= float(form.norm2().sqrt()) * (1 + 2.0**-18)
+        form = Outer(*(torch.cat([value, value]) for value in (form.input, form.grad)), form.shape)
+        assert form.choice.route is Route.GRAM
+        added = form.weighted_sum(torch.tensor([1.0, 0.0])).double().norm()
+        assert float(added) <= float(form.norm2()[0].sqrt()) * (1 + 2.0**-18)
+        assert float(added) <= float(form.quick_norm2()[0].sqrt()) * (1 + 2.0**-18)
 
 
 @pytest.mark.parametrize("positions", [1, 2, 5, 50, 5000])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 64), (64, 64), (768, 3072)])
-def test_the_route_is_never_the_dearer_one_in_memory(positions, inputs, outputs):
-    kept, booked = inputs * outputs, positions * (inputs + outputs)
-    route = choose(Cost(positions=positions, inputs=inputs, outputs=outputs))
-    assert route is (Route.KEEP if positions > 1 and kept <= booked else Route.GRAM)
-    if route is Route.GRAM and positions > 1:
-        assert positions * (inputs + outputs) < inputs * outputs  # fewer multiply-adds than instantiating
+@pytest.mark.parametrize("examples", [1, 2, 64])
+def test_what_is_kept_is_never_more_than_what_would_be_booked(positions, inputs, outputs, examples):
+    cost = Cost(positions, inputs, outputs, examples)
+    choice = cost.choose()
+    if choice.route is Route.KEEP:
+        assert cost.kept <= positions * (inputs + outputs)
+        assert choice.keep <= choice.gram
+    elif choice.route is Route.GRAM:
+        assert choice.gram < choice.keep or choice.kept > choice.booked
+    else:
+        assert positions == 1
+
+
+def test_a_single_example_takes_the_plain_path():
+    """Its gradient is the sum: nothing is contracted twice."""
+    assert all(Cost(s, 512, 2048, 1).choose().route is Route.KEEP for s in (2, 128, 4096))
+
+
+@pytest.mark.parametrize(
+    ("shape", "route"),
+    [
+        ((1024, 576, 64, 32, 1156, 9), Route.KEEP),  # ResNet-18, stage 1, at 32 x 32
+        ((64, 2304, 256, 32, 100, 9), Route.PIXELS),  # stage 3
+        ((16, 4608, 512, 32, 36, 9), Route.PIXELS),  # stage 4
+        ((64, 1152, 256, 32, 324, 9), Route.WINDOWS),  # entry to stage 3, stride 2
+        ((196, 64, 16, 256, 1156, 64), Route.KEEP),
+    ],
+)
+def test_convolutions_take_the_route_that_was_measured_to_be_fastest(shape, route):
+    assert WindowCost(*shape).choose().route is route
 
 
 @pytest.mark.parametrize("positions", [1, 2])
@@ -147,7 +284,8 @@ def test_tiny_gradients_are_seen_beside_huge_inputs(positions):
     input = torch.full((2, 1, positions, 40), 1e18)
     grad = torch.full((2, 1, positions, 50), 3e-23)
     form = Outer(input, grad, torch.Size((50, 40)))
-    assert choose(form.cost) is Route.GRAM
+    assert form.choice.route is (Route.PRODUCT if positions == 1 else Route.GRAM)
+    assert torch.isnan(form.quick_norm2()).all()
     wanted = form.per_example().double().reshape(2, -1).norm(dim=1)
     assert (form.norm2().sqrt() >= wanted * (1 - 1e-6)).all()
     assert (form.norm2().sqrt() <= wanted * 1.001).all()

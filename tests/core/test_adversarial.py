@@ -43,7 +43,7 @@ def _exact(model: nn.Module, batch, *, layout: Layout | None = None) -> None:
     norm_B = norms(gradients)
     bound = 0.7 * float(norm_B.median())
     found = clipped_gradient(model, loss, batch, clipping=Clipping.abadi(bound), layout=layout)
-    assert relative_gap(found.tensors, weighted(gradients, abadi(norm_B, bound))) < 8e-6
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norm_B, bound))) < 4e-5
     assert _unguarded(model)
 
 
@@ -111,49 +111,33 @@ def test_aten_overload_is_refused():
 
 
 UNRULED = {
-    "lstm": (lambda: _model(lambda s, x: s.r(x)[0], r=nn.LSTM(D, 3, batch_first=True)), "lstm"),
-    "gru": (lambda: _model(lambda s, x: s.r(x)[0], r=nn.GRU(D, 3, batch_first=True)), "gru"),
-    "rnn cell": (lambda: _model(lambda s, x: s.r(x[:, 0]), r=nn.RNNCell(D, 3)), "rnn"),
-    "attention": (
-        lambda: _model(lambda s, x: s.a(x, x, x)[0], a=nn.MultiheadAttention(D, 2, batch_first=True)),
-        "multi_head_attention",
-    ),
-    "transformer layer": (
-        lambda: _model(lambda s, x: s.a(x), a=nn.TransformerEncoderLayer(D, 2, 8, dropout=0.0, batch_first=True)),
-        "multi_head_attention",
-    ),
+    "distances": (lambda: _model(lambda s, x: torch.cdist(x, s.w), w=par(3, D)), "cdist"),
+    "packed sequence": (lambda: _model(_packed, r=nn.LSTM(D, 3, batch_first=True)), "packed"),
     "batch norm": (lambda: _model(lambda s, x: s.n(x), n=nn.BatchNorm1d(T)), "batch_norm"),
     "batch norm, functional": (
         lambda: _model(lambda s, x: F.batch_norm(x, None, None, s.w, training=True), w=par(T)),
         "batch_norm",
     ),
-    "instance norm": (lambda: _model(lambda s, x: s.n(x), n=nn.InstanceNorm1d(T, affine=True)), "instance_norm"),
-    "prelu": (lambda: _model(lambda s, x: s.a(x), a=nn.PReLU(D)), "prelu"),
-    "bilinear": (lambda: _model(lambda s, x: s.a(x, x), a=nn.Bilinear(D, D, 2)), "bilinear"),
-    "transposed convolution": (lambda: _model(lambda s, x: s.c(x), c=nn.ConvTranspose1d(T, 3, 3)), "conv_transpose1d"),
-    "parameter on the left": (lambda: _model(lambda s, x: s.w @ x, w=par(3, T)), "matmul"),
-    "einsum": (lambda: _model(lambda s, x: torch.einsum("btd,dk->btk", x, s.w), w=par(D, 3)), "einsum"),
     "setitem": (lambda: _model(lambda s, x: _written(x, s.w), w=par(D)), "__setitem__"),
     "copy into": (lambda: _model(lambda s, x: x + torch.zeros(D).double().copy_(s.w), w=par(D)), "copy_"),
     "cat with activations": (
         lambda: _model(lambda s, x: torch.cat([s.w, s.l(x)])[2:], w=par(2, T, D), l=nn.Linear(D, D)),
         "cat",
     ),
-    "dropped weights": (lambda: _model(lambda s, x: x @ F.dropout(s.w), w=par(D, 3)), "dropout"),
-    "comparison": (lambda: _model(lambda s, x: x * (x > s.w), w=par(D)), "lt"),
     "complex": (lambda: _model(lambda s, x: (x * s.w.to(torch.complex128)).real, w=par(D)), "w", "complex"),
     "in-place activation of a parameter": (lambda: _model(lambda s, x: x * F.relu(s.w, inplace=True), w=par(D)), "w"),
     "parameter changed in place": (lambda: _model(lambda s, x: x * s.w.mul_(2), w=par(D)), "mul_"),
-    "spectral norm": (
-        lambda: _model(lambda s, x: s.l(x), l=nn.utils.parametrizations.spectral_norm(nn.Linear(D, 3))),
-        "l.parametrizations.weight.original",
-    ),
     "copied inside": (lambda: _model(lambda s, x: copy.deepcopy(s.l)(x), l=nn.Linear(D, 3)), "does not belong"),
     "addmm with factors": (
         lambda: _model(lambda s, x: torch.addmm(s.b, x[:, 0], s.w, beta=0.5), w=par(D, 3), b=par(3)),
         "beta",
     ),
 }
+
+
+def _packed(self, x: Tensor) -> Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), T), batch_first=True)
+    return nn.utils.rnn.pad_packed_sequence(self.r(packed)[0], batch_first=True)[0]
 
 
 def _written(x: Tensor, w: Tensor) -> Tensor:
@@ -206,12 +190,14 @@ def test_time_major_is_never_taken_for_the_batch(length):
     _refused(model, _x(length, D), "last.")
 
 
-@pytest.mark.parametrize("length", [4, 3, 12])
-def test_time_major_fails_the_check_whatever_the_length(length):
+@pytest.mark.parametrize("length", [4, 3, 12, 5])
+def test_time_major_is_exact_once_it_is_verified(length):
     torch.manual_seed(3)
-    model = _TimeMajor()
-    batch = {"x": torch.randn(4, length, D), "target": torch.randn(4)}
-    assert not check(model, loss, batch).passed
+    model = _TimeMajor().double()
+    batch = _x(length, D)
+    report = check(model, loss, rows(batch, range(4), B))
+    assert report.passed, report.table()
+    _exact(model, batch, layout=report.layout)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 12])
@@ -276,9 +262,9 @@ def test_a_layout_that_contradicts_the_batch_is_refused():
         clipped_gradient(model, loss, batch, clipping=CLIP, layout=shared)
 
 
-def test_inputs_without_the_batch_in_front_are_refused():
+def test_inputs_without_the_batch_in_front_are_a_value_of_the_parameter_alone():
     model = _model(lambda s, x: s.l(x.flatten(0, 1)).view(x.shape[0], -1), l=nn.Linear(D, 2))
-    _refused(model, _x(T, D), "l.weight")
+    _exact(model, _x(T, D))
 
 
 def test_one_example_alone_needs_no_layout():  # B = 1: [25]
@@ -287,7 +273,7 @@ def test_one_example_alone_needs_no_layout():  # B = 1: [25]
         one = rows(batch, [2], B)
         gradients = alone(model, loss, one, size=1)
         found = clipped_gradient(model, loss, one, clipping=CLIP)
-        assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 8e-6
+        assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 4e-5
 
 
 # ------------------------------------------------------------------------------------------- losses and batches
@@ -351,7 +337,7 @@ def test_inputs_may_require_a_gradient():
     gradients = alone(model := _model(lambda s, x: s.l(x), l=nn.Linear(D, 2)), loss, batch, size=B)
     layout = check(model, loss, {k: v.detach() for k, v in batch.items()}).layout
     found = clipped_gradient(model, loss, batch, clipping=CLIP, layout=layout)
-    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 8e-6
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 4e-5
 
 
 def test_nothing_trainable_is_refused():
@@ -370,7 +356,7 @@ def test_an_inner_gradient_books_nothing():
     model, batch = CASES["linear 2-D"].build()
     gradients = alone(model, attacked, batch, size=B)
     found = clipped_gradient(model, attacked, batch, clipping=CLIP)
-    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 8e-6
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 4e-5
 
 
 def test_a_gradient_penalty_is_refused():
@@ -518,8 +504,9 @@ def test_records_are_freed_when_settled():
 # ---------------------------------------------------------------------------------------- checkpoints and autocast
 
 
-@pytest.mark.parametrize("one", [False, True])
-def test_reentrant_checkpoint_is_exact_or_refused(one):  # [17]
+@pytest.mark.parametrize("size", [1, 2, B])
+@pytest.mark.parametrize("verified", [False, True])
+def test_reentrant_checkpoint_is_exact(size, verified):  # [17]
     def forward(self, x):
         h = checkpoint(self.b, self.a(x), use_reentrant=True)
         return self.c(checkpoint(self.b, h, use_reentrant=True))
@@ -533,16 +520,18 @@ def test_reentrant_checkpoint_is_exact_or_refused(one):  # [17]
         "c": nn.Linear(D, 2),
     }
     model, twin = _model(forward, **parts), _model(same, **parts)
-    batch = _x(T, D)
-    if not one:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _refused(model, batch, "layout")
-        return
-    single = rows(batch, [0], B)
-    gradients = alone(twin, loss, single, size=1)
-    found = clipped_gradient(model, loss, single, clipping=CLIP)
-    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 8e-6
+    batch = rows(_x(T, D), range(size), B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, for any forward without gradients
+        report = check(model, loss, rows(_x(T, D), range(4), B)) if verified else None
+    assert report is None or report.passed, report.table()
+    assert all(p.grad is None for p in model.parameters())
+    gradients = alone(twin, loss, batch, size=size)
+    found = clipped_gradient(model, loss, batch, clipping=CLIP, layout=report.layout if report else None)
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 4e-5
+    free = clipped_gradient(model, loss, batch, clipping=Clipping.none(), layout=report.layout if report else None)
+    assert relative_gap(free.tensors, weighted(gradients, torch.ones(size))) < 1e-12
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_dropout_inside_a_checkpoint():

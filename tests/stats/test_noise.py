@@ -99,27 +99,51 @@ def test_names_and_positions_are_independent(one, two):
 
 def test_the_boundary_of_a_chunk_cannot_be_seen():
     """The draws around the internal chunk size have the law of all others, and do not repeat each other."""
-    chunk = rng._CHUNK
-    around = np.concatenate([_draws(chunk + 100, position=p)[chunk - 100 :] for p in range(50)])
+    chunk = rng.PIECE
+    around = np.concatenate([_draws(chunk + 100, position=p)[chunk - 100 :] for p in range(25)])
     assert std_is(around, 1.0) is True
     assert abs(float((around[:-1] * around[1:]).mean()) * math.sqrt(len(around))) < stats.norm.ppf(1 - FALSE_ALARM)
     assert len(np.unique(_draws(2 * chunk))) == 2 * chunk
 
 
 def test_the_draws_of_a_long_tensor_begin_like_themselves():
-    whole = _draws(rng._CHUNK * 2 + 5)
-    assert np.array_equal(whole, _draws(rng._CHUNK * 2 + 5))
-    assert np.array_equal(whole[: rng._CHUNK], _draws(rng._CHUNK * 2)[: rng._CHUNK])
+    whole = _draws(rng.PIECE * 2 + 5)
+    assert np.array_equal(whole, _draws(rng.PIECE * 2 + 5))
+    assert np.array_equal(whole[: rng.PIECE], _draws(rng.PIECE * 2)[: rng.PIECE])
+
+
+def test_pieces_drawn_apart_are_the_whole():
+    source, count = NoiseSource.keyed(bytes(range(1, 33))), 3 * rng.PIECE + 17
+    whole = source.normal(count, position=0, name="w")
+    for start in range(0, count, rng.PIECE):
+        piece = source.normal(min(rng.PIECE, count - start), position=0, name="w", start=start)
+        assert torch.equal(piece, whole[start : start + rng.PIECE])
+
+
+def test_layers_are_independent_streams():
+    source = NoiseSource.keyed(bytes(range(1, 33)))
+    one, two = (source.normal(500_000, position=0, name="w", layer=layer).numpy() for layer in (0, 1))
+    assert abs(float((one * two).sum()) / math.sqrt(len(one))) < stats.norm.ppf(1 - FALSE_ALARM / 2)
+
+
+def test_sines_and_cosines_of_a_pair_are_independent():
+    """The two halves of a piece come from the same pairs: no correlation, of values or of squares."""
+    draws = _draws(64 * rng.PIECE).reshape(64, 2, -1)
+    sine, cosine = draws[:, 0].ravel(), draws[:, 1].ravel()
+    bound = stats.norm.ppf(1 - FALSE_ALARM / 4) / math.sqrt(len(sine))
+    assert abs(float((sine * cosine).mean())) < bound
+    assert abs(float(((sine**2 - 1) * (cosine**2 - 1)).mean())) / 2 < bound
+    assert abs(float((sine * (cosine + 0.01 * sine)).mean())) > bound
+    assert stats.kstest(np.arctan2(sine, cosine), "uniform", args=(-math.pi, 2 * math.pi)).pvalue > FALSE_ALARM
 
 
 def test_tails_beyond_the_edge_of_float32():
-    """A float32 sampler stops at 5.768 sigma. Here the smallest uniform gives 12.1, and the tail at 4 has its mass."""
-    assert math.sqrt(2) * math.sqrt(-2 * math.log(2.0**-53)) > 12
-    stream = rng._keystream(bytes(32), "x")
-    uniforms = stream.uniform(100_000)
+    """A float32 sampler stops at 5.768 sigma. Here the smallest uniform gives 8.49, and the tail at 4 has its mass."""
+    assert math.sqrt(-2 * math.log(2.0**-52)) > 8.48
+    uniforms = rng._uniform(rng.Scratch(), bytes(32), 0, rng.PIECE)
     assert uniforms.dtype == np.float64
-    assert uniforms.min() > 0
-    assert uniforms.max() <= 1
+    assert uniforms.min() >= 1
+    assert uniforms.max() < 2
     assert np.any(uniforms * 2.0**24 != np.round(uniforms * 2.0**24))  # finer than the grid of float32
     expected = 2 * stats.norm.sf(4) * COUNT
     low, high = stats.poisson.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], expected)
@@ -128,11 +152,14 @@ def test_tails_beyond_the_edge_of_float32():
     assert not low <= (np.minimum(draws, 3.99) > 4).sum()
 
 
-def test_a_stream_that_yields_the_smallest_uniform_gives_the_largest_draw(monkeypatch):
-    monkeypatch.setattr(rng._Keystream, "uniform", lambda self, count: np.full(count, 2.0**-53))
+@pytest.mark.parametrize("uniform", [1.0, 1.5, 1.5 + 2.0**-52, 2 - 2.0**-52])
+def test_the_ends_of_the_uniforms_give_finite_draws(monkeypatch, uniform):
+    monkeypatch.setattr(rng, "_uniform", lambda scratch, key, start, count: np.full(count, uniform))
     draws = NoiseSource.insecure_seed(0).normal(3, position=0, name="w")
-    assert float(draws.max()) > 5.768
     assert torch.isfinite(draws).all()
+    radius = math.sqrt(-2 * math.log(2 - uniform))
+    assert float(draws[0] ** 2 + draws[2] ** 2) == pytest.approx(radius**2, rel=1e-12, abs=1e-30)
+    assert radius == 0 or uniform < 1.6 or radius > 8.4
 
 
 SHAPES = {"w": (300, 200), "b": (1000,), "scalar": (), "token": (1, 1, 50), "bf16": (64,)}
@@ -184,6 +211,45 @@ def test_noise_is_added_in_float64_and_rounded_once():
     assert released.dtype is torch.float32
     assert torch.equal(released, exact.to(torch.float32))
     assert len(released.unique()) > 9_500
+
+
+def test_a_float64_release_adds_two_draws():
+    total = ClippedSum({"w": torch.zeros(50_000, dtype=torch.float64)}, sensitivity=1.0)
+    released = release(total, noise_multiplier=2.0, source=NoiseSource.insecure_seed(3)).tensors["w"]
+    twin = NoiseSource.insecure_seed(3)
+    one, two = (twin.normal(50_000, position=0, name="w", layer=layer) for layer in (0, 1))
+    torch.testing.assert_close(released, (one + two) * math.sqrt(2), rtol=1e-12, atol=1e-12)
+    assert std_is(released.numpy(), 2.0)
+
+
+def test_a_release_into_given_memory_divides_and_is_the_same():
+    total = ClippedSum({"w": torch.randn(50, 3), "b": torch.randn(70_000), "h": torch.randn(4)}, sensitivity=1.0)
+    given = {"w": torch.ones(50, 3), "b": torch.ones(70_000), "h": torch.ones(4, dtype=torch.bfloat16)}
+    plain = release(total, noise_multiplier=2.0, source=NoiseSource.insecure_seed(3))
+    mean = release(total, noise_multiplier=2.0, source=NoiseSource.insecure_seed(3), divisor=8, into=given)
+    assert mean.noise_std == plain.noise_std / 8
+    for name in total.tensors:
+        assert torch.equal(mean.tensors[name], plain.tensors[name] / 8)
+        assert (mean.tensors[name].data_ptr() == given[name].data_ptr()) is (name != "h")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_nothing(threads):
+    total = ClippedSum({"w": torch.randn(5 * rng.PIECE + 3), "b": torch.randn(3)}, sensitivity=1.0)
+    before = torch.get_num_threads()
+    alone = release(total, noise_multiplier=1.0, source=NoiseSource.insecure_seed(3)).tensors
+    try:
+        torch.set_num_threads(threads)
+        shared = release(total, noise_multiplier=1.0, source=NoiseSource.insecure_seed(3)).tensors
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(alone[name], shared[name]) for name in alone)
+
+
+@pytest.mark.parametrize("divisor", [0.0, -1.0, math.inf, math.nan])
+def test_divisors_that_mean_nothing_are_refused(divisor):
+    with pytest.raises(ConfigError, match="divisor"):
+        release(_zeros(), noise_multiplier=1.0, source=NoiseSource.insecure_seed(0), divisor=divisor)
 
 
 def test_a_release_leaves_the_sum_alone():

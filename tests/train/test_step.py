@@ -87,8 +87,8 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 def test_gradient_is_divided_by_the_expected_batch() -> None:
     model = toys.model()
     total = _step(model, microbatch=64, dtype=torch.float32).clipped_sum(np.arange(13))
-    released = release(total, noise_multiplier=0.0, source=NoiseSource.insecure_seed(0))
-    write_gradient(released, trainable(model), batch_size=40)
+    released = release(total, noise_multiplier=0.0, source=NoiseSource.insecure_seed(0), divisor=40)
+    write_gradient(released, trainable(model))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, total.tensors[name] / 40)
 
@@ -99,4 +99,4 @@ def test_gradient_of_another_set_of_parameters_is_refused() -> None:
     released = release(total, noise_multiplier=0.0, source=NoiseSource.insecure_seed(0))
     next(model.parameters()).requires_grad_(False)
     with pytest.raises(ConfigError, match="different parameters"):
-        write_gradient(released, trainable(model), batch_size=40)
+        write_gradient(released, trainable(model))

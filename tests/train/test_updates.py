@@ -33,10 +33,10 @@ def reused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     seen: dict[tuple[bytes, int], set[str]] = {}
     original = updates.release
 
-    def spy(total: ClippedSum, *, noise_multiplier: float, source: object) -> object:
+    def spy(total: ClippedSum, *, noise_multiplier: float, source: object, divisor: float, into: object) -> object:
         parts = b"".join(value.numpy().tobytes() for value in total.tensors.values())
         seen.setdefault((source._key, source.position), set()).add(hashlib.sha256(parts).hexdigest())
-        return original(total, noise_multiplier=noise_multiplier, source=source)
+        return original(total, noise_multiplier=noise_multiplier, source=source, divisor=divisor, into=into)
 
     monkeypatch.setattr(updates, "release", spy)
     return lambda: [position for (_, position), sums in seen.items() if len(sums) > 1]

@@ -12,66 +12,33 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import functools
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from discreet.core.clipping import Clipping
-from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, Outer, drop_vanishing
+from discreet.core.forms import Form, drop_vanishing
 from discreet.core.precision import full_precision
+from discreet.core.route import Route
+from discreet.core.routing import Picking
+from discreet.core.uses import Derivation, Part, Record, Uses, arranged, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
 
 
-@dataclass(frozen=True)
-class Derivation:
-    """How a value was made from guarded parameters alone: ``value = rebuild(*sources)``.
+class Axis(enum.Enum):
+    """How a plain operand of a use carries the examples, from the most to the least particular.
 
-    Attributes:
-        names: the parameters it came from.
-        sources: their plain values, detached, in the order of ``names``.
-        rebuild: a pure function of plain tensors. Casts are left out of it, so that sums are pulled back in float32.
-        isometric: a rearrangement of one parameter (view, transpose, cast), which keeps per-example norms.
-        identity: the parameter itself.
+    BATCH: dimension 0 is B. SECOND: dimension 1 is B, as in (time, B, ...). FOLDED: dimension 0 is a multiple of B.
+    ROUTED: rows were picked from such an operand, and the graph tells which.
     """
 
-    names: tuple[str, ...]
-    sources: tuple[Tensor, ...]
-    rebuild: Callable[..., Tensor]
-    isometric: bool
-    identity: bool = False
-
-    def pull(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Gradient of the value -> gradients of the parameters. Linear, so it also pulls back weighted sums."""
-        if self.identity:
-            return (gradient,)
-        value, pullback = torch.func.vjp(self.rebuild, *(source.to(gradient.dtype) for source in self.sources))
-        return pullback(gradient.reshape(value.shape))
-
-    def pull_each(self, gradient_B: Tensor) -> tuple[Tensor, ...]:
-        """The same for per-example gradients, shape (B, *shape)."""
-        if self.identity:
-            return (gradient_B,)
-        return torch.func.vmap(self.pull)(gradient_B)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One use: the per-example gradients of a value, and how the value was made."""
-
-    derivation: Derivation
-    form: Form
-
-
-class Axis(enum.Enum):
-    """How a plain operand of a use carries the examples."""
-
     BATCH = "batch"
+    SECOND = "second"
     FOLDED = "folded"
+    ROUTED = "routed"
     SHARED = "shared"
 
 
@@ -115,9 +82,7 @@ class Layout:
 
 
 def _weaker(one: Axis, other: Axis) -> Axis:
-    if one is other:
-        return one
-    return Axis.SHARED if Axis.SHARED in (one, other) else Axis.FOLDED
+    return max(one, other, key=list(Axis).index)
 
 
 class Book:
@@ -128,6 +93,7 @@ class Book:
         examples: B.
         layout: what the self-check established. Without it an operand whose dimension 0 is a multiple of B is refused.
         trust_folds: accept such operands as (B, k) rows; only the self-check may, because it then compares the norms.
+        clipping: how it will be settled. With it, groups of parameters are settled as soon as their norms are complete.
     """
 
     def __init__(
@@ -137,6 +103,7 @@ class Book:
         examples: int,
         layout: Layout | None = None,
         trust_folds: bool = False,
+        clipping: Clipping | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.examples = examples
@@ -145,8 +112,14 @@ class Book:
         self._trust_folds = trust_folds
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._meetings: dict[tuple[tuple[str, ...], str], int] = defaultdict(int)
-        self._records: list[Record] = []
+        self._records: dict[str, list[tuple[int, Record]]] = defaultdict(list)
+        self._expected: dict[str, int] = defaultdict(int)
         self._collecting = False
+        self._clipping = clipping
+        self._sums: dict[str, Tensor] = {}
+        groups = clipping.style.split(self.parameters) if clipping is not None else ()
+        self._group_of = {name: group for group in groups for name in group} if len(groups) > 1 else {}
+        self._rule = clipping.share(len(groups)) if clipping is not None else None
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
 
@@ -169,14 +142,55 @@ class Book:
         finally:
             self._collecting = False
 
-    def record(self, derivation: Derivation, form: Form) -> None:
-        """Book one use; called from inside the backward."""
+    def expect(self, derivation: Derivation) -> None:
+        """Announce, from the forward, a use that will be recorded in the backward."""
+        for name in derivation.names:
+            self._expected[name] += 1
         if self._collecting:
-            with full_precision():
-                self._records.append(Record(derivation, form.reduced()))
+            # A forward inside the backward (activation checkpointing): what is still to come can no longer be counted.
+            self._group_of = {}
 
-    def classify(self, names: tuple[str, ...], function: str, operands: list[Tensor]) -> list[Axis]:
+    def record(self, derivation: Derivation, form: Form) -> None:
+        """Book one use; called from inside the backward.
+
+        Raises:
+            UnsupportedUse: its group has been settled, so that its norm did not know of this use.
+        """
+        if not self._collecting:
+            return
+        late = [name for name in derivation.names if name in self._sums]
+        if late:
+            raise UnsupportedUse(
+                f"{', '.join(late)}: another gradient came after its group was settled (a backward through part of the "
+                "graph, or activation checkpointing that splits a group); use the flat clipping style."
+            )
+        choice = form.choice
+        if choice is None or choice.route is Route.KEEP:
+            with full_precision():
+                form = form.reduced()
+        record = Record(derivation, form, choice)
+        for position, name in enumerate(derivation.names):
+            self._expected[name] -= 1
+            self._records[name].append((position, record))
+        if self._group_of:
+            for group in {self._group_of[name]: None for name in derivation.names}:
+                if all(self._expected[name] <= 0 for name in group):
+                    with full_precision():
+                        self._settle_group(group)
+
+    def classify(
+        self,
+        names: tuple[str, ...],
+        function: str,
+        operands: list[Tensor],
+        *,
+        may_be_second: bool = False,
+        pickings: Mapping[int, Picking] | None = None,
+        may_be_routed: bool = False,
+    ) -> list[Axis]:
         """How each plain operand of this use carries the examples: dimension 0 is never just assumed.
+
+        Dimension 1 is considered for functions that allow it, and believed only once the self-check compared the norms.
 
         Raises:
             UnsupportedUse: an activation whose dimension 0 is neither B nor a verified multiple of B, or a use that
@@ -186,15 +200,45 @@ class Book:
         self._meetings[names, function] += 1
         key = (names, function, ordinal)
         expected = self._layout.of(key, examples=self.examples) if self._layout is not None else None
-        found = [
-            self._axis(operand, known=expected[index] if expected and index < len(expected) else None, key=key)
-            for index, operand in enumerate(operands)
-        ]
+        found = []
+        for index, operand in enumerate(operands):
+            known = expected[index] if expected and index < len(expected) else None
+            picking = (pickings or {}).get(id(operand))
+            routed = picking is not None and self._is_routed(
+                picking, known=known, key=key, allowed=may_be_routed and operand.dim() == 2
+            )
+            found.append(
+                Axis.ROUTED if routed else self._axis(operand, known=known, key=key, may_be_second=may_be_second)
+            )
         self.axes[key] = tuple(found)
         return found
 
-    def _axis(self, operand: Tensor, *, known: Axis | None, key: UseKey) -> Axis:
+    def _is_routed(self, picking: Picking, *, known: Axis | None, key: UseKey, allowed: bool) -> bool:
+        """Whether picked rows are to be met by their owners; rows picked in the batch's own order need not be.
+
+        Raises:
+            UnsupportedUse: the function has no rule for picked rows, or whose they are is not known or not verified.
+        """
+        from_batch = picking.source_rows == self.examples
+        in_order = picking.in_order(self.examples)
+        if in_order and known is not Axis.ROUTED and (from_batch or not allowed):
+            return False
+        verified = known in (Axis.ROUTED, Axis.FOLDED) or (from_batch and known in (None, Axis.BATCH))
+        guessed = known is None and (self._trust_folds or self.examples == 1)
+        if allowed and picking.owner is not None and (verified or guessed):
+            return True
+        raise UnsupportedUse(
+            f"{key[1]} on {', '.join(key[0])}: its rows were picked from the batch, and whose they are is not certain; "
+            "pick them from [batch * positions, features] right before linear or grouped_mm, and pass "
+            "layout=discreet.check(...).layout."
+        )
+
+    def _axis(self, operand: Tensor, *, known: Axis | None, key: UseKey, may_be_second: bool) -> Axis:
         rows = operand.shape[0] if operand.dim() else 0
+        if may_be_second and operand.dim() >= 2 + operand.is_floating_point() and operand.shape[1] == self.examples:
+            guessed = known is None and self._trust_folds and self.examples not in (1, rows)
+            if known is Axis.SECOND or guessed:
+                return Axis.SECOND
         if not operand.requires_grad and (known is Axis.SHARED or rows != self.examples):
             return Axis.SHARED  # always exact: nothing is split by its rows
         if known in (None, Axis.BATCH) and rows == self.examples:
@@ -222,107 +266,52 @@ class Book:
 
         Parameters that this microbatch did not use get zeros: they are part of every sum.
         """
+        assert self._clipping in (None, clipping)
+        groups = clipping.style.split(self.parameters)
+        self._rule = clipping.share(len(groups))
         with full_precision():
-            uses = self._uses()
-            zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
-            norm_B = sum((use.norm2() for use in uses), zeros_B).sqrt()
-            factor_B = drop_vanishing(clipping.factor(norm_B))
-            bad_B = ~torch.isfinite(norm_B)
-            bad = bad_B if bool(bad_B.any()) else None
-            sums = zeros_like_sums(self.parameters)
-            for use in uses:
-                sums[use.name] += use.weighted_sum(factor_B, bad)
+            for group in groups:
+                if group[0] not in self._sums:
+                    self._settle_group(group)
+        sums, self._sums = self._sums, {}
         self._records.clear()
-        return sums
+        return {name: sums[name] for name in self.parameters}
+
+    def _settle_group(self, group: tuple[str, ...]) -> None:
+        """Norms over these parameters, factors, and their sums."""
+        assert self._rule is not None
+        parts = arranged(group, self._records, self.examples)
+        norm_B = self._norm2(parts).sqrt()
+        factor_B = drop_vanishing(self._rule.factor(norm_B))
+        bad_B = ~torch.isfinite(norm_B)
+        bad = bad_B if bool(bad_B.any()) else None
+        while parts:
+            for name, total in parts.pop().weighted_sums(factor_B, bad):
+                self._sums[name] = total.to(sum_dtype(self.parameters[name]))
+                del self._records[name]
+        unused = {name: self.parameters[name] for name in group if name not in self._sums}
+        self._sums.update(zeros_like_sums(unused))
+
+    def _norm2(self, parts: Sequence[Part]) -> Tensor:
+        """Squared norms over these parts, (B,), float64: the fast way first, the sure way where that has a doubt."""
+        zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
+        norm2_B = sum((part.quick_norm2() for part in parts), zeros_B)
+        if bool(torch.isfinite(norm2_B).all()):
+            return norm2_B
+        return sum((part.norm2() for part in parts), zeros_B)
 
     def parameter_norms(self) -> dict[str, Tensor]:
-        """Per-example norms of each used parameter by the fast route, name -> (B,). For the self-check."""
+        """Per-example norms of each used parameter as training takes them, name -> (B,). For the self-check."""
         with full_precision():
-            return {use.name: use.norm2().sqrt() for use in self._uses()}
+            return {
+                name: self._norm2([Uses.of(name, records, self.examples)]).sqrt()
+                for name, records in self._records.items()
+            }
 
-    def _uses(self) -> list[Uses]:
-        """For each used parameter, its records with the position that it has among their sources."""
-        grouped: dict[str, list[tuple[int, Record]]] = defaultdict(list)
-        for record in self._records:
-            for position, name in enumerate(record.derivation.names):
-                grouped[name].append((position, record))
-        return [Uses.of(name, grouped[name], self.examples) for name in self.parameters if name in grouped]
-
-
-@dataclass(frozen=True)
-class Uses:
-    """All uses of one parameter in one microbatch: norm and sum of the per-example gradients that they add up to.
-
-    Both are taken from the same numbers. An example whose uses cancel each other has a small norm, so no small factor;
-    were its uses scaled and summed one by one, their rounding errors would pass the bound.
-
-    Attributes:
-        joined: one record that stands for all of them, when there is one; its derivation keeps norms.
-    """
-
-    name: str
-    records: tuple[tuple[int, Record], ...]
-    examples: int
-    joined: Record | None
-
-    @classmethod
-    def of(cls, name: str, records: list[tuple[int, Record]], examples: int) -> Uses:
-        """The uses of a parameter, joined when their forms allow it."""
-        return cls(name, tuple(records), examples, _joined([record for _, record in records]))
-
-    def norm2(self) -> Tensor:
-        """Squared norms, shape (B,), float64."""
-        if self.joined is not None:
-            return self.joined.form.norm2()
-        return torch.cat([total.norm2() for _, total in self._totals(None)])
-
-    def weighted_sum(self, factor_B: Tensor, bad_B: Tensor | None) -> Tensor:
-        """``sum_b factor_b G_b``, shaped as the parameter; marked examples are left out, whatever they hold."""
-        if self.joined is not None:
-            form = self.joined.form if bad_B is None else self.joined.form.without(bad_B)
-            return self.joined.derivation.pull(form.weighted_sum(factor_B))[0]
-        parts = (total.weighted_sum(factor_B[rows]) for rows, total in self._totals(bad_B))
-        return functools.reduce(torch.add, parts)
-
-    def _totals(self, bad_B: Tensor | None) -> Iterator[tuple[slice, Dense]]:
-        """Instantiated gradients, all uses added, a few examples at a time."""
-        largest = max(max(math.prod(r.form.shape), r.derivation.sources[at].numel()) for at, r in self.records)
-        chunk = max(1, CHUNK_NUMBERS // max(1, largest))
-        for start in range(0, self.examples, chunk):
-            rows = slice(start, min(start + chunk, self.examples))
-            pulled = (
-                record.derivation.pull_each(record.form.rows(rows.start, rows.stop).per_example())[position]
-                for position, record in self.records
-            )
-            total = Dense(functools.reduce(torch.add, pulled))
-            yield rows, total if bad_B is None else total.without(bad_B[rows])
-
-
-def sum_dtype(parameter: Tensor) -> torch.dtype:
-    """Sums are float32 even for half-precision parameters."""
-    return torch.float64 if parameter.dtype is torch.float64 else torch.float32
-
-
-def zeros_like_sums(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The clipped sum of no example."""
-    return {name: torch.zeros(p.shape, dtype=sum_dtype(p), device=p.device) for name, p in parameters.items()}
-
-
-def _joined(records: list[Record]) -> Record | None:
-    """One record whose norm is the parameter's norm, or None when the uses must be instantiated and added."""
-    head, *rest = records
-    if not rest:
-        return head if head.derivation.isometric else None
-    if not all(record.derivation.identity for record in records):
-        return None
-    form = head.form
-    for other in (record.form for record in rest):
-        if isinstance(form, Dense) and isinstance(other, Dense):
-            form = Dense(form.grad + other.grad)
-        elif isinstance(form, Lookup) and isinstance(other, Lookup):  # noqa: SIM114 - each branch has its own type
-            form = form.joined(other)
-        elif isinstance(form, Outer) and isinstance(other, Outer) and form.transposed == other.transposed:
-            form = form.joined(other)
-        else:
-            return None
-    return Record(head.derivation, form.reduced())
+    def routes(self) -> dict[str, tuple[str, ...]]:
+        """For each used parameter, how its norms are taken and why, from shapes alone: name -> one line a use."""
+        return {
+            name: tuple(dict.fromkeys(str(record.choice) for _, record in self._records[name] if record.choice))
+            for name in self.parameters
+            if name in self._records
+        }

@@ -1,10 +1,13 @@
-"""The three shapes that a per-example gradient takes, each with the same five pure functions.
+"""The shapes that a per-example gradient takes, each with the same pure functions.
 
-    Outer    G_b = sum_s grad_bs (x) input_bs        linear, matmul, convolution
+    Outer    G_b = sum_s grad_bs (x) input_bs        linear, matmul                              outer.py
+    Windows  the same over the windows of an image   convolution                                 windows.py
     Lookup   G_b = sum_s onehot(id_bs) (x) grad_bs   embedding, integer indexing
     Dense    G_b as it stands                        biases, scales, tokens, and whatever is instantiated
+    Tied     a Lookup plus an Outer of one table     tied embedding and head
 
     norm2          (B,)           |G_b|^2 in float64, never below the norm of what weighted_sum adds
+    quick_norm2    (B,)           the same, or NaN where only norm2 is sure
     gram           (B, B)         <G_b, G_c>: the neural tangent kernel of this use
     inner(other)   (B,)           <G_b, H_b>, for two uses of one parameter
     per_example    (B, *shape)    G_b
@@ -13,7 +16,7 @@
 They are tied by identities, tested for every form: ``diag(gram) == norm2 == |per_example|^2``,
 ``inner(self) == norm2``, ``weighted_sum(e_i) == per_example[i]``.
 
-Shape legend: B = examples, K = groups, S = positions (tokens, pixels), I = inputs, O = outputs, V = rows, D = width.
+Shape legend: B = examples, S = positions (tokens), V = rows, D = width.
 """
 
 from __future__ import annotations
@@ -21,14 +24,19 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from discreet.core.route import Cost, Route, choose
+from discreet.core.route import Choice
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CHUNK_NUMBERS = 1 << 24
 _VANISHING = 1e-30
+_BLOCK = 256
 
 
 class Form(abc.ABC):
@@ -56,6 +64,10 @@ class Form(abc.ABC):
     def norm2(self) -> Tensor:
         """Squared norms, shape (B,), float64."""
 
+    def quick_norm2(self) -> Tensor:
+        """Squared norms where a faster way is sure of them, NaN elsewhere."""
+        return self.norm2()
+
     @abc.abstractmethod
     def per_example(self) -> Tensor:
         """Gradients, shape (B, *shape)."""
@@ -71,13 +83,26 @@ class Form(abc.ABC):
 
     def inner(self, other: Form) -> Tensor:
         """Inner products with another use of the same value, example by example, shape (B,)."""
-        chunk = _examples_at_a_time(math.prod(self.shape))
+        chunk = examples_at_a_time(math.prod(self.shape))
         parts = []
         for start in range(0, self.examples, chunk):
             stop = min(start + chunk, self.examples)
             mine, theirs = self.rows(start, stop).per_example(), other.rows(start, stop).per_example()
             parts.append((wide(mine) * wide(theirs)).reshape(stop - start, -1).sum(1))
         return torch.cat(parts)
+
+    @property
+    def choice(self) -> Choice | None:
+        """The route to the norm, where there is more than one."""
+        return None
+
+    @abc.abstractmethod
+    def joined(self, other: Self) -> Form | None:
+        """Two uses of one value as one, exact with its cross terms; None when that needs instantiating."""
+
+    def add_per_example(self, to: Tensor) -> None:
+        """Add the per-example gradients to a tensor of shape (B, *shape), in place."""
+        to += self.per_example()
 
     def reduced(self) -> Form:
         """What to hold until the factors are known: itself, or the instantiated gradients when those are smaller."""
@@ -86,9 +111,15 @@ class Form(abc.ABC):
 
 @dataclass(frozen=True)
 class Dense(Form):
-    """Gradients as they stand: ``grad`` has shape (B, *shape)."""
+    """Gradients as they stand.
+
+    Attributes:
+        grad: (B, *shape).
+        scratch: made by the engine for this form alone, so that the weighted sum may overwrite it.
+    """
 
     grad: Tensor
+    scratch: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -99,113 +130,25 @@ class Dense(Form):
         return self.grad.shape[0]
 
     def rows(self, start: int, stop: int) -> Dense:
-        return Dense(self.grad[start:stop])
+        return Dense(self.grad[start:stop], self.scratch)
 
     def without(self, bad_B: Tensor) -> Dense:
-        return Dense(_zero_rows(self.grad, bad_B))
+        return Dense(zero_rows(self.grad, bad_B), scratch=True)
+
+    def joined(self, other: Dense) -> Dense:
+        return Dense(wide(self.grad) + wide(other.grad), scratch=True)
 
     def norm2(self) -> Tensor:
-        return _square_sum(self.grad)
+        return square_sum(self.grad)
 
     def per_example(self) -> Tensor:
         return self.grad
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
         flat = wide(self.grad).reshape(self.examples, -1)
+        if self.examples == 1 and self.scratch:
+            return flat.mul_(factor_B.to(flat.dtype)).reshape(self.shape)
         return (factor_B.to(flat.dtype) @ flat).reshape(self.shape)
-
-
-@dataclass(frozen=True)
-class Outer(Form):
-    """Sums of outer products, group by group.
-
-    Attributes:
-        input: (B, K, S, I).
-        grad: (B, K, S, O).
-        value_shape: the parameter's own shape, holding K * O * I numbers in (K, O, I) order.
-        transposed: the parameter is stored as (I, O) instead, as in ``x @ w`` (K = 1 only).
-    """
-
-    input: Tensor
-    grad: Tensor
-    value_shape: torch.Size
-    transposed: bool = False
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.value_shape
-
-    @property
-    def examples(self) -> int:
-        return self.input.shape[0]
-
-    @property
-    def cost(self) -> Cost:
-        """Shape of this use, for the choice of route."""
-        return Cost(positions=self.input.shape[2], inputs=self.input.shape[3], outputs=self.grad.shape[-1])
-
-    def rows(self, start: int, stop: int) -> Outer:
-        return replace(self, input=self.input[start:stop], grad=self.grad[start:stop])
-
-    def without(self, bad_B: Tensor) -> Outer:
-        return replace(self, input=_zero_rows(self.input, bad_B), grad=_zero_rows(self.grad, bad_B))
-
-    def joined(self, other: Outer) -> Outer:
-        """Two uses of one value as one use with more positions: exact, cross terms included."""
-        return replace(
-            self, input=torch.cat([self.input, other.input], dim=2), grad=torch.cat([self.grad, other.grad], dim=2)
-        )
-
-    def norm2(self) -> Tensor:
-        if self.input.shape[2] == 1:
-            return self._norm2_of_products()
-        _, groups, positions, inputs = self.input.shape
-        chunk = _examples_at_a_time(groups * positions * (positions + inputs))
-        starts = range(0, self.examples, chunk)
-        return torch.cat([self.rows(start, start + chunk)._norm2_by_gram() for start in starts])
-
-    def _norm2_of_products(self) -> Tensor:
-        """One position: ``sum_k |input_k|^2 |grad_k|^2``, scaled as in `_norm2_by_gram`."""
-        input_BKSI, input_peak_B = _scaled(wide(self.input))
-        grad_BKSO, grad_peak_B = _scaled(wide(self.grad))
-        products_B = (input_BKSI.square().sum(-1) * grad_BKSO.square().sum(-1)).flatten(1).sum(1, dtype=torch.float64)
-        return products_B * (input_peak_B * grad_peak_B).square()
-
-    def _norm2_by_gram(self) -> Tensor:
-        """Eq. 3, arXiv:2110.05679: ``<input input^T, grad grad^T>``, rounded up.
-
-        Two things differ from the paper. Operands are scaled to a largest entry of 1: squares of tiny gradients vanish
-        against huge inputs. And where positions oppose each other the signed sum cancels, in the norm and again in the
-        weighted sum; a bound on its rounding error, ``4 eps (sum_s |input_s| |grad_s|)^2``, covers both.
-        """
-        input_BKSI, input_peak_B = _scaled(wide(self.input))
-        grad_BKSO, grad_peak_B = _scaled(wide(self.grad))
-        products = (input_BKSI @ input_BKSI.mT).mul_(grad_BKSO @ grad_BKSO.mT)
-        gram_B = products.flatten(1).sum(1, dtype=torch.float64)
-        size_B = (input_BKSI.norm(dim=-1) * grad_BKSO.norm(dim=-1)).flatten(1).sum(1, dtype=torch.float64)
-        rounding = 4 * torch.finfo(input_BKSI.dtype).eps
-        return (gram_B.clamp(min=0) + rounding * size_B.square()) * (input_peak_B * grad_peak_B).square()
-
-    def per_example(self) -> Tensor:
-        grad_BKOI = wide(self.grad).mT @ wide(self.input)
-        if self.transposed:
-            grad_BKOI = grad_BKOI.mT
-        return grad_BKOI.reshape(self.examples, *self.value_shape)
-
-    def weighted_sum(self, factor_B: Tensor) -> Tensor:
-        grad_BKSO, input_BKSI = wide(self.grad), wide(self.input)
-        kept_B = drop_vanishing(factor_B, scale_B=grad_BKSO.flatten(1).abs().amax(1))
-        scaled_BKSO = grad_BKSO * kept_B.to(grad_BKSO.dtype).reshape(-1, 1, 1, 1)
-        left = scaled_BKSO.transpose(0, 1).flatten(1, 2)
-        right = input_BKSI.transpose(0, 1).flatten(1, 2)
-        if self.transposed:
-            left, right = right, left
-        return (left.mT @ right).reshape(self.value_shape)
-
-    def reduced(self) -> Form:
-        if choose(self.cost) is Route.KEEP:
-            return Dense(self.per_example())
-        return self
 
 
 @dataclass(frozen=True)
@@ -236,25 +179,31 @@ class Lookup(Form):
         return replace(self, ids=self.ids[start:stop], grad=self.grad[start:stop])
 
     def without(self, bad_B: Tensor) -> Lookup:
-        return replace(self, grad=_zero_rows(self.grad, bad_B))
+        return replace(self, grad=zero_rows(self.grad, bad_B))
 
     def joined(self, other: Lookup) -> Lookup:
         """Two lookups in one table as one with more positions: exact, cross terms included."""
         return Lookup(torch.cat([self.ids, other.ids], 1), torch.cat([self.grad, other.grad], 1), self.num_rows)
 
     def norm2(self) -> Tensor:
-        return _square_sum(self.reduced().grad)
+        return square_sum(self.reduced().grad)
 
     def per_example(self) -> Tensor:
-        grad_BSD = wide(self.grad)
-        table = grad_BSD.new_zeros(self.examples * self.num_rows, grad_BSD.shape[-1])
-        table.index_add_(0, self._cell_BS().flatten(), grad_BSD.flatten(0, 1))
-        return table.reshape(self.examples, *self.shape)
+        table = wide(self.grad).new_zeros(self.examples, *self.shape)
+        self.add_per_example(table)
+        return table
+
+    def add_per_example(self, to: Tensor) -> None:
+        to.flatten(0, 1).index_add_(0, self._cell_BS().flatten(), wide(self.grad).flatten(0, 1))
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
+        return self.add_weighted_sum(factor_B, wide(self.grad).new_zeros(self.shape))
+
+    def add_weighted_sum(self, factor_B: Tensor, to_VD: Tensor) -> Tensor:
+        """Add the weighted sum to a table, in place: only the rows that were picked are touched."""
         grad_BSD = self.reduced().grad
         scaled_BSD = grad_BSD * factor_B.to(grad_BSD.dtype).reshape(-1, 1, 1)
-        return grad_BSD.new_zeros(self.shape).index_add_(0, self.ids.flatten(), scaled_BSD.flatten(0, 1))
+        return to_VD.index_add_(0, self.ids.flatten(), scaled_BSD.flatten(0, 1))
 
     def reduced(self) -> Lookup:
         """Gradients of equal ids within an example added up, at cost O(B S D) and not O(B V D).
@@ -289,21 +238,25 @@ def drop_vanishing(factor_B: Tensor, *, scale_B: Tensor | float = 1.0) -> Tensor
     return torch.where(factor_B * scale_B < _VANISHING, torch.zeros_like(factor_B), factor_B)
 
 
-def _square_sum(value: Tensor) -> Tensor:
-    """Squared norm of each example's gradient. Entries below 1e-22 vanish, norms above 1e19 are infinite: both safe."""
-    return wide(value).reshape(len(value), -1).square().sum(1).to(torch.float64)
+def square_sum(value: Tensor) -> Tensor:
+    """Squared norm of each example's gradient, float64, in one pass: blocks in their own precision, then float64.
+
+    Entries below 1e-22 vanish, norms above 1e19 are infinite: both safe.
+    """
+    flat = wide(value).reshape(len(value), -1)
+    whole = flat.shape[1] // _BLOCK * _BLOCK
+    rest_B = torch.linalg.vector_norm(flat[:, whole:], dim=1).to(torch.float64).square()
+    if whole == 0:
+        return rest_B
+    blocks = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, _BLOCK)), dim=2)
+    return blocks.to(torch.float64).square().sum(1) + rest_B
 
 
-def _scaled(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Each example divided by its largest magnitude, and that magnitude in float64; infinity becomes NaN."""
-    peak_B = value.flatten(1).abs().amax(1)
-    divisor_B = torch.where(peak_B == 0, torch.ones_like(peak_B), peak_B)
-    return value / divisor_B.reshape(-1, *[1] * (value.dim() - 1)), peak_B.to(torch.float64)
-
-
-def _zero_rows(value: Tensor, bad_B: Tensor) -> Tensor:
+def zero_rows(value: Tensor, bad_B: Tensor) -> Tensor:
+    """The marked examples set to exactly zero."""
     return value.masked_fill(bad_B.reshape(-1, *[1] * (value.dim() - 1)), 0)
 
 
-def _examples_at_a_time(numbers_per_example: int) -> int:
+def examples_at_a_time(numbers_per_example: int) -> int:
+    """How many examples make a chunk of `CHUNK_NUMBERS`."""
     return max(1, CHUNK_NUMBERS // max(1, numbers_per_example))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from discreet.core import rules
-from discreet.core.book import Book, Layout, zeros_like_sums
+from discreet.core.book import Book, Layout
 from discreet.core.clipping import ClippedSum, Clipping
-from discreet.core.layout import observed_layout
+from discreet.core.layout import nodes, observed_layout
 from discreet.core.parameter import Guarded, guard
+from discreet.core.uses import zeros_like_sums
 from discreet.errors import ConfigError, UnsupportedUse
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -63,7 +64,7 @@ def clipped_gradient(
         return zero_sum(parameters, clipping)
     if layout is None and size > 1:
         layout = observed_layout(model, loss, batch, parameters=parameters, size=size)
-    book = Book(parameters, examples=size, layout=layout)
+    book = Book(parameters, examples=size, layout=layout, clipping=clipping)
     with guard(book):
         backward(book, loss(model, batch))
     return settle(book, clipping)
@@ -84,9 +85,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def open_book(model: nn.Module, *, examples: int, layout: Layout | None = None) -> Book:
+def open_book(
+    model: nn.Module, *, examples: int, layout: Layout | None = None, clipping: Clipping | None = None
+) -> Book:
     """A book for one microbatch of this model. Without a layout, dimension 0 of every operand is taken as it looks."""
-    return Book(trainable(model), examples=examples, layout=layout)
+    return Book(trainable(model), examples=examples, layout=layout, clipping=clipping)
 
 
 def backward(book: Book, losses_B: Tensor) -> None:
@@ -116,13 +119,7 @@ def check_losses(losses: object, *, examples: int) -> None:
 def _refuse_strays(book: Book, losses_B: Tensor) -> None:
     """Whatever else would get a gradient gets a raw one, without clipping or noise: only activations may."""
     known = {id(book.sink), *(id(parameter) for parameter in book.parameters.values())}
-    todo, seen = [losses_B.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
+    for node in nodes(losses_B):
         leaf = getattr(node, "variable", None)
         if leaf is None or id(leaf) in known or isinstance(leaf, Guarded):
             continue

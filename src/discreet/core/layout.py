@@ -42,8 +42,27 @@ def observed_layout(
     rows = other_rows(parameters, batch, size=size)
     book = Book(parameters, examples=len(rows))
     with frozen_state(model), guard(book):
-        loss(model, take(batch, rows, size))
+        losses_B = loss(model, take(batch, rows, size))
+        if recomputes(losses_B):
+            losses_B.sum().backward()
     return Layout(book.axes)
+
+
+def recomputes(losses_B: Tensor) -> bool:
+    """Whether some of the forward runs again in the backward, under reentrant activation checkpointing."""
+    return any(node.name().startswith("CheckpointFunction") for node in nodes(losses_B))
+
+
+def nodes(value: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """Every node of the graph behind a value, once."""
+    todo, seen = [value.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(following for following, _ in node.next_functions)
+        yield node
 
 
 def other_rows(parameters: Mapping[str, Tensor], batch: Any, *, size: int) -> list[int]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from discreet.core.clipping import ClippedSum
-from discreet.core.rng import NoiseSource
+from discreet.core.rng import PIECE, NoiseSource, Scratch
 from discreet.errors import ConfigError
 
 
@@ -19,8 +22,8 @@ class Released:
     """Tensors that carry their noise: safe to log, plot, save and compute with.
 
     Attributes:
-        tensors: name -> noisy sum, same shape and dtype as in the clipped sum.
-        noise_std: standard deviation of the noise in every entry, ``noise_multiplier * sensitivity``.
+        tensors: name -> noisy sum over ``divisor``, same shape and dtype as in the clipped sum.
+        noise_std: standard deviation of the noise in every entry.
         private: False when there was no noise, or when the noise came from a test seed.
     """
 
@@ -29,36 +32,93 @@ class Released:
     private: bool
 
 
-def release(total: ClippedSum, *, noise_multiplier: float, source: NoiseSource) -> Released:
-    """Add Gaussian noise of standard deviation ``noise_multiplier * total.sensitivity`` to every entry.
+def release(
+    total: ClippedSum,
+    *,
+    noise_multiplier: float,
+    source: NoiseSource,
+    divisor: float = 1.0,
+    into: Mapping[str, Tensor] | None = None,
+) -> Released:
+    """Add Gaussian noise of standard deviation ``noise_multiplier * total.sensitivity`` to every entry, and divide.
 
     **Guarantees.** One Gaussian query of noise multiplier sigma on the stacked vector of all tensors (Dwork & Roth,
     Theorem A.1; composed by the accountant). Every entry of every tensor gets noise, also of parameters that the batch
-    did not touch and of an empty batch. Sum and noise meet in float64 and are rounded once.
+    did not touch and of an empty batch. Sum and noise meet in float64 and are rounded once. Where the result stays
+    float64, the noise is the normalised sum of two independent draws: the low bits of a single Box-Muller draw could be
+    told from any other number (arXiv:2112.05307); rounding to float32 removes them.
 
     Args:
         total: the bounded sum.
         noise_multiplier: sigma >= 0. Zero releases the bare sum and marks it not private.
         source: the keyed stream; this call claims one position of it.
+        divisor: a public constant, such as the expected batch, that the noisy sum is divided by.
+        into: where to write: name -> tensor of the sum's shape, dtype and device. Others get new memory.
 
     Raises:
         ConfigError: sigma is negative or not finite, or noise is asked for on an unbounded sum.
     """
     if not (0 <= noise_multiplier < math.inf):
         raise ConfigError(f"noise_multiplier={noise_multiplier}: must be finite and >= 0; solve it with Plan.solve().")
+    if not (0 < divisor < math.inf):
+        raise ConfigError(f"divisor={divisor}: must be finite and above 0; pass the expected batch size.")
     position = source.claim()
-    if noise_multiplier == 0:
-        return Released(tensors=dict(total.tensors), noise_std=0.0, private=False)
-    if not math.isfinite(total.sensitivity):
+    if noise_multiplier and not math.isfinite(total.sensitivity):
         raise ConfigError("an unclipped sum has no finite sensitivity: no noise protects it; use Clipping.automatic().")
+    targets = {name: _target(value, (into or {}).get(name)) for name, value in total.tensors.items()}
+    if noise_multiplier == 0:
+        for name, value in total.tensors.items():
+            torch.div(value, divisor, out=targets[name])
+        return Released(tensors=targets, noise_std=0.0, private=False)
     noise_std = noise_multiplier * total.sensitivity
-    tensors = {
-        name: _add_noise(value, source.normal(value.numel(), position=position, name=name), noise_std)
+    pieces = [
+        _Piece(name, value, targets[name], start)
         for name, value in total.tensors.items()
-    }
-    return Released(tensors=tensors, noise_std=noise_std, private=source.private)
+        for start in range(0, value.numel(), PIECE)
+    ]
+    threads = max(1, min(torch.get_num_threads(), len(pieces)))
+    add = partial(_add_noise, source=source, position=position, noise_std=noise_std, divisor=divisor)
+    if threads == 1:
+        add(pieces)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(add, [pieces[first::threads] for first in range(threads)]))
+    return Released(tensors=targets, noise_std=noise_std / divisor, private=source.private)
 
 
-def _add_noise(value: Tensor, standard_normal: Tensor, noise_std: float) -> Tensor:
-    noise = standard_normal.to(value.device).mul_(noise_std).reshape(value.shape)
-    return noise.add_(value.to(torch.float64)).to(value.dtype)
+@dataclass(frozen=True)
+class _Piece:
+    """`PIECE` entries of one tensor, from ``start`` on."""
+
+    name: str
+    value: Tensor
+    target: Tensor
+    start: int
+
+
+def _target(value: Tensor, offered: Tensor | None) -> Tensor:
+    wanted = (value.shape, value.dtype, value.device)
+    if offered is not None and (offered.shape, offered.dtype, offered.device) == wanted and offered.is_contiguous():
+        return offered.detach()
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+def _add_noise(pieces: list[_Piece], *, source: NoiseSource, position: int, noise_std: float, divisor: float) -> None:
+    """``target = (value + noise_std * noise) / divisor``, piece by piece in one worker's memory."""
+    scratch = Scratch()
+    for piece in pieces:
+        value = piece.value.reshape(-1)[piece.start : piece.start + PIECE]
+        target = piece.target.view(-1)[piece.start : piece.start + PIECE]
+        where = {"position": position, "name": piece.name, "start": piece.start}
+        noise = source.piece(len(value), scratch, **where)
+        if value.dtype is torch.float64:
+            first = noise.copy()
+            noise = source.piece(len(value), scratch, **where, layer=1)
+            np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
+        np.multiply(noise, noise_std, out=noise)
+        if value.device.type == "cpu":
+            # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
+            np.divide(np.add(noise, value.numpy(), out=noise), divisor, out=noise)
+            target.numpy()[:] = noise
+        else:
+            target.copy_(torch.from_numpy(noise).to(value.device).add_(value).div_(divisor))

@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from discreet.core.book import Axis, Book, Derivation
+from discreet.core.book import Axis, Book
 from discreet.core.forms import Dense, Form
+from discreet.core.routing import Picking, trace
+from discreet.core.uses import Derivation
 from discreet.errors import ConfigError, UnsupportedUse
 
 Function = Callable[..., Any]
@@ -33,7 +35,9 @@ Function = Callable[..., Any]
 _active: Book | None = None
 _rules: dict[Function, Function] = {}
 _derivable: dict[Function, bool] = {}
+_decompositions: dict[Function, Function] = {}
 _observations: set[Function] = set()
+_routed: dict[Function, Function] = {}
 
 
 def _hand_over(
@@ -67,6 +71,7 @@ class Use:
     function: Function
     names: tuple[str, ...]
     axes: Mapping[int, Axis]
+    pickings: Mapping[int, Picking] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -77,6 +82,15 @@ class Use:
         """Whether this plain operand carries examples in dimension 0."""
         return self.axes.get(id(operand), Axis.SHARED) is not Axis.SHARED
 
+    def owner(self, *operands: Any) -> Tensor:
+        """The example behind each row of operands whose rows were picked from the batch alike."""
+        batched = [operand for operand in operands if self.is_batched(operand)]
+        picked = [self.pickings[id(operand)] for operand in batched if self.axes[id(operand)] is Axis.ROUTED]
+        owners = [picking.owner for picking in picked if picking.owner is not None]
+        if len(owners) != len(batched) or not all(torch.equal(owners[0], owner) for owner in owners):
+            raise self.refuse("rows picked from the batch meet rows in another order", "pick both by one index.")
+        return owners[0]
+
     def renamed(self, before: Tensor, after: Tensor) -> Use:
         """This use with one operand replaced by another that carries the examples in the same way."""
         return replace(self, axes={**self.axes, id(after): self.axes[id(before)]})
@@ -86,8 +100,10 @@ class Use:
         return self.book.classify_size(self.names, self.name, size)
 
     def derivation(self, guarded: Tensor) -> Derivation:
-        """Where a guarded value comes from."""
-        return _derivation(self.book, guarded)
+        """Where a guarded value comes from, for a rule that will record its gradients: once for each record."""
+        derivation = _derivation(self.book, guarded)
+        self.book.expect(derivation)
+        return derivation
 
     def record(self, guarded_derivation: Derivation, form: Form) -> None:
         """Book the per-example gradients of a guarded value; called from the backward."""
@@ -128,6 +144,32 @@ def rule(*functions: Function) -> Callable[[Function], Function]:
     return register
 
 
+def routed_rule(*functions: Function) -> Callable[[Function], Function]:
+    """Register the decorated rule for uses of these functions on rows that were picked from the batch."""
+
+    def register(meeting: Function) -> Function:
+        for function in functions:
+            _routed[function] = meeting
+        return meeting
+
+    return register
+
+
+def decomposition(*functions: Function) -> Callable[[Function], Function]:
+    """Register the decorated function as what these functions do, written in functions that have rules of their own.
+
+    Its parts meet the parameters, and each part's operands are classified: a mistake here changes what is computed, and
+    never makes a norm wrong. It is where a function whose batch is not in dimension 0 moves it there.
+    """
+
+    def register(written: Function) -> Function:
+        for function in functions:
+            _decompositions[function] = written
+        return written
+
+    return register
+
+
 def derivable(*functions: Function, isometric: bool = False) -> None:
     """Declare pure, differentiable functions that may be applied to parameters alone.
 
@@ -142,6 +184,11 @@ def derivable(*functions: Function, isometric: bool = False) -> None:
 def observation(*functions: Function) -> None:
     """Declare functions through which no gradient flows to the parameter: they run as they are."""
     _observations.update(functions)
+
+
+def is_known(function: Function) -> bool:
+    """Whether a guarded value that meets this function has an answer already."""
+    return any(function in answers for answers in (_rules, _routed, _derivable, _decompositions, _observations))
 
 
 def plain(value: Any) -> Any:
@@ -199,21 +246,13 @@ def _refuser(name: str) -> Callable[[Tensor], None]:
 def _derivation(book: Book, guarded: Tensor) -> Derivation:
     if isinstance(guarded, DerivedParameter):
         return guarded.derivation
-    return Derivation(
-        names=(book.name_of(guarded),),
-        sources=(guarded.detach(),),
-        rebuild=_identity,
-        isometric=True,
-        identity=True,
-    )
-
-
-def _identity(value: Tensor) -> Tensor:
-    return value
+    return Derivation.of(book.name_of(guarded), guarded)
 
 
 def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answer one function call that involves a guarded value. See the module docstring."""
+    if func in _decompositions and _active is not None and torch.is_grad_enabled():
+        return _decompositions[func](*args, **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
         book = _active
         if func in _observations:
@@ -221,14 +260,32 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if book is None or not torch.is_grad_enabled():
             plain_args, plain_kwargs = tree_map(_unwrap_derived, (args, kwargs))
             return func(*plain_args, **plain_kwargs)
-        leaves, _ = tree_flatten((args, kwargs))
+        leaves = _leaves((args, kwargs))
         guarded = [leaf for leaf in leaves if isinstance(leaf, Guarded)]
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Guarded)]
         names = tuple(dict.fromkeys(name for leaf in guarded for name in _derivation(book, leaf).names))
-        if func not in _rules and func not in _derivable:
+        if func not in _rules and func not in _derivable and func not in _routed:
             raise _no_rule(func, names, guarded[0])
-        axes = book.classify(names, function_name(func), operands)
-        use = Use(book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)})
+        found = ((id(operand), trace(operand, book.examples)) for operand in operands)
+        pickings = {key: picking for key, picking in found if picking is not None}
+        axes = book.classify(
+            names,
+            function_name(func),
+            operands,
+            may_be_second=func in _turnable,
+            pickings=pickings,
+            may_be_routed=func in _routed,
+        )
+        if Axis.ROUTED in axes:
+            found = {id(operand): axis for operand, axis in zip(operands, axes, strict=True)}
+            return _routed[func](Use(book, func, names, found, pickings), *args, **kwargs)
+        if Axis.SECOND in axes:
+            operands, axes, args, kwargs = _turned(operands, axes, args, kwargs)
+            use = Use(book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)})
+            return _rules[func](use, *args, **kwargs).transpose(0, 1).contiguous()
+        use = Use(
+            book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)}, pickings
+        )
         batched = any(axis is not Axis.SHARED for axis in axes)
         meeting = _rules.get(func)
         if meeting is not None and (batched or func in _sized):
@@ -236,6 +293,13 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not batched and func in _derivable:
             return derive(use, args, kwargs, isometric=_derivable[func])
         raise _no_rule(func, names, guarded[0])
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What is inside tuples, lists and dicts, in order: all that arguments of torch functions are made of."""
+    if isinstance(value, (tuple, list)):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return _leaves(tuple(value.values())) if isinstance(value, dict) else [value]
 
 
 def _no_rule(func: Function, names: tuple[str, ...], guarded: Tensor) -> UnsupportedUse:
@@ -249,17 +313,10 @@ def _no_rule(func: Function, names: tuple[str, ...], guarded: Tensor) -> Unsuppo
     )
 
 
-_ATTENTION = (
-    "replace nn.MultiheadAttention by linear layers for query, key, value and output around "
-    "F.scaled_dot_product_attention (docs/recipes.md)."
-)
-_RECURRENT = "recurrent layers have no rule yet; use convolutions or attention over time, or freeze the layer."
+_FAST_PATH = "it has no gradient in torch either; call the module, or F.multi_head_attention_forward."
 _REMEDIES: dict[Function, str] = {
     torch.nn.functional.batch_norm: "use GroupNorm, LayerNorm or RMSNorm: BatchNorm mixes examples.",
-    torch.nn.functional.multi_head_attention_forward: _ATTENTION,
-    **dict.fromkeys((torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd), _ATTENTION),
-    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _RECURRENT),
-    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _RECURRENT),
+    **dict.fromkeys((torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd), _FAST_PATH),
 }
 """What to write instead, where the usual advice would not help."""
 
@@ -276,10 +333,35 @@ def sized(*functions: Function) -> None:
     _sized.update(functions)
 
 
+_turnable: set[Function] = set()
+
+
+def turnable(*functions: Function) -> None:
+    """Declare functions that act on the last axes of one activation, so that its first two may change places.
+
+    Their rule then also covers (time, B, ...), once the self-check has verified that the batch is dimension 1.
+    """
+    _turnable.update(functions)
+
+
+def _turned(
+    operands: list[Tensor], axes: list[Axis], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], list[Axis], tuple[Any, ...], dict[str, Any]]:
+    """The same call with every operand that has the batch in dimension 1 turned to have it in dimension 0."""
+    turned = {
+        id(operand): operand.transpose(0, 1)
+        for operand, axis in zip(operands, axes, strict=True)
+        if axis is Axis.SECOND
+    }
+    args, kwargs = tree_map(lambda leaf: turned.get(id(leaf), leaf), (args, kwargs))
+    axes = [Axis.BATCH if axis is Axis.SECOND else axis for axis in axes]
+    return [turned.get(id(operand), operand) for operand in operands], axes, args, kwargs
+
+
 def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric: bool) -> Any:
     """Apply a function to parameters alone, and remember how each result was made."""
     leaves, spec = tree_flatten((args, kwargs))
-    parts = [use.derivation(leaf) if isinstance(leaf, Guarded) else None for leaf in leaves]
+    parts = [_derivation(use.book, leaf) if isinstance(leaf, Guarded) else None for leaf in leaves]
     origins = [part for part in parts if part is not None]
     names = tuple(dict.fromkeys(name for part in origins for name in part.names))
     values = {name: source for part in origins for name, source in zip(part.names, part.sources, strict=True)}
@@ -314,7 +396,7 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
 
 def cast(use: Use, guarded: Tensor, result: Tensor) -> Tensor:
     """A guarded value in another dtype or memory order: the same value, so the same derivation."""
-    known = use.derivation(guarded)
+    known = _derivation(use.book, guarded)
     return _wrap(result, Derivation(known.names, known.sources, known.rebuild, known.isometric, known.identity))
 
 

@@ -1,38 +1,113 @@
 """Which way to a per-example gradient norm is cheapest, from shapes alone.
 
-For one operation with S positions, I inputs and O outputs per group, each example costs
+A weight of I inputs and O outputs that meets S positions of each example costs, per example and group,
 
-    GRAM   S^2 (I + O) multiply-adds, 2 S^2 numbers            (ghost norm, arXiv:2110.05679 Eq. 3)
-    KEEP   S I O multiply-adds, I O numbers, held to the end   (instantiate, then sum what was kept)
+    GRAM   S^2 (I + O) / 2 multiply-adds               ghost norm, arXiv:2110.05679 Eq. 3, upper half only
+    KEEP   I O numbers, held until the factors are known   instantiate, then sum what was kept
 
-KEEP costs no second contraction, and frees input and output gradient at once; it is taken whenever the kept gradient is
-no larger than what booking would hold, ``I O <= S (I + O)`` numbers. Otherwise GRAM is also the one with fewer
-multiply-adds, so the third way of arXiv:2210.00038, to instantiate for the norm and again for the sum, is never best.
+KEEP replaces the contraction that the weighted sum would do, so its price is memory and the time to move it; GRAM comes
+on top of that contraction. A convolution has two Gram routes: PIXELS multiplies input pixels with each other once and
+adds up shifted copies for the taps of the kernel; WINDOWS unfolds first. The third way of arXiv:2210.00038, to
+instantiate for the norm and again for the sum, is never best where KEEP may be had, and that is wherever GRAM is dear.
+
+Every choice is made from shapes, never from data: it can be told to anyone (`Choice.reason`).
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
+
+_MOVE = 60.0
+"""Multiply-adds in the time that one kept number is written and read again (measured on a CPU: 35 to 100)."""
+_ENTRY = 20.0
+"""Multiply-adds in the time of one entry of a Gram matrix: product, sum, shifted copy."""
 
 
 class Route(enum.Enum):
     """How the norm of one use is computed."""
 
+    PRODUCT = "product of norms"
     GRAM = "gram"
-    KEEP = "keep"
+    PIXELS = "gram of pixels"
+    WINDOWS = "gram of windows"
+    KEEP = "instantiate and keep"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A route, and what it was chosen from.
+
+    Attributes:
+        route: the way taken.
+        gram, keep: what the best Gram route and KEEP cost per example, in multiply-adds.
+        kept, booked: numbers held per example, by KEEP and by all other routes.
+    """
+
+    route: Route
+    gram: float
+    keep: float
+    kept: int
+    booked: int
+
+    def __str__(self) -> str:
+        if self.route is Route.PRODUCT:
+            return self.route.value
+        costs = f"gram {_short(self.gram)}, keep {_short(self.keep)} multiply-adds"
+        why = f"; kept {_short(self.kept)} > booked {_short(self.booked)} numbers" if self.kept > self.booked else ""
+        return f"{self.route.value} ({costs}{why})"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Shape of one use per example and group: (positions, inputs, outputs)."""
+    """Shape of one use per example and group: (positions, inputs, outputs), and the number of examples."""
 
     positions: int
     inputs: int
     outputs: int
+    examples: int = 2
+
+    @property
+    def kept(self) -> int:
+        """Numbers that KEEP holds beyond the weight's own gradient, per example."""
+        return self.inputs * self.outputs * (self.examples - 1) // self.examples
+
+    def choose(self) -> Choice:
+        """The cheapest route of a linear map whose kept gradients are no larger than what booking holds."""
+        if self.positions == 1:
+            return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs)
+        gram = self.positions**2 * ((self.inputs + self.outputs) / 2 + _ENTRY)
+        booked = self.positions * (self.inputs + self.outputs)
+        return _cheaper(self, booked, {Route.GRAM: gram})
 
 
-def choose(cost: Cost) -> Route:
-    """The cheapest route for this shape. See the module docstring for the rule."""
-    kept, booked = cost.inputs * cost.outputs, cost.positions * (cost.inputs + cost.outputs)
-    return Route.KEEP if cost.positions > 1 and kept <= booked else Route.GRAM
+@dataclass(frozen=True)
+class WindowCost(Cost):
+    """The same for a convolution: ``inputs`` is channels times taps; positions are the output's, pixels the input's."""
+
+    pixels: int = 1
+    taps: int = 1
+
+    def choose(self) -> Choice:
+        """The cheapest route of a convolution."""
+        channels = self.inputs // self.taps
+        square = self.positions**2
+        pixels = self.pixels**2 * (channels + _ENTRY) + square * (self.outputs + self.taps * _ENTRY)
+        windows = square * (self.inputs + self.outputs + _ENTRY) + self.positions * self.inputs * _ENTRY
+        booked = self.pixels * channels + self.positions * self.outputs
+        return _cheaper(self, booked, {Route.PIXELS: pixels, Route.WINDOWS: windows})
+
+
+def _cheaper(cost: Cost, booked: int, grams: dict[Route, float]) -> Choice:
+    best = min(grams, key=grams.__getitem__)
+    keep = _MOVE * cost.kept
+    taken = Route.KEEP if cost.kept <= booked and keep <= grams[best] else best
+    return Choice(taken, grams[best], keep, cost.kept, booked)
+
+
+def _short(number: float) -> str:
+    if number < 1000:
+        return f"{number:.0f}"
+    power = min(4, int(math.log10(number) // 3))
+    return f"{number / 1000**power:.3g}{' kMGT'[power]}"

@@ -139,7 +139,8 @@ def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
         met = ", ".join(parameter.functions) or "no function"
         name, shape = parameter.name, _shape(parameter.shape)
         if parameter.norms_agree:
-            rows.append(CheckRow(name, shape, Status.PASSED, f"norms agree; {met}"))
+            how = "".join(f"; {route}" for route in parameter.routes)
+            rows.append(CheckRow(name, shape, Status.PASSED, f"norms agree; {met}{how}"))
             continue
         detail = (
             f"met by {met}; norms differ from autograd by more than {verdict.tolerance:g}: do not train; report it."

@@ -88,7 +88,7 @@ class MicrobatchLoader:
     def _give(self, part: np.ndarray) -> Iterator[Any]:
         step = self._updates.step
         batch = step.fetch(part)
-        book = open_book(step.model, examples=len(part), layout=step.layout)
+        book = open_book(step.model, examples=len(part), layout=step.layout, clipping=step.clipping)
         with ExitStack() as stack:
             stack.enter_context(guard(book))
             self._book, self._guarded = book, stack

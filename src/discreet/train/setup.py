@@ -7,6 +7,7 @@ from torch import nn
 
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import trainable
+from discreet.core.style import Style
 from discreet.errors import ConfigError
 from discreet.privacy.plan import Plan
 from discreet.privacy.planner import plan as make_plan
@@ -81,11 +82,11 @@ def default_clipping(epsilon: float | None) -> Clipping:
 def clipping_of(plan: Plan) -> Clipping:
     """The clipping rule that a plan's public record stands for."""
     record = plan.clipping
-    kind = ClippingKind(record["kind"])
+    kind, style = ClippingKind(record["kind"]), Style.parse(str(record["style"]))
     if kind is ClippingKind.AUTOMATIC:
-        return Clipping.automatic(gamma=float(record["gamma"]))
+        return Clipping.automatic(gamma=float(record["gamma"]), style=style)
     if kind is ClippingKind.ABADI:
-        return Clipping.abadi(float(record["clip_bound"]))
+        return Clipping.abadi(float(record["clip_bound"]), style=style)
     return Clipping.none()
 
 

@@ -75,13 +75,14 @@ class ClippedStep:
             self.microbatch.halve(realised=len(indices))
 
     def _attempt(self, indices: np.ndarray) -> ClippedSum:
-        total = zero_sum(self.parameters, self.clipping)
+        total = None
         for part in self.microbatch.split(indices):
             batch = self.fetch(part)
-            total = total + clipped_gradient(
+            share = clipped_gradient(
                 self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)
             )
-        return total
+            total = share if total is None else total + share
+        return zero_sum(self.parameters, self.clipping) if total is None else total
 
 
 def _nothing() -> None:
@@ -95,14 +96,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
 
 
-def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter], *, batch_size: int) -> None:
-    """Set ``p.grad`` of every trainable parameter to the released sum over the expected batch, a public constant."""
+def gradient_buffers(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The memory of the gradients of the last update, for the next release to write into."""
+    return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Set ``p.grad`` of every trainable parameter to the released mean: the sum over the expected batch, a constant."""
     if released.tensors.keys() != parameters.keys():
         raise ConfigError(
             "the released sum and the model have different parameters; do not freeze or unfreeze mid-run."
         )
     for name, parameter in parameters.items():
-        parameter.grad = (released.tensors[name] / batch_size).to(parameter.dtype)
+        parameter.grad = released.tensors[name].to(parameter.dtype)
 
 
 def refuse_unreleased(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:

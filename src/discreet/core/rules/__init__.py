@@ -3,6 +3,36 @@
 Importing this package registers them all.
 """
 
-from discreet.core.rules import convolution, elementwise, embedding, linear, normalisation
+from discreet.core.rules import (
+    attention,
+    bag,
+    convolution,
+    einsum,
+    elementwise,
+    embedding,
+    experts,
+    instance,
+    linear,
+    masks,
+    normalisation,
+    recurrent,
+    rows,
+    transposed,
+)
 
-__all__ = ["convolution", "elementwise", "embedding", "linear", "normalisation"]
+__all__ = [
+    "attention",
+    "bag",
+    "convolution",
+    "einsum",
+    "elementwise",
+    "embedding",
+    "experts",
+    "instance",
+    "linear",
+    "masks",
+    "normalisation",
+    "recurrent",
+    "rows",
+    "transposed",
+]

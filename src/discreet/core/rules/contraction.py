@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discreet.core.book import Book, Derivation
+from discreet.core.book import Book
 from discreet.core.forms import Form
 from discreet.core.parameter import Guarded, Use, plain
+from discreet.core.uses import Derivation
 
 
 class Operation(abc.ABC):
@@ -68,6 +69,7 @@ class _Contract(torch.autograd.Function):
         ctx: Any, sink: Tensor, operation: Operation, where: _Ledger, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.operation, ctx.where = operation, where
+        ctx.rows_of = 1  # of the tensors sink, input, weight, bias: the output has the rows of the input
         ctx.save_for_backward(input, weight)
         output = operation.forward(input, weight, bias)
         # F.linear returns a view of a flat product, and autograd forbids in-place changes (relu_) of a view made here.

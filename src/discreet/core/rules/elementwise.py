@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from discreet.core.parameter import Guarded, Use, cast, derivable, derive, observation, plain, rule, sized
+from discreet.core.rules.rows import by_row, lies_along
 
 _POINTWISE = (
     *(torch.add, torch.sub, torch.mul, torch.div, torch.true_divide, torch.rsub, torch.pow, torch.where, torch.lerp),
@@ -43,7 +44,7 @@ def pointwise(use: Use, *args: Any, **named: Any) -> Tensor:
             "give every activation the same number of axes, with the batch first.",
         )
     (row_count,) = rows
-    substituted, names = tree_map(lambda leaf: _spread(use, leaf, axes, row_count), (args, named))
+    substituted, names = tree_map(lambda leaf: spread(use, leaf, axes, row_count), (args, named))
     return use.function(*substituted, **names)
 
 
@@ -55,10 +56,12 @@ def in_place(use: Use, target: Tensor, other: Any, **named: Any) -> Tensor:
     return pointwise(use, target, other, **named)
 
 
-def _spread(use: Use, leaf: Any, axes: int, rows: int) -> Any:
+def spread(use: Use, leaf: Any, axes: int, rows: int) -> Any:
     """A guarded value as per-example copies that broadcast against ``axes`` axes with ``rows`` rows."""
     if not isinstance(leaf, Guarded):
         return leaf
+    if leaf.dim() == axes and leaf.shape[0] != 1 and lies_along(use, leaf, rows):
+        return by_row(use, leaf)
     if leaf.dim() > axes or (leaf.dim() == axes and leaf.shape[0] != 1):
         raise use.refuse(
             f"a parameter of shape {tuple(leaf.shape)} reaches into the batch axis of {axes}-dimensional activations",
@@ -70,6 +73,19 @@ def _spread(use: Use, leaf: Any, axes: int, rows: int) -> Any:
         each = each.repeat_interleave(folds, 0)
     inner = leaf.shape[1:] if leaf.dim() == axes else leaf.shape
     return each.reshape(rows, *[1] * (axes - 1 - len(inner)), *inner)
+
+
+@rule(F.prelu, Tensor.prelu)
+def prelu(use: Use, input: Tensor, weight: Tensor) -> Tensor:
+    """``F.prelu`` with one slope, or one per entry of axis 1. Infinite inputs leave the slope's gradient finite."""
+    if isinstance(input, Guarded) or not use.is_batched(input):
+        raise use.refuse("its input does not carry the batch", "pass the activations as the first argument.")
+    slope = use.expand(weight)
+    folds = input.shape[0] // use.book.examples
+    if folds > 1:
+        slope = slope.repeat_interleave(folds, 0)
+    channels = [-1, *[1] * (input.dim() - 2)] if input.dim() > 1 else []
+    return torch.where(input > 0, input, slope.reshape(input.shape[0], *channels) * input.clamp(max=0))
 
 
 @rule(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat)
@@ -116,21 +132,40 @@ derivable(
     *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.t, torch.t, Tensor.transpose, torch.transpose),
     *(Tensor.permute, torch.permute, Tensor.flatten, torch.flatten, Tensor.unsqueeze, torch.unsqueeze),
     *(Tensor.squeeze, torch.squeeze, Tensor.clone, torch.clone, Tensor.T.__get__, Tensor.mT.__get__),
-    *(Tensor.view_as, Tensor.reshape_as, Tensor.unflatten, torch.unflatten),
+    *(Tensor.view_as, Tensor.reshape_as, Tensor.unflatten, torch.unflatten, Tensor.H.__get__, Tensor.mH.__get__),
+    *(Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims, Tensor.movedim, torch.movedim, Tensor.roll),
+    *(torch.roll, torch.ravel, Tensor.ravel, torch.adjoint, Tensor.adjoint, Tensor.moveaxis, torch.moveaxis),
     isometric=True,
 )
 derivable(
     *(Tensor.__getitem__, Tensor.narrow, torch.narrow, Tensor.select, torch.select, Tensor.index_select),
     *(torch.index_select, F.embedding, torch.embedding, Tensor.chunk, torch.chunk, Tensor.split, torch.split),
-    *(Tensor.unbind, torch.unbind, torch.cat, torch.stack, torch.concat, Tensor.expand_as, torch.flip),
+    *(Tensor.unbind, torch.unbind, torch.cat, torch.stack, torch.concat, Tensor.expand_as, torch.flip, Tensor.flip),
+    *(Tensor.diagonal, torch.diagonal, Tensor.diag, torch.diag, Tensor.tril, torch.tril, Tensor.triu, torch.triu),
+    *(Tensor.repeat_interleave, torch.repeat_interleave, Tensor.tile, torch.tile, Tensor.gather, torch.gather),
+    *(Tensor.masked_fill, torch.masked_fill, F.pad, F.interpolate, torch.hstack, torch.vstack, torch.kron),
+    *(Tensor.take_along_dim, torch.take_along_dim, torch.diag_embed, Tensor.diag_embed),
+)
+derivable(
     *(Tensor.exp, torch.exp, Tensor.log, torch.log, Tensor.neg, torch.neg, Tensor.__neg__, Tensor.sqrt, torch.sqrt),
     *(Tensor.rsqrt, torch.rsqrt, Tensor.tanh, torch.tanh, F.tanh, Tensor.sigmoid, torch.sigmoid, F.sigmoid),
     *(Tensor.softmax, torch.softmax, F.softmax, F.softplus, F.silu, F.gelu, F.relu, torch.relu, Tensor.relu),
+    *(Tensor.log_softmax, torch.log_softmax, F.log_softmax, F.logsigmoid, F.elu, F.leaky_relu, F.mish, F.normalize),
     *(Tensor.clamp, torch.clamp, Tensor.abs, torch.abs, Tensor.square, torch.square, Tensor.reciprocal),
-    *(Tensor.sum, torch.sum, Tensor.mean, torch.mean, Tensor.matmul, torch.matmul, Tensor.__matmul__, torch.mm),
-    *(F.linear, torch.outer, torch.einsum, F.normalize, F.layer_norm, F.rms_norm, F.pad, Tensor.norm, torch.norm),
-    *(torch.linalg.norm, torch.linalg.vector_norm, Tensor.cumsum, torch.cumsum, Tensor.tril, torch.tril, Tensor.triu),
-    *(Tensor.var, torch.var, Tensor.std, torch.std, torch._weight_norm),
+    *(Tensor.sin, torch.sin, Tensor.cos, torch.cos, Tensor.erf, torch.erf, Tensor.log1p, torch.log1p, Tensor.expm1),
+    *(torch.expm1, torch.reciprocal, torch.clip, Tensor.clip, torch.clamp_min, Tensor.clamp_min, torch.atan),
+    *(Tensor.clamp_max, torch.clamp_max, torch.exp2, Tensor.exp2, torch.log2, Tensor.log2, Tensor.__abs__),
+)
+derivable(
+    *(Tensor.sum, torch.sum, Tensor.mean, torch.mean, Tensor.var, torch.var, Tensor.std, torch.std, torch.var_mean),
+    *(torch.std_mean, Tensor.prod, torch.prod, Tensor.amax, torch.amax, Tensor.amin, torch.amin, Tensor.logsumexp),
+    *(torch.logsumexp, Tensor.cumsum, torch.cumsum, Tensor.norm, torch.norm, torch.linalg.norm),
+    *(torch.linalg.vector_norm, torch.linalg.matrix_norm, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm),
+    *(torch._weight_norm, Tensor.matmul, torch.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv),
+    *(torch.dot, Tensor.dot, torch.vdot, Tensor.vdot, torch.bmm, Tensor.bmm, torch.addmm, Tensor.addmm, torch.outer),
+    *(torch.ger, torch.einsum, torch.tensordot, torch.inner, F.linear, F.conv1d, F.conv2d, F.conv3d),
+    *(torch.matrix_exp, torch.linalg.matrix_exp, torch.linalg.solve, torch.linalg.inv, torch.inverse),
+    *(torch.linalg.householder_product, torch.linalg.multi_dot, torch.trace, Tensor.trace, Tensor.det, torch.det),
 )
 
 observation(
@@ -145,4 +180,14 @@ observation(
     *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.is_same_size, torch.numel),
     *(Tensor.get_device, Tensor.storage_offset, Tensor.untyped_storage, torch.is_tensor),
+    *(torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne, Tensor.gt, Tensor.ge, Tensor.lt, Tensor.le),
+    *(Tensor.eq, Tensor.ne, Tensor.__gt__, Tensor.__ge__, Tensor.__lt__, Tensor.__le__, Tensor.__eq__),
+    *(Tensor.__ne__, torch.greater, torch.less, Tensor.greater, Tensor.less, torch.not_equal, Tensor.not_equal),
+    *(torch.isnan, torch.isinf, torch.isfinite, Tensor.isnan, Tensor.isinf, Tensor.isfinite, torch.isclose),
+    *(Tensor.isclose, torch.allclose, Tensor.allclose, torch.equal, Tensor.equal, torch.any, Tensor.any, torch.all),
+    *(Tensor.all, torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin, torch.argsort, Tensor.argsort),
+    *(torch.count_nonzero, Tensor.count_nonzero, torch.nonzero, Tensor.nonzero, torch.signbit, Tensor.signbit),
+    *(torch.logical_not, Tensor.logical_not, torch.is_nonzero, Tensor.is_nonzero, Tensor.__bool__, Tensor.__float__),
+    *(Tensor.__int__, Tensor.bool, Tensor.int, Tensor.long, torch.result_type),
+    Tensor.__contains__,
 )

@@ -5,15 +5,18 @@ Shape legend: B = examples, S = positions, V = rows of the table, D = width.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.book import Book, Derivation
+from discreet.core.book import Book
 from discreet.core.forms import Lookup
-from discreet.core.parameter import Guarded, Use, plain, rule
+from discreet.core.parameter import Guarded, Use, derive, plain, rule
+from discreet.core.uses import Derivation
 
 
 class _Embed(torch.autograd.Function):
@@ -72,10 +75,9 @@ def getitem(use: Use, value: Tensor, index: Any) -> Tensor:
     if not isinstance(value, Guarded) or not isinstance(index, Tensor) or index.dtype is not torch.int64:
         raise use.refuse("an index that mixes examples with other selections", "index with one int64 tensor of ids.")
     wrapped = torch.where(index < 0, index + value.shape[0], index)
-    if value.dim() == 2:
-        return _Embed.apply(use.book.sink, wrapped, plain(value), None, use.book, use.derivation(value))
-    per_example = use.expand(value)
-    example = torch.arange(use.book.examples, device=index.device).reshape(-1, *[1] * (index.dim() - 1))
-    if wrapped.shape[0] != use.book.examples:
-        raise use.refuse("folded ids in a table that is not two-dimensional", "reshape the ids to [batch, ...].")
-    return per_example[example, wrapped]
+    table = value
+    if value.dim() != 2:
+        shape = (value.shape[0], math.prod(value.shape[1:]))
+        table = derive(replace(use, function=Tensor.reshape), (value, shape), {}, isometric=True)
+    picked = _Embed.apply(use.book.sink, wrapped, plain(table), None, use.book, use.derivation(table))
+    return picked.reshape(*index.shape, *value.shape[1:])

@@ -1,4 +1,4 @@
-"""Rules for linear, addmm and matmul: ``y = x W^T + b`` and ``y = x W + b``.
+"""Rules for linear and addmm: ``y = x W^T + b`` and ``y = x W + b``.
 
 Shape legend: B = examples, S = positions (axes between the first and the last; folded rows), I = inputs, O = outputs.
 """
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.forms import Dense, Form, Outer
+from discreet.core.forms import Dense, Form
+from discreet.core.outer import Outer
 from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.rules.contraction import Operation, contract
 
@@ -31,10 +32,14 @@ class Linear(Operation):
     def weight_form(self, grad: Tensor, input: Tensor, weight: Tensor, examples: int) -> Form:
         input_BSI = input.reshape(examples, 1, -1, input.shape[-1])
         grad_BSO = grad.reshape(examples, 1, -1, grad.shape[-1])
-        return Outer(input_BSI, grad_BSO, weight.shape, transposed=self.transposed)
+        if self.transposed:
+            return Outer(grad_BSO, input_BSI, weight.shape)
+        return Outer(input_BSI, grad_BSO, weight.shape)
 
     def bias_form(self, grad: Tensor, examples: int) -> Form:
         grad_BSO = grad.reshape(examples, -1, grad.shape[-1])
+        if grad_BSO.shape[1] == 1:
+            return Dense(grad_BSO[:, 0])
         return Dense(grad_BSO.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32)))
 
 
@@ -43,13 +48,6 @@ def linear(use: Use, input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """``F.linear``, whichever of weight and bias is guarded; positions may be any axes between first and last."""
     _need_matrix(use, input, weight)
     return contract(use, Linear(transposed=False), input, weight, bias)
-
-
-@rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-def matmul(use: Use, input: Tensor, other: Tensor) -> Tensor:
-    """``input @ weight`` with a two-dimensional guarded weight on the right."""
-    _need_matrix(use, input, other)
-    return contract(use, Linear(transposed=True), input, other, None)
 
 
 @rule(torch.addmm, Tensor.addmm)

@@ -1,13 +1,28 @@
-"""Rules for layer, group and RMS normalisation: normalise without parameters, then scale and shift per example."""
+"""Rules for layer, group and RMS normalisation.
+
+In one precision the library's own kernels run forward and backward; what a rule adds is the gradient of scale and shift
+for each example. In mixed precision (autocast) the normalisation runs without parameters, and scale and shift are
+applied as one copy per example.
+
+Shape legend: N = rows of the input (B examples, or B folded), S = positions, D = normalised numbers, C = channels,
+G = groups of channels, P = pixels.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from discreet.core.book import Book
+from discreet.core.forms import Dense
 from discreet.core.parameter import Guarded, Use, plain, rule
+from discreet.core.uses import Derivation
 
 
 @rule(F.layer_norm)
@@ -20,7 +35,14 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """``F.layer_norm`` over trailing axes."""
-    return _affine(use, input, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, trailing=True)
+    _need_batch(use, input)
+    if len(normalized_shape) >= input.dim():
+        raise use.refuse(f"it normalises over all of {tuple(input.shape)}", "normalise over the axes of one example.")
+    if _in_one_precision(input, weight, bias):
+        return _LayerNorm.apply(
+            use.book.sink, input, plain(weight), plain(bias), tuple(normalized_shape), eps, _booking(use, weight, bias)
+        )
+    return _affine(use, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, trailing=True)
 
 
 @rule(F.rms_norm)
@@ -28,7 +50,8 @@ def rms_norm(
     use: Use, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """``F.rms_norm`` over trailing axes."""
-    return _affine(use, input, F.rms_norm(input, normalized_shape, eps=eps), weight, None, trailing=True)
+    _need_batch(use, input)
+    return _affine(use, F.rms_norm(input, normalized_shape, eps=eps), weight, None, trailing=True)
 
 
 @rule(F.group_norm)
@@ -41,14 +64,121 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """``F.group_norm``: statistics within an example, scale and shift per channel."""
-    return _affine(use, input, F.group_norm(input, num_groups, eps=eps), weight, bias, trailing=False)
+    _need_batch(use, input)
+    if _in_one_precision(input, weight, bias):
+        return _GroupNorm.apply(
+            use.book.sink, input, plain(weight), plain(bias), num_groups, eps, _booking(use, weight, bias)
+        )
+    return _affine(use, F.group_norm(input, num_groups, eps=eps), weight, bias, trailing=False)
 
 
-def _affine(
-    use: Use, input: Tensor, normal: Tensor, weight: Tensor | None, bias: Tensor | None, *, trailing: bool
-) -> Tensor:
+@dataclass(frozen=True)
+class _Booking:
+    """Where the backward books the gradients of scale and shift."""
+
+    book: Book
+    weight: Derivation | None
+    bias: Derivation | None
+
+    def record(self, weight_grad: Tensor | None, bias_grad: Tensor | None) -> None:
+        """Book gradients (N, *shape), rows of one example added up."""
+        for derivation, grad in ((self.weight, weight_grad), (self.bias, bias_grad)):
+            if derivation is not None and grad is not None:
+                by_example = grad.reshape(self.book.examples, -1, *grad.shape[1:])
+                each = by_example[:, 0] if by_example.shape[1] == 1 else by_example.sum(1)
+                self.book.record(derivation, Dense(each))
+
+
+def _booking(use: Use, weight: Tensor | None, bias: Tensor | None) -> _Booking:
+    weight_at, bias_at = (use.derivation(p) if isinstance(p, Guarded) else None for p in (weight, bias))
+    return _Booking(use.book, weight_at, bias_at)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, sink: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...],
+        eps: float, booking: _Booking,
+    ) -> Tensor:  # fmt: skip
+        output, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
+        ctx.shape, ctx.booking = shape, booking
+        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, mean, rstd = ctx.saved_tensors
+        weight_grad = bias_grad = None
+        if ctx.booking.weight is not None:
+            products = torch.sub(input, mean).mul_(rstd).mul_(grad)
+            weight_grad = _over_positions(products, ctx.shape)
+        if ctx.booking.bias is not None:
+            bias_grad = _over_positions(grad, ctx.shape)
+        ctx.booking.record(weight_grad, bias_grad)
+        input_grad = None
+        if ctx.needs_input_grad[1]:
+            input_grad = torch.ops.aten.native_layer_norm_backward(
+                grad.contiguous(), input, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        return None, input_grad, None, None, None, None, None
+
+
+def _over_positions(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(N, ..., *shape) -> (N, *shape)."""
+    value_NSD = value.reshape(len(value), -1, math.prod(shape))
+    total = value_NSD[:, 0] if value_NSD.shape[1] == 1 else value_NSD.sum(1)
+    return total.reshape(len(value), *shape)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """The backward takes all rows for channels of one row: then the kernel's own sums are those of each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sink: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+        booking: _Booking,
+    ) -> Tensor:  # fmt: skip
+        rows, channels, *image = input.shape
+        output, mean, rstd = torch.native_group_norm(
+            input.contiguous(), weight, bias, rows, channels, math.prod(image), groups, eps
+        )
+        ctx.groups, ctx.booking = groups, booking
+        ctx.save_for_backward(input, weight, mean, rstd)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, rstd = ctx.saved_tensors
+        rows, channels, *image = input.shape
+        one_row = (1, rows * channels, *image)
+        scale = None if weight is None else weight.repeat(rows)
+        input_grad, weight_grad, bias_grad = torch.ops.aten.native_group_norm_backward(
+            *(grad.contiguous().view(one_row), input.contiguous().view(one_row), mean.view(1, -1), rstd.view(1, -1)),
+            *(scale, 1, rows * channels, math.prod(image), rows * ctx.groups),
+            [ctx.needs_input_grad[1], ctx.booking.weight is not None, ctx.booking.bias is not None],
+        )
+        ctx.booking.record(
+            *(None if value is None else value.reshape(rows, channels) for value in (weight_grad, bias_grad))
+        )
+        return None, None if input_grad is None else input_grad.view_as(input), None, None, None, None, None
+
+
+def _need_batch(use: Use, input: Tensor) -> None:
     if isinstance(input, Guarded) or not use.is_batched(input):
         raise use.refuse("its input does not carry the batch", "pass activations [batch, ...].")
+
+
+def _in_one_precision(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether all operands are of one wide dtype, and scale and shift depend on no example."""
+    if input.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(input.device.type):
+        return False
+    given = [p for p in (weight, bias) if p is not None]
+    return all(p.dtype == input.dtype and (isinstance(p, Guarded) or not p.requires_grad) for p in given)
+
+
+def _affine(use: Use, normal: Tensor, weight: Tensor | None, bias: Tensor | None, *, trailing: bool) -> Tensor:
     if weight is not None:
         normal = normal * _aligned(use, weight, normal, trailing=trailing)
     if bias is not None:
@@ -59,7 +189,7 @@ def _affine(
 def _aligned(use: Use, value: Tensor, target: Tensor, *, trailing: bool) -> Tensor:
     """A scale or shift shaped to broadcast against the target: over trailing axes, or over channels (axis 1)."""
     if not isinstance(value, Guarded):
-        return plain(value) if trailing else value.reshape(1, -1, *[1] * (target.dim() - 2))
+        return value if trailing else value.reshape(1, -1, *[1] * (target.dim() - 2))
     each = use.expand(value)
     folds = target.shape[0] // use.book.examples
     if folds > 1:

@@ -1,0 +1,1 @@
+"""Benchmarks: each measures ratios in one run, writes JSON and prints one table."""

@@ -1,0 +1,117 @@
+"""What privacy costs: one private update over one ordinary update, as ratios of time and memory measured in one run.
+
+    python -m bench.engine [--models mlp gpt] [--contestants noise private] [--rounds 9] [--threads 2]
+    python -m bench.engine --sizes real --device cuda --dtype bfloat16
+
+A step of a private contestant includes clipping, the draw of the noise and the optimizer. Ratios travel between
+machines; the times beside them do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.engine.arena import Figures, Outcome, Refusal, Setting, baseline_first, measure
+from bench.engine.contestants import BASELINE, CONTESTANTS
+from bench.engine.workloads import Sizes
+
+_COMPILED = ("compiled", "compiled_private")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write JSON, print one table."""
+    options = _parse(arguments)
+    setting = Setting(
+        sizes=options.sizes,
+        device=options.device,
+        dtype=_DTYPES[options.dtype],
+        threads=options.threads,
+        rounds=options.rounds,
+    )
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for model in options.models:
+        results[model] = {}
+        for group in baseline_first(options.contestants, together=options.together):
+            outcomes = measure(model, contestants=group, setting=setting)
+            rows = {kind: row(outcome, baseline=outcomes[BASELINE]) for kind, outcome in outcomes.items()}
+            results[model] = {**rows, **results[model]}
+        results[model] = {kind: results[model][kind] for kind in CONTESTANTS if kind in results[model]}
+        _write(options.out, setting=setting, results=results)
+    print(table(results))
+
+
+def row(outcome: Outcome, *, baseline: Outcome) -> dict[str, Any]:
+    """One contestant's figures, and their ratios to those of the baseline of the same group."""
+    if isinstance(outcome, Refusal):
+        return {"refused": outcome.reason}
+    figures = dataclasses.asdict(outcome)
+    if isinstance(baseline, Figures):
+        figures["time_ratio"] = outcome.milliseconds / baseline.milliseconds
+        figures["memory_ratio"] = outcome.memory_mib / baseline.memory_mib
+    return figures
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """All figures as aligned text, one line per model and contestant."""
+    lines = [f"{'model':16} {'contestant':16} {'ms':>9} {'time':>7} {'MiB':>8} {'memory':>7}  where the time goes (ms)"]
+    for model, rows in results.items():
+        for kind, figures in rows.items():
+            name = f"{model:16} {kind:16}"
+            if "refused" in figures:
+                lines.append(f"{name} refused: {figures['refused']}")
+                continue
+            ratios = [f"{figures[key]:6.2f}x" if key in figures else 7 * " " for key in ("time_ratio", "memory_ratio")]
+            phases = ", ".join(f"{phase} {took:.1f}" for phase, took in figures["phases"].items())
+            measured = f"{figures['milliseconds']:9.1f} {ratios[0]} {figures['memory_mib']:8.0f} {ratios[1]}"
+            lines.append(f"{name} {measured}  {phases}")
+    return "\n".join(lines)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=Sizes, choices=list(Sizes), default=Sizes.SMALL, metavar="small|real|tiny")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="default: all of these sizes")
+    defaults = [kind for kind in CONTESTANTS if kind not in _COMPILED]
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=defaults)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=list(_DTYPES), default="float32")
+    parser.add_argument("--together", type=int, default=len(CONTESTANTS), help="contestants in memory at once")
+    parser.add_argument("--out", type=Path, default=Path("bench/out/engine.json"))
+    options = parser.parse_args(arguments)
+    known = list(options.sizes.workloads)
+    options.models = options.models or known
+    unknown = [name for name in options.models if name not in known]
+    if unknown:
+        parser.error(f"--models {' '.join(unknown)}: sizes {options.sizes.value} has {', '.join(known)}.")
+    return options
+
+
+def _write(path: Path, *, setting: Setting, results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    record = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name() if setting.device == "cuda" else platform.machine(),
+        "sizes": setting.sizes.value,
+        "dtype": str(setting.dtype),
+        "threads": setting.threads,
+        "rounds": setting.rounds,
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{', '.join(results)}: written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Contestants take their steps in turn, each in a process of its own; medians of what each took.
+
+Taking turns step by step, all contestants meet the same frequency, temperature and neighbours of the machine.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import sys
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+from torch import nn
+
+from bench.engine.contestants import BASELINE, CONTESTANTS
+from bench.engine.stopwatch import MIB, MemoryMeter, Stopwatch
+from bench.engine.workloads import Sizes
+
+_WARM_UP = 2
+# A process that waits for its turn must leave the cores to the one that has it.
+_QUIET = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What holds for every contestant of a run."""
+
+    sizes: Sizes
+    device: str
+    dtype: torch.dtype
+    threads: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a contestant has no figures."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a contestant's step took: medians over the rounds, and the peak over all of them."""
+
+    milliseconds: float
+    memory_mib: float
+    phases: dict[str, float]
+
+
+Outcome = Figures | Refusal
+
+
+def measure(model: str, *, contestants: list[str], setting: Setting) -> dict[str, Outcome]:
+    """The outcome of each contestant, in their order. All of them are in memory at once, and gone afterwards."""
+    os.environ.update(_QUIET, OMP_NUM_THREADS=str(setting.threads))
+    context = multiprocessing.get_context("spawn")
+    processes, pipes = [], {}
+    for kind in contestants:
+        pipes[kind], theirs = context.Pipe()
+        process = context.Process(target=_contestant, args=(theirs, setting), kwargs={"model": model, "kind": kind})
+        process.start()
+        theirs.close()
+        processes.append(process)
+    seconds: dict[str, list[dict[str, float]]] = defaultdict(list)
+    outcomes: dict[str, Outcome] = {}
+    for turn in range(_WARM_UP + setting.rounds):
+        for kind in [kind for kind in contestants if kind not in outcomes]:
+            answer = _ask(pipes[kind], True)
+            if isinstance(answer, Refusal):
+                outcomes[kind] = answer
+                print(f"{model}: {kind} refused: {answer.reason}", file=sys.stderr)
+            elif turn >= _WARM_UP:
+                seconds[kind].append(answer)
+            elif turn == 0:
+                print(f"{model}: {kind} is ready", file=sys.stderr, flush=True)
+    for kind in [kind for kind in contestants if kind not in outcomes]:
+        memory = _ask(pipes[kind], False)
+        outcomes[kind] = memory if isinstance(memory, Refusal) else _figures(seconds[kind], memory_mib=memory)
+    for process in processes:
+        process.join()
+    return {kind: outcomes[kind] for kind in contestants}
+
+
+def _ask(pipe: Connection, go_on: bool) -> dict[str, float] | float | Refusal:
+    try:
+        pipe.send(go_on)
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        return Refusal("the process ended by itself; most often there was not enough memory.")
+
+
+def _figures(steps: list[dict[str, float]], *, memory_mib: float) -> Figures:
+    phases = {phase: 1e3 * statistics.median(step[phase] for step in steps) for phase in steps[0]}
+    total = 1e3 * statistics.median(sum(step.values()) for step in steps)
+    return Figures(milliseconds=total, memory_mib=memory_mib, phases=phases)
+
+
+def _contestant(pipe: Connection, setting: Setting, *, model: str, kind: str) -> None:
+    """The life of one process: prepare at the first call, take a step at each, answer with the peak at the end."""
+    try:
+        _take_turns(pipe, setting, model=model, kind=kind)
+    except EOFError:
+        return  # the parent is gone, and nobody waits for an answer
+    # Contestants include other people's libraries: whatever stops one is its result, and the others go on.
+    except Exception as error:  # noqa: BLE001
+        lines = str(error).strip().splitlines()
+        pipe.send(Refusal(f"{type(error).__name__}: {lines[0] if lines else 'no message'}"))
+
+
+def _take_turns(pipe: Connection, setting: Setting, *, model: str, kind: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    device = torch.device(setting.device)
+    _load_libraries(device)
+    pipe.recv()
+    work = setting.sizes.workloads[model]().to(device=device, dtype=setting.dtype)
+    meter, watch = MemoryMeter(device, tensors_mib=work.nbytes / MIB), Stopwatch(device)
+    step = CONTESTANTS[kind](work)
+    meter.restart()
+    go_on = True
+    while go_on:
+        watch.start()
+        step(watch)
+        pipe.send(watch.seconds)
+        go_on = pipe.recv()
+    pipe.send(meter.peak_mib())
+
+
+def _load_libraries(device: torch.device) -> None:
+    """What PyTorch loads at its first step, and keeps, is none of the contestant's memory."""
+    model = nn.Linear(2, 2, device=device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 2, device=device)).sum().backward()
+    optimizer.step()
+
+
+def baseline_first(contestants: list[str], *, together: int) -> list[list[str]]:
+    """Contestants in groups of at most ``together``, each with the baseline in front."""
+    others = [kind for kind in contestants if kind != BASELINE]
+    size = max(1, together - 1)
+    return [[BASELINE, *others[start : start + size]] for start in range(0, max(1, len(others)), size)]

@@ -1,0 +1,191 @@
+"""The ways to make one update: without privacy, with Discreet, and with Opacus.
+
+Each contestant prepares a workload and returns a step; the step tells a stopwatch when each of its phases is over.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+import discreet
+from bench.engine.imported import Logits
+from bench.engine.models import Positions
+from bench.engine.stopwatch import Stopwatch
+from bench.engine.workloads import Workload
+from discreet.core.book import Layout
+from discreet.core.gradient import trainable
+from discreet.core.style import Style
+from discreet.train.step import gradient_buffers, write_gradient
+
+Step = Callable[[Stopwatch], None]
+Contestant = Callable[[Workload], Step]
+_CHECKED = 4
+"""Examples that the self-check runs on, once, before the first step, as in training."""
+
+
+def ordinary(work: Workload) -> Step:
+    """Updates without privacy and without any hook."""
+    optimizer = work.optimizer(work.model.parameters())
+
+    def step(watch: Stopwatch) -> None:
+        losses_B = work.loss(work.model, work.batch)
+        watch.lap("forward")
+        losses_B.mean().backward()
+        watch.lap("backward")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.lap("optimizer")
+
+    return step
+
+
+def noise(work: Workload) -> Step:
+    """An ordinary update, and the draw and addition of noise: the floor under any private update."""
+    parameters, optimizer = trainable(work.model), work.optimizer(work.model.parameters())
+    source = discreet.NoiseSource.system()
+
+    def step(watch: Stopwatch) -> None:
+        work.loss(work.model, work.batch).mean().backward()
+        watch.lap("forward and backward")
+        buffers = gradient_buffers(parameters)
+        total = discreet.ClippedSum(tensors=buffers, sensitivity=1.0)
+        released = discreet.release(total, noise_multiplier=1.0, source=source, into=buffers)
+        write_gradient(released, parameters)
+        watch.lap("release")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.lap("optimizer")
+
+    return step
+
+
+def private(work: Workload, *, style: Callable[[nn.Module], Style] | None = None) -> Step:
+    """Updates with clipping (flat, or in the groups of a style) and noise, as the training loop makes them."""
+    rule = discreet.Clipping.automatic(style=style(work.model) if style else Style.flat())
+    source = discreet.NoiseSource.system()
+    parameters, optimizer = trainable(work.model), work.optimizer(work.model.parameters())
+    layout = _checked_layout(work, clipping=rule)
+
+    def step(watch: Stopwatch) -> None:
+        total = discreet.clipped_gradient(work.model, work.loss, work.batch, clipping=rule, layout=layout)
+        watch.lap("clipped gradient")
+        released = discreet.release(
+            total, noise_multiplier=1.0, source=source, divisor=len(work.batch[0]), into=gradient_buffers(parameters)
+        )
+        watch.lap("release")
+        write_gradient(released, parameters)
+        watch.lap("write")
+        optimizer.step()
+        watch.lap("optimizer")
+
+    return step
+
+
+def _checked_layout(work: Workload, *, clipping: discreet.Clipping) -> Layout | None:
+    """What the self-check says of a float64 copy: which axis is the batch does not depend on the precision.
+
+    Raises:
+        CheckFailed: an example is not alone, or a norm is wrong.
+    """
+    exact = dataclasses.replace(work, model=copy.deepcopy(work.model))
+    exact = exact.to(device=work.batch[1].device, dtype=torch.float64)
+    inputs, targets = exact.batch
+    report = discreet.check(exact.model, exact.loss, (inputs[:_CHECKED], targets[:_CHECKED]), clipping=clipping)
+    report.raise_if_failed()
+    return report.layout
+
+
+def _per_layer(_: nn.Module) -> Style:
+    return Style.per_layer()
+
+
+def compiled(work: Workload, *, contestant: Contestant) -> Step:
+    """Another contestant, on the compiled model."""
+    work.model.compile()
+    return contestant(work)
+
+
+def opacus_hooks(work: Workload) -> Step:
+    """Opacus: per-example gradients are kept for every parameter, then clipped and summed (flat)."""
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    model = GradSampleModule(_suits_opacus(work.model).train(), batch_first=True, loss_reduction="mean", strict=False)
+    optimizer = DPOptimizer(
+        work.optimizer(model.parameters()),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=len(work.batch[0]),
+    )
+
+    def step(watch: Stopwatch) -> None:
+        work.loss(model, work.batch).mean().backward()
+        watch.lap("forward and backward")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.lap("clipping, noise and optimizer")
+
+    return step
+
+
+def opacus_ghost(work: Workload) -> Step:
+    """Opacus: norms without per-example gradients where it knows the layer, and a second backward (flat)."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+    model = GradSampleModuleFastGradientClipping(
+        _suits_opacus(work.model).train(), batch_first=True, loss_reduction="mean", strict=False, max_grad_norm=1.0
+    )
+    optimizer = DPOptimizerFastGradientClipping(
+        work.optimizer(model.parameters()),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=len(work.batch[0]),
+    )
+
+    def step(watch: Stopwatch) -> None:
+        losses_B = work.loss(model, work.batch)
+        watch.lap("forward")
+        DPTensorFastGradientClipping(model, optimizer, losses_B, "mean").backward()
+        watch.lap("two backwards")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.lap("noise and optimizer")
+
+    return step
+
+
+def _suits_opacus(model: nn.Module) -> nn.Module:
+    """The same model in the form that Opacus asks for: the batch in every operand, and its own LSTM."""
+    from opacus.layers import DPLSTM
+
+    for module in list(model.modules()):
+        if isinstance(module, (Positions, Logits)):
+            module.per_example = True
+        for name, child in module.named_children():
+            if isinstance(child, nn.LSTM):
+                weight = child.weight_ih_l0
+                own = DPLSTM(child.input_size, child.hidden_size, batch_first=child.batch_first)
+                setattr(module, name, own.to(device=weight.device, dtype=weight.dtype))
+    return model
+
+
+CONTESTANTS: Mapping[str, Contestant] = {
+    "ordinary": ordinary,
+    "noise": noise,
+    "private": private,
+    "per_layer": partial(private, style=_per_layer),
+    "blocks": partial(private, style=Style.blocks),
+    "compiled": partial(compiled, contestant=ordinary),
+    "compiled_private": partial(compiled, contestant=private),
+    "opacus_hooks": opacus_hooks,
+    "opacus_ghost": opacus_ghost,
+}
+BASELINE = "ordinary"

@@ -1,0 +1,244 @@
+"""Per-example gradients that are sums of outer products, their ghost norms, and the tie of a head with its embedding.
+
+Shape legend: B = examples, K = groups, S = positions (tokens, pixels), I = inputs, O = outputs, V = rows, D = width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from discreet.core.forms import Dense, Form, Lookup, drop_vanishing, examples_at_a_time, wide, zero_rows
+from discreet.core.route import Choice, Cost, Route
+
+_HARMLESS = 1e-24
+
+
+@dataclass(frozen=True)
+class Outer(Form):
+    """Sums of outer products, group by group.
+
+    A weight that is stored as (I, O), as in ``x @ w``, has its operands in each other's place.
+
+    Attributes:
+        input: (B, K, S, I).
+        grad: (B, K, S, O).
+        value_shape: the parameter's own shape, holding K * O * I numbers in (K, O, I) order.
+    """
+
+    input: Tensor
+    grad: Tensor
+    value_shape: torch.Size
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value_shape
+
+    @property
+    def examples(self) -> int:
+        return self.input.shape[0]
+
+    @property
+    def choice(self) -> Choice:
+        """The route to the norm of this use."""
+        examples, _, positions, inputs = self.input.shape
+        return Cost(positions, inputs, self.grad.shape[-1], examples).choose()
+
+    def rows(self, start: int, stop: int) -> Outer:
+        return replace(self, input=self.input[start:stop], grad=self.grad[start:stop])
+
+    def without(self, bad_B: Tensor) -> Outer:
+        return replace(self, input=zero_rows(self.input, bad_B), grad=zero_rows(self.grad, bad_B))
+
+    def joined(self, other: Outer) -> Outer | None:
+        if self.input.shape[1] != other.input.shape[1]:
+            return None
+        return replace(
+            self, input=torch.cat([self.input, other.input], dim=2), grad=torch.cat([self.grad, other.grad], dim=2)
+        )
+
+    def quick_norm2(self) -> Tensor:
+        parts = self._parts() if self.input.shape[2] > 1 else [self]
+        return torch.cat([part._norm2(wide(part.input), wide(part.grad)) for part in parts])
+
+    def norm2(self) -> Tensor:
+        """As `quick_norm2`, in float64: squares of tiny gradients do not vanish beside huge inputs."""
+        return torch.cat([part._norm2(part.input.double(), part.grad.double()) for part in self._parts()])
+
+    def _norm2(self, input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
+        if self.input.shape[2] == 1:
+            return _norm2_of_products(input_BKSI, grad_BKSO)
+        return gram_norm2([input_BKSI], [grad_BKSO], eps=torch.finfo(wide(self.grad).dtype).eps)
+
+    def _parts(self) -> list[Outer]:
+        """A few examples at a time, so that Gram matrices stay small."""
+        _, groups, positions, inputs = self.input.shape
+        chunk = examples_at_a_time(groups * positions * (2 * positions + inputs))
+        return [self.rows(start, start + chunk) for start in range(0, self.examples, chunk)]
+
+    def inner(self, other: Form) -> Tensor:
+        """With a lookup in the same table: ``sum_st <grad_lookup_s, input_t> grad_t[id_s]``, at cost O(S T D)."""
+        if not isinstance(other, Lookup) or self.input.shape[1] != 1:
+            return super().inner(other)
+        grad_BTV, input_BTD = wide(self.grad[:, 0]), wide(self.input[:, 0])
+        ids_BTS = other.ids.unsqueeze(1).expand(-1, grad_BTV.shape[1], -1)
+        products = (input_BTD @ wide(other.grad).mT).mul_(grad_BTV.gather(2, ids_BTS))
+        return products.flatten(1).sum(1, dtype=torch.float64)
+
+    def per_example(self) -> Tensor:
+        return (wide(self.grad).mT @ wide(self.input)).reshape(self.examples, *self.value_shape)
+
+    def weighted_sum(self, factor_B: Tensor) -> Tensor:
+        left, right = wide(self.grad), wide(self.input)
+        if left.shape[-1] <= right.shape[-1]:
+            left = scaled_by(left, factor_B)
+        else:
+            right = scaled_by(right, factor_B)
+        left, right = (value.transpose(0, 1).flatten(1, 2) for value in (left, right))
+        if len(left) == 1:
+            return (left[0].T @ right[0]).reshape(self.value_shape)
+        return (left.mT @ right).reshape(self.value_shape)
+
+    def reduced(self) -> Form:
+        if self.choice.route is Route.KEEP:
+            return Dense(self.per_example(), scratch=True)
+        return self
+
+
+@dataclass(frozen=True)
+class Tied(Form):
+    """One table used as a lookup and as a linear map: ``G_b = lookup_b + outer_b`` (arXiv:2405.18194, section 3).
+
+    The two may oppose each other, in the norm and again in the sum; as in a Gram norm, a bound on what rounding does to
+    both, ``4 eps (|lookup_b| + |outer_b|)^2``, is added.
+    """
+
+    lookup: Lookup
+    outer: Outer
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.outer.shape
+
+    @property
+    def examples(self) -> int:
+        return self.outer.examples
+
+    def rows(self, start: int, stop: int) -> Tied:
+        return Tied(self.lookup.rows(start, stop), self.outer.rows(start, stop))
+
+    def without(self, bad_B: Tensor) -> Tied:
+        return Tied(self.lookup.without(bad_B), self.outer.without(bad_B))
+
+    def joined(self, other: Tied) -> Tied | None:
+        outer = self.outer.joined(other.outer)
+        return None if outer is None else Tied(self.lookup.joined(other.lookup), outer)
+
+    def norm2(self) -> Tensor:
+        return self._with_cross_term(self.outer.norm2())
+
+    def quick_norm2(self) -> Tensor:
+        return self._with_cross_term(self.outer.quick_norm2())
+
+    def _with_cross_term(self, outer_B: Tensor) -> Tensor:
+        lookup_B = self.lookup.norm2()
+        rounding = 4 * torch.finfo(wide(self.outer.grad).dtype).eps
+        exact_B = (lookup_B + outer_B + 2 * self.outer.inner(self.lookup)).clamp(min=0)
+        overflown_B = ~torch.isfinite(exact_B) & ~torch.isnan(outer_B)
+        exact_B = exact_B.masked_fill(overflown_B, torch.inf)
+        return exact_B + rounding * (lookup_B.sqrt() + outer_B.sqrt()).square()
+
+    def per_example(self) -> Tensor:
+        return self.lookup.per_example() + self.outer.per_example()
+
+    def weighted_sum(self, factor_B: Tensor) -> Tensor:
+        return self.lookup.add_weighted_sum(factor_B, self.outer.weighted_sum(factor_B))
+
+    def reduced(self) -> Tied:
+        return Tied(self.lookup.reduced(), self.outer)
+
+
+def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, eps: float) -> Tensor:
+    """Eq. 3, arXiv:2110.05679: ``<input input^T, grad grad^T>`` per example, rounded up; the upper half only.
+
+    Two things differ from the paper. Where positions oppose each other the signed sum cancels, in the norm and again in
+    the weighted sum; a bound on its rounding error, ``4 eps (sum_s |input_s| |grad_s|)^2``, covers both. And where a
+    square that fell below the normal numbers might have mattered beside a huge one, the result is NaN.
+
+    Args:
+        inputs_BKSI, grads_BKSO: the operands, in the precision to compute in. Several stand for all their pairs: the
+            result is the sum of the pairs' squared norms.
+        eps: spacing of the numbers that the weighted sum is computed in.
+    """
+    positions = inputs_BKSI[0].shape[2]
+    tiles = 1 if positions < 48 else 2 if positions < 96 else 4
+    edges = [positions * tile // tiles for tile in range(tiles + 1)]
+    total_B, input_BKS, grad_BKS = 0.0, [], []
+    for start, stop in itertools.pairwise(edges):
+        inputs, grads = _tile(inputs_BKSI, start, stop), _tile(grads_BKSO, start, stop)
+        input_BKS.append(inputs.diagonal(dim1=2, dim2=3))
+        grad_BKS.append(grads.diagonal(dim1=2, dim2=3))
+        inputs[..., stop - start :] *= 2
+        total_B = total_B + sum_of_products(inputs, grads)
+    widths = (sum(value.shape[3] for value in inputs_BKSI), sum(value.shape[3] for value in grads_BKSO))
+    return rounded_up(total_B, torch.cat(input_BKS, 2), torch.cat(grad_BKS, 2), widths, eps=eps)
+
+
+def _tile(values: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """Rows ``start`` to ``stop`` of the sum of the Gram matrices, from the diagonal on."""
+    first, *rest = (value[:, :, start:stop] @ value[:, :, start:].mT for value in values)
+    for product in rest:
+        first += product
+    return first
+
+
+def sum_of_products(one_BKSS: Tensor, other_BKSS: Tensor) -> Tensor:
+    """``sum_kst one other`` for each example: along rows in their own precision, then in float64."""
+    return (one_BKSS * other_BKSS).sum(-1).flatten(1).sum(1, dtype=torch.float64)
+
+
+def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, widths: tuple[int, int], *, eps: float) -> Tensor:
+    """A sum of Gram products with the bound on its rounding added, and NaN where underflow could have hidden more.
+
+    Args:
+        gram_B: the signed sum, float64.
+        input2_BKS, grad2_BKS: squared norms of the positions.
+        widths: how many squares each of those sums.
+        eps: spacing of the numbers that the weighted sum is computed in.
+    """
+    tiny = torch.finfo(input2_BKS.dtype).tiny
+    input_BKS, grad_BKS = (value.clamp(min=0).to(torch.float64).sqrt() for value in (input2_BKS, grad2_BKS))
+    exact_B = gram_B.clamp(min=0) + 4 * eps * (input_BKS * grad_BKS).sum(2).square().sum(1)
+    return _unless_hidden(exact_B, input_BKS, grad_BKS, widths, tiny)
+
+
+def _unless_hidden(
+    exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, widths: tuple[int, int], tiny: float
+) -> Tensor:
+    """NaN where squares below ``tiny``, times what they meet, could add to a squared norm."""
+    inputs, outputs = widths
+    input_B, grad_B = (value.flatten(1).sum(1).square() for value in (input_BKS, grad_BKS))
+    hidden_B = tiny * (outputs * input_B + inputs * grad_B)
+    return torch.where(hidden_B <= 1e-7 * exact_B + _HARMLESS, exact_B, torch.full_like(exact_B, torch.nan))
+
+
+def _norm2_of_products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
+    """One position: ``sum_k |input_k|^2 |grad_k|^2``."""
+    input_BKS, grad_BKS = (
+        torch.linalg.vector_norm(value, dim=-1).to(torch.float64) for value in (input_BKSI, grad_BKSO)
+    )
+    exact_B = (input_BKS * grad_BKS).square().flatten(1).sum(1)
+    widths = (input_BKSI.shape[3], grad_BKSO.shape[3])
+    return _unless_hidden(exact_B, input_BKS, grad_BKS, widths, torch.finfo(input_BKSI.dtype).tiny)
+
+
+def scaled_by(value: Tensor, factor_B: Tensor) -> Tensor:
+    """Each example times its factor; a factor that would push its entries out of the normal numbers is 0."""
+    peak_B = torch.linalg.vector_norm(value.flatten(1), dim=1)
+    kept_B = drop_vanishing(factor_B, scale_B=peak_B)
+    kept_B = kept_B.masked_fill((kept_B > 1) & (kept_B * peak_B > torch.finfo(value.dtype).max / 16), 0)
+    return value * kept_B.to(value.dtype).reshape(-1, *[1] * (value.dim() - 1))

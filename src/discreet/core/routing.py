@@ -1,0 +1,135 @@
+"""Whose row is it? The examples behind rows that a model picked from its batch, as a mixture of experts does.
+
+A router sends each token to a few experts; what reaches an expert is ``x[index]``, in an order and a number that the
+data decide. The autograd graph remembers the index. So the rows' examples are read off the graph: from the operand
+back, through operations that keep rows apart, to the picking. Where it says nothing, nothing is concluded; where it
+contradicts itself, the use is refused.
+
+What was picked from is (B, k) rows, taken as any folded axis is: declared by a verified layout.
+
+Shape legend: B = examples, S = picked rows, N = rows that they were picked from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NODES = 64
+_LAST = (1 << 64) - 1  # how the graph writes axis -1
+
+_ROWWISE = frozenset(
+    f"{name}Backward{version}"
+    for name in (
+        *("Mul", "Add", "Sub", "Div", "Neg", "Pow", "Exp", "Log", "Abs", "Sqrt", "Rsqrt", "Reciprocal", "Clamp"),
+        *("ClampMin", "ClampMax", "Silu", "Gelu", "Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "Softplus", "Mish"),
+        *("Hardswish", "Hardtanh", "Sin", "Cos", "ToCopy", "Clone", "MaskedFill", "NativeDropout", "NativeLayerNorm"),
+    )
+    for version in (0, 1)
+)
+_BY_AXIS = frozenset({"SplitBackward0", "SplitWithSizesBackward0", "SliceBackward0", "SoftmaxBackward0"})
+_VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0"})
+
+
+@dataclass(frozen=True)
+class Picking:
+    """Where the rows of an operand come from.
+
+    Attributes:
+        owner: the example behind each row, (S,); None when the graph contradicts itself.
+        source_rows: N.
+    """
+
+    owner: Tensor | None
+    source_rows: int
+
+    def in_order(self, examples: int) -> bool:
+        """Whether row i belongs to example ``i // (S / B)``, as in any folded axis."""
+        if self.owner is None or len(self.owner) % examples:
+            return False
+        straight = torch.arange(len(self.owner), device=self.owner.device) // (len(self.owner) // examples)
+        return bool(torch.equal(self.owner, straight))
+
+
+def trace(operand: Tensor, examples: int) -> Picking | None:
+    """The examples behind the rows of an activation, or None when no picking is in sight."""
+    if operand.dim() < 2 or operand.grad_fn is None or len(operand) == 0:
+        return None
+    return _Walk(examples).back(operand.grad_fn, len(operand))
+
+
+class _Walk:
+    """One walk back through the graph; bounded, because most activations were never picked."""
+
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+        self.known: dict[Any, Picking | None] = {}
+
+    def back(self, node: Any, rows: int) -> Picking | None:
+        """What the graph says about the rows of this node's output; a node of ours names the input that has them."""
+        if node not in self.known:
+            if node is None or len(self.known) >= _NODES:
+                return None
+            self.known[node] = None
+            self.known[node] = self._through(node, rows)
+        return self.known[node]
+
+    def _through(self, node: Any, rows: int) -> Picking | None:
+        name = node.name()
+        if name == "IndexBackward0":
+            return self._picked(node, node._saved_indices, rows)
+        if name == "IndexSelectBackward0" and node._saved_dim == 0:
+            return self._picked(node, (node._saved_index,), rows)
+        if (name == "GatherBackward0" and node._saved_dim == 0) or (name == "FlipBackward0" and 0 in node._saved_dims):
+            return Picking(None, rows)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            at = getattr(node, "rows_of", None)
+            return None if at is None else self.back(node.next_functions[at][0], rows)
+        keeps_rows = (
+            name in _ROWWISE
+            or (name in _BY_AXIS and (0 < node._saved_dim < 8 or node._saved_dim == _LAST))
+            or (name in _VIEWS and node._saved_self_sym_sizes[0] == rows)
+        )
+        if not keeps_rows:
+            return None
+        return self._agreed([self.back(following, rows) for following, _ in node.next_functions if following])
+
+    def _agreed(self, pickings: list[Picking | None]) -> Picking | None:
+        """What all operands of one operation say. One that says nothing is in the batch's order, or contradicts."""
+        found = [picking for picking in pickings if picking is not None]
+        if len(found) < len(pickings) and all(self._is_untouched(picking) for picking in found):
+            return None
+        head = found[0]
+        same = len(found) == len(pickings) and all(
+            head.owner is not None and picking.owner is not None and torch.equal(head.owner, picking.owner)
+            for picking in found
+        )
+        return head if same else replace(head, owner=None)
+
+    def _is_untouched(self, picking: Picking) -> bool:
+        """Whether all rows were picked, in order: put back after a sort, or an expert that everyone goes to."""
+        return (
+            picking.in_order(self.examples) and picking.owner is not None and len(picking.owner) == picking.source_rows
+        )
+
+    def _picked(self, node: Any, indices: tuple[Tensor | None, ...], rows: int) -> Picking | None:
+        source = node.next_functions[0][0]
+        sizes = node._saved_self_sym_sizes
+        first = indices[0]
+        if first is None:
+            return self.back(source, rows)
+        count = int(sizes[0])
+        if first.dtype is torch.bool:
+            if first.dim() != 1:
+                return Picking(None, count)
+            first = first.nonzero()[:, 0]
+        if first.dim() != 1 or len(first) != rows or any(i is not None and i.dim() > 1 for i in indices[1:]):
+            return Picking(None, count)
+        first = torch.where(first < 0, first + count, first)
+        before = self.back(source, count)
+        if before is not None:
+            return replace(before, owner=None if before.owner is None else before.owner[first])
+        return Picking(first // (count // self.examples) if count % self.examples == 0 else None, count)

@@ -1,0 +1,209 @@
+"""Per-example gradients of a convolution: sums of outer products over the windows of its input.
+
+Nothing is unfolded where that can be avoided. The gradient of all examples at once is that of one convolution whose
+groups are the examples (arXiv:1912.06015, section 3); the weighted sum is the library's own weight gradient of a scaled
+operand.
+
+Shape legend: B = examples, F = folds (images of one example), C = channels, K = groups, P = pixels of the padded input,
+S = output positions, T = taps of the kernel, I = C / K times T, O = outputs per group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
+from discreet.core.outer import Outer, rounded_up, scaled_by, sum_of_products
+from discreet.core.route import Choice, Route, WindowCost
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the windows of a convolution lie: one number per spatial axis, and the groups of channels."""
+
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+    groups: int
+
+
+@dataclass(frozen=True)
+class Windows(Form):
+    """Weight gradients of a convolution.
+
+    Attributes:
+        input: (B, F, C, *image).
+        grad: (B, F, K * O, *output).
+        value_shape: (K * O, C / K, *kernel).
+        geometry: stride, zero padding, dilation, groups.
+    """
+
+    input: Tensor
+    grad: Tensor
+    value_shape: torch.Size
+    geometry: Geometry
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value_shape
+
+    @property
+    def examples(self) -> int:
+        return self.input.shape[0]
+
+    @property
+    def choice(self) -> Choice:
+        """The route to the norm of this use."""
+        folds, (outputs, channels, *kernel) = self.input.shape[1], self.value_shape
+        taps = math.prod(kernel)
+        padded = [size + 2 * pad for size, pad in zip(self.input.shape[3:], self.geometry.padding, strict=True)]
+        return WindowCost(
+            positions=folds * math.prod(self.grad.shape[3:]),
+            inputs=channels * taps,
+            outputs=outputs // self.geometry.groups,
+            examples=self.examples,
+            pixels=folds * math.prod(padded),
+            taps=taps,
+        ).choose()
+
+    def rows(self, start: int, stop: int) -> Windows:
+        return replace(self, input=self.input[start:stop], grad=self.grad[start:stop])
+
+    def without(self, bad_B: Tensor) -> Windows:
+        return replace(self, input=zero_rows(self.input, bad_B), grad=zero_rows(self.grad, bad_B))
+
+    def joined(self, other: Windows) -> Windows | None:
+        same = self.geometry == other.geometry and self.input.shape[2:] == other.input.shape[2:]
+        if not same:
+            return None
+        return replace(self, input=torch.cat([self.input, other.input], 1), grad=torch.cat([self.grad, other.grad], 1))
+
+    def norm2(self) -> Tensor:
+        if self.choice.route is Route.KEEP:
+            return Dense(self.per_example()).norm2()
+        return self.unfolded().norm2()
+
+    def quick_norm2(self) -> Tensor:
+        route = self.choice.route
+        if route is Route.KEEP:
+            return self.norm2()
+        if route is Route.PRODUCT:
+            return self.unfolded().quick_norm2()
+        return torch.cat([part._gram_norm2(route) for part in self._parts()])
+
+    def _gram_norm2(self, route: Route) -> Tensor:
+        if route is Route.WINDOWS:
+            outer = self.unfolded()
+            return outer.quick_norm2()
+        return self._norm2_by_pixels()
+
+    def _parts(self) -> list[Windows]:
+        """A few examples at a time, so that Gram matrices and unfolded windows stay small."""
+        folds, outputs = self.input.shape[1], self.value_shape[0]
+        pixels = folds * math.prod(
+            size + 2 * pad for size, pad in zip(self.input.shape[3:], self.geometry.padding, strict=True)
+        )
+        unfolded = pixels * math.prod(self.value_shape[1:]) * self.geometry.groups
+        chunk = examples_at_a_time(2 * self.geometry.groups * pixels**2 + unfolded + outputs)
+        return [self.rows(start, start + chunk) for start in range(0, self.examples, chunk)]
+
+    def _norm2_by_pixels(self) -> Tensor:
+        """``<windows windows^T, grad grad^T>`` without unfolding.
+
+        Two windows' inner product is the sum over taps of the inner products of the pixels under that tap. So pixels
+        are multiplied once, and shifted copies of that matrix are added up.
+        """
+        pixels, groups = self._padded(), self.geometry.groups
+        examples, folds, channels, *image = pixels.shape
+        output = self.grad.shape[3:]
+        by_group = pixels.reshape(examples, folds, groups, channels // groups, -1).transpose(1, 2)
+        pixels_BKPC = by_group.transpose(3, 4).flatten(2, 3)
+        products = (pixels_BKPC @ pixels_BKPC.mT).reshape(examples, groups, folds, *image, folds, *image)
+        windows = torch.zeros((), dtype=products.dtype, device=products.device)
+        for tap in itertools.product(*(range(size) for size in self.value_shape[2:])):
+            steps = [
+                slice(at * gap, at * gap + (count - 1) * stride + 1, stride)
+                for at, gap, count, stride in zip(
+                    tap, self.geometry.dilation, output, self.geometry.stride, strict=True
+                )
+            ]
+            windows = windows + products[(slice(None), slice(None), slice(None), *steps, slice(None), *steps)]
+        positions = folds * math.prod(output)
+        windows_BKSS = windows.reshape(examples, groups, positions, positions)
+        grad = wide(self.grad).reshape(examples, folds, groups, self.value_shape[0] // groups, -1)
+        grad_BKSO = grad.permute(0, 2, 1, 4, 3).flatten(2, 3)
+        grads_BKSS = grad_BKSO @ grad_BKSO.mT
+        return rounded_up(
+            sum_of_products(windows_BKSS, grads_BKSS),
+            windows_BKSS.diagonal(dim1=2, dim2=3),
+            grads_BKSS.diagonal(dim1=2, dim2=3),
+            (math.prod(self.value_shape[1:]), grad_BKSO.shape[3]),
+            eps=torch.finfo(windows_BKSS.dtype).eps,
+        )
+
+    def _padded(self) -> Tensor:
+        ends = [size for pad in reversed(self.geometry.padding) for size in (pad, pad)]
+        return F.pad(wide(self.input), ends)
+
+    def unfolded(self) -> Outer:
+        """The same with windows as positions: a strided view of the padded input, copied when it is used."""
+        padded, groups = self._padded().contiguous(), self.geometry.groups
+        examples, folds, channels, *_ = padded.shape
+        output, kernel = self.grad.shape[3:], self.value_shape[2:]
+        row, fold, channel, *axes = padded.stride()
+        per_group = channels // groups
+        steps = [axis * stride for axis, stride in zip(axes, self.geometry.stride, strict=True)]
+        taps = [axis * gap for axis, gap in zip(axes, self.geometry.dilation, strict=True)]
+        windows = padded.as_strided(
+            (examples, groups, folds, *output, per_group, *kernel),
+            (row, per_group * channel, fold, *steps, channel, *taps),
+        )
+        positions = folds * math.prod(output)
+        grad = self.grad.reshape(examples, folds, groups, self.value_shape[0] // groups, -1)
+        return Outer(
+            windows.reshape(examples, groups, positions, -1),
+            grad.permute(0, 2, 1, 4, 3).flatten(2, 3),
+            self.value_shape,
+        )
+
+    def per_example(self) -> Tensor:
+        if self.input.device.type != "cpu":
+            return self.unfolded().per_example()
+        examples, folds = self.input.shape[:2]
+        each = _weight_grad(
+            wide(self.input).reshape(1, -1, *self.input.shape[3:]),
+            wide(self.grad).reshape(1, -1, *self.grad.shape[3:]),
+            torch.Size((examples * folds * self.value_shape[0], *self.value_shape[1:])),
+            replace(self.geometry, groups=examples * folds * self.geometry.groups),
+        ).reshape(examples, folds, *self.value_shape)
+        return each[:, 0] if folds == 1 else each.sum(1)
+
+    def weighted_sum(self, factor_B: Tensor) -> Tensor:
+        input, grad = wide(self.input), wide(self.grad)
+        if grad.numel() <= input.numel():
+            grad = scaled_by(grad, factor_B)
+        else:
+            input = scaled_by(input, factor_B)
+        return _weight_grad(input.flatten(0, 1), grad.flatten(0, 1), self.value_shape, self.geometry)
+
+    def reduced(self) -> Form:
+        if self.choice.route is Route.KEEP:
+            return Dense(self.per_example(), scratch=True)
+        return self
+
+
+def _weight_grad(input: Tensor, grad: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """The weight gradient of a convolution, by the library; of the weight only its shape is read."""
+    weight = input.new_zeros(()).expand(shape)
+    return torch.ops.aten.convolution_backward(
+        *(grad, input, weight, None, geometry.stride, geometry.padding, geometry.dilation),
+        *(False, [0] * len(geometry.stride), geometry.groups, [False, True, False]),
+    )[1]

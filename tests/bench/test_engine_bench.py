@@ -1,0 +1,92 @@
+"""The benchmark of the engine runs, and writes what it says. Its figures are not looked at: they are the machine's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from bench.engine.__main__ import main, row, table
+from bench.engine.arena import Figures, Refusal, Setting, baseline_first, measure
+from bench.engine.contestants import BASELINE, CONTESTANTS
+from bench.engine.workloads import Sizes
+
+TINY = Setting(sizes=Sizes.TINY, device="cpu", dtype=torch.float32, threads=1, rounds=1)
+
+
+def test_the_record_holds_every_contestant_of_every_model(tmp_path, capsys):
+    out = tmp_path / "deep" / "engine.json"
+    command = f"--sizes tiny --models mlp --contestants private --rounds 1 --threads 1 --out {out}"
+    main(command.split())
+    record = json.loads(out.read_text())
+    assert record["sizes"] == "tiny"
+    assert record["rounds"] == record["threads"] == 1
+    assert list(record["results"]) == ["mlp"]
+    rows = record["results"]["mlp"]
+    assert list(rows) == ["ordinary", "private"]
+    for figures in rows.values():
+        assert set(figures) == {"milliseconds", "memory_mib", "phases", "time_ratio", "memory_ratio"}
+        assert all(took > 0 for took in figures["phases"].values())
+    assert list(rows["private"]["phases"]) == ["clipped gradient", "release", "write", "optimizer"]
+    assert rows["ordinary"]["time_ratio"] == rows["ordinary"]["memory_ratio"] == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed[1:]] == [["mlp", kind] for kind in rows]
+
+
+def test_a_contestant_that_cannot_run_says_why_and_the_others_go_on():
+    outcomes = measure("mlp", contestants=["ordinary", "nobody"], setting=TINY)
+    assert isinstance(outcomes["ordinary"], Figures)
+    assert outcomes["nobody"] == Refusal("KeyError: 'nobody'")
+
+
+def test_a_refusal_is_a_line_of_the_table():
+    figures = Figures(milliseconds=2.0, memory_mib=3.0, phases={"forward": 2.0})
+    rows = {kind: row(outcome, baseline=figures) for kind, outcome in {"a": figures, "b": Refusal("why")}.items()}
+    assert rows["b"] == {"refused": "why"}
+    lines = table({"model": rows}).splitlines()
+    assert "1.00x" in lines[1]
+    assert lines[2].endswith("refused: why")
+
+
+def test_without_a_baseline_there_are_no_ratios():
+    figures = Figures(milliseconds=2.0, memory_mib=3.0, phases={"forward": 2.0})
+    alone = row(figures, baseline=Refusal("why"))
+    assert "time_ratio" not in alone
+    assert "x " not in table({"model": {"a": alone}}).splitlines()[1]
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 9])
+def test_every_group_has_the_baseline_and_no_contestant_is_lost(together):
+    groups = baseline_first(list(CONTESTANTS), together=together)
+    assert all(group[0] == BASELINE and len(group) <= max(2, together) for group in groups)
+    assert [BASELINE, *(kind for group in groups for kind in group[1:])] == list(CONTESTANTS)
+
+
+def test_only_known_models_are_measured(capsys):
+    with pytest.raises(SystemExit):
+        main(["--sizes", "tiny", "--models", "nothing"])
+    assert "sizes tiny has mlp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mlp", "vit", "lstm", "gpt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tiny_workload_has_one_loss_per_example(name, dtype):
+    work = Sizes.TINY.workloads[name]().to(device=torch.device("cpu"), dtype=dtype)
+    losses = work.loss(work.model, work.batch)
+    assert losses.shape == (len(work.batch[0]),)
+    assert losses.dtype is dtype
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18gn", "wrn16-4gn", "vit", "gpt"])
+def test_a_named_model_has_the_parameters_that_its_name_promises(name):
+    counts = {"cnn": 26_010, "resnet18gn": 11_173_962, "wrn16-4gn": 2_750_000, "vit": 2_690_000, "gpt": 20_870_000}
+    found = sum(parameter.numel() for parameter in Sizes.SMALL.workloads[name]().model.parameters())
+    assert found == pytest.approx(counts[name], rel=0.01)
+
+
+def test_every_model_of_the_real_sizes_can_be_built_without_memory():
+    with torch.device("meta"):
+        for name in ("vit-l16", "resnet50gn"):
+            work = Sizes.REAL.workloads[name]()
+            size = {"vit-l16": 303_000_000, "resnet50gn": 25_557_032}[name]
+            assert sum(parameter.numel() for parameter in work.model.parameters()) == pytest.approx(size, rel=0.01)
