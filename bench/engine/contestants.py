@@ -5,8 +5,6 @@ Each contestant prepares a workload and returns a step; the step tells a stopwat
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -21,7 +19,7 @@ from bench.engine.workloads import Workload
 from discreet.core.book import Layout
 from discreet.core.gradient import trainable
 from discreet.core.style import Style
-from discreet.train.step import gradient_buffers, write_gradient
+from discreet.train.step import forget_gradients, write_gradient
 
 Step = Callable[[Stopwatch], None]
 Contestant = Callable[[Workload], Step]
@@ -53,7 +51,7 @@ def noise(work: Workload) -> Step:
     def step(watch: Stopwatch) -> None:
         work.loss(work.model, work.batch).mean().backward()
         watch.lap("forward and backward")
-        buffers = gradient_buffers(parameters)
+        buffers = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         total = discreet.ClippedSum(tensors=buffers, sensitivity=1.0)
         released = discreet.release(total, noise_multiplier=1.0, source=source, into=buffers)
         write_gradient(released, parameters)
@@ -73,10 +71,11 @@ def private(work: Workload, *, style: Callable[[nn.Module], Style] | None = None
     layout = _checked_layout(work, clipping=rule)
 
     def step(watch: Stopwatch) -> None:
+        forget_gradients(parameters)
         total = discreet.clipped_gradient(work.model, work.loss, work.batch, clipping=rule, layout=layout)
         watch.lap("clipped gradient")
         released = discreet.release(
-            total, noise_multiplier=1.0, source=source, divisor=len(work.batch[0]), into=gradient_buffers(parameters)
+            total, noise_multiplier=1.0, source=source, divisor=len(work.batch[0]), into=total.tensors
         )
         watch.lap("release")
         write_gradient(released, parameters)
@@ -88,15 +87,13 @@ def private(work: Workload, *, style: Callable[[nn.Module], Style] | None = None
 
 
 def _checked_layout(work: Workload, *, clipping: discreet.Clipping) -> Layout | None:
-    """What the self-check says of a float64 copy: which axis is the batch does not depend on the precision.
+    """What the self-check finds about the axes, as before training.
 
     Raises:
         CheckFailed: an example is not alone, or a norm is wrong.
     """
-    exact = dataclasses.replace(work, model=copy.deepcopy(work.model))
-    exact = exact.to(device=work.batch[1].device, dtype=torch.float64)
-    inputs, targets = exact.batch
-    report = discreet.check(exact.model, exact.loss, (inputs[:_CHECKED], targets[:_CHECKED]), clipping=clipping)
+    inputs, targets = work.batch
+    report = discreet.check(work.model, work.loss, (inputs[:_CHECKED], targets[:_CHECKED]), clipping=clipping)
     report.raise_if_failed()
     return report.layout
 

@@ -17,14 +17,14 @@ from architecture.checkers import (
 
 CORE_LINES = 4200
 RULE_LINES = 2200
-"""The engine, clipping, noise and sums; and apart from them the rules, which are many small texts read one at a time."""
+"""The engine, clipping, noise and sums; apart from them the rules, which are many small texts read one at a time."""
 FILE_LINES = 600
 
 MAY_CATCH_ALL = {"app/cli.py": "the edge of the program withholds messages that may quote an example, and exits with 1"}
 """File -> why it may catch every exception."""
 
 _STANDS_IN = "a rule stands in for a torch function and hands its keywords on unchanged"
-MAY_FORWARD = {path: _STANDS_IN for path in ("core/rules/elementwise.py", "core/rules/experts.py", "core/register.py")}
+MAY_FORWARD = dict.fromkeys(("core/rules/elementwise.py", "core/rules/experts.py", "core/register.py"), _STANDS_IN)
 """File -> why its signatures may take ``**named``."""
 
 

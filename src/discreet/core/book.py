@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from discreet.core.clipping import Clipping
-from discreet.core.forms import Form, drop_vanishing
+from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.route import Route
 from discreet.core.routing import Picking
@@ -164,8 +164,8 @@ class Book:
                 f"{', '.join(late)}: another gradient came after its group was settled (a backward through part of the "
                 "graph, or activation checkpointing that splits a group); use the flat clipping style."
             )
-        choice = form.choice
-        if choice is None or choice.route is Route.KEEP:
+        form, choice = form.detached(), form.choice
+        if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
             with full_precision():
                 form = form.reduced()
         record = Record(derivation, form, choice)
@@ -177,6 +177,10 @@ class Book:
                 if all(self._expected[name] <= 0 for name in group):
                     with full_precision():
                         self._settle_group(group)
+
+    def discard(self) -> None:
+        """Forget what was booked."""
+        self._records.clear()
 
     def classify(
         self,

@@ -104,6 +104,11 @@ class Form(abc.ABC):
         """Add the per-example gradients to a tensor of shape (B, *shape), in place."""
         to += self.per_example()
 
+    def detached(self) -> Self:
+        """The same without the graph behind it: a book that held that would hold the graph, which holds the book."""
+        tied = {name: value.detach() for name, value in vars(self).items() if _has_graph(value)}
+        return replace(self, **tied) if tied else self
+
     def reduced(self) -> Form:
         """What to hold until the factors are known: itself, or the instantiated gradients when those are smaller."""
         return self
@@ -223,6 +228,10 @@ class Lookup(Form):
     def _cell_BS(self) -> Tensor:
         """One number for each (example, id)."""
         return self.ids + torch.arange(self.examples, device=self.ids.device).unsqueeze(1) * self.num_rows
+
+
+def _has_graph(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def wide(value: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class WindowCost(Cost):
         channels = self.inputs // self.taps
         square = self.positions**2
         pixels = self.pixels**2 * (channels + _ENTRY) + square * (self.outputs + self.taps * _ENTRY)
-        windows = square * (self.inputs + self.outputs + _ENTRY) + self.positions * self.inputs * _ENTRY
+        windows = square * (self.inputs + self.outputs + _ENTRY) + self.positions * self.inputs * _MOVE
         booked = self.pixels * channels + self.positions * self.outputs
         return _cheaper(self, booked, {Route.PIXELS: pixels, Route.WINDOWS: windows})
 

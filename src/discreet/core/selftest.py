@@ -79,7 +79,9 @@ def compare_with_brute_force(
     parts = ((take(batch, rows, size), len(rows)), (batch, size))
     layout, functions = Layout({}), {name: {} for name in parameters}
     for part, count in parts:
-        layout = layout.merged(Layout(_booked(model, loss, part, count, layout=None).axes))
+        first = _booked(model, loss, part, count, layout=None)
+        layout = layout.merged(Layout(first.axes))
+        first.discard()
     agree, sum_agrees = dict.fromkeys(parameters, True), True
     routes: dict[str, dict[str, None]] = {name: {} for name in parameters}
     for part, count in parts:

@@ -63,6 +63,7 @@ class ClippedStep:
         When a microbatch does not fit into memory, all of the batch is done again in halves: no example is dropped,
         none is counted twice, and the bits of the sum are a function of the batch and of the microbatch size alone.
         """
+        forget_gradients(self.parameters)
         while True:
             try:
                 return self._attempt(indices)
@@ -96,9 +97,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
 
 
-def gradient_buffers(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The memory of the gradients of the last update, for the next release to write into."""
-    return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+def forget_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Free the gradients of the last update: the clipped sum of the next one takes their place in memory."""
+    for parameter in parameters.values():
+        parameter.grad = None
 
 
 def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter]) -> None:
