@@ -611,3 +611,14 @@ def test_float16_scaling_is_visible_in_the_norm():  # [22]
     model, batch = CASES["linear 2-D"].build()
     scaled = clipped_gradient(model, lambda m, b: 1024 * loss(m, b), batch, clipping=CLIP)
     assert float(flat(scaled.tensors).norm()) <= B * R
+
+
+def test_a_buffer_that_changes_after_a_derived_value_was_made_is_refused():
+    def forward(self, x):
+        table = self.w * self.mask
+        out = x * table
+        self.mask.mul_(0.5)
+        return out
+
+    model = _model(forward, w=par(D), mask=torch.ones(D))
+    _refused(model, _x(T, D), "changed in place")

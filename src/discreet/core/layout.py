@@ -99,4 +99,5 @@ def frozen_state(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
+                if not torch.equal(buffer, kept[name]):
+                    buffer.copy_(kept[name])

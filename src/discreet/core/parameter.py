@@ -367,8 +367,11 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
     values = {name: source for part in origins for name, source in zip(part.names, part.sources, strict=True)}
     constants = [None if part is not None else leaf for part, leaf in zip(parts, leaves, strict=True)]
     func = use.function
+    constant_versions = [(leaf, leaf._version) for leaf in constants if isinstance(leaf, Tensor)]
 
     def call(*sources: Tensor) -> Any:
+        if any(leaf._version != version for leaf, version in constant_versions):
+            raise use.refuse("a tensor that it read was changed in place since", "change a copy of it.")
         known = dict(zip(names, sources, strict=True))
         filled = [
             constant if part is None else part.rebuild(*(known[name] for name in part.names))

@@ -141,7 +141,7 @@ def _matmul_terms(one: int, two: int) -> tuple[tuple[str, str], str]:
 def stacked(use: Use, *operands: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
     """``bmm`` pairs dimension 0 of both operands: a parameter cannot stand there, but what lies along the batch can."""
     rows = operands[0].shape[0]
-    if len(operands) == 2 and all(lies_along(use, one, rows) for one in operands if isinstance(one, Guarded)):
+    if len(operands) == 2 and all(lies_along(one, rows) for one in operands if isinstance(one, Guarded)):
         return torch.bmm(*(by_row(use, one) if isinstance(one, Guarded) else one for one in operands))
     raise use.refuse(f"operands of shapes {[tuple(operand.shape) for operand in operands]} share axis 0", _REMEDY)
 

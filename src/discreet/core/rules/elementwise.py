@@ -60,7 +60,7 @@ def spread(use: Use, leaf: Any, axes: int, rows: int) -> Any:
     """A guarded value as per-example copies that broadcast against ``axes`` axes with ``rows`` rows."""
     if not isinstance(leaf, Guarded):
         return leaf
-    if leaf.dim() == axes and leaf.shape[0] != 1 and lies_along(use, leaf, rows):
+    if leaf.dim() == axes and leaf.shape[0] != 1 and lies_along(leaf, rows):
         return by_row(use, leaf)
     if leaf.dim() > axes or (leaf.dim() == axes and leaf.shape[0] != 1):
         raise use.refuse(

@@ -36,9 +36,9 @@ class _Rows(torch.autograd.Function):
         return None, None, None, None
 
 
-def lies_along(use: Use, value: Tensor, rows: int) -> bool:
+def lies_along(value: Tensor, rows: int) -> bool:
     """Whether a guarded value was laid out in so many rows. A parameter only reshaped was not: its rows are its own."""
-    return isinstance(value, DerivedParameter) and not use.derivation(value).isometric and value.shape[0] == rows
+    return isinstance(value, DerivedParameter) and not value.derivation.isometric and value.shape[0] == rows
 
 
 def by_row(use: Use, value: Tensor) -> Tensor:
