@@ -11,6 +11,7 @@ from discreet.core.noise import Released, release
 from discreet.core.register import register_rule
 from discreet.core.rng import NoiseSource
 from discreet.core.rulecheck import check_rule
+from discreet.core.style import Style
 from discreet.errors import (
     BudgetExceeded,
     CheckFailed,
@@ -47,6 +48,7 @@ __all__ = [
     "Released",
     "Result",
     "Step",
+    "Style",
     "UnsupportedUse",
     "check",
     "check_rule",

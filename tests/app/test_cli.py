@@ -244,6 +244,7 @@ MALFORMED_OPTIONS = {
     "learning rate word": ["--target", "income", "--epsilon", "3", "--learning-rate", "fast"],
     "learning rate negative": ["--target", "income", "--epsilon", "3", "--learning-rate", "-0.1"],
     "clipping word": ["--target", "income", "--epsilon", "3", "--clipping", "hard"],
+    "clipping style": ["--target", "income", "--epsilon", "3", "--clipping", "automatic@layers"],
     "clipping bound": ["--target", "income", "--epsilon", "3", "--clipping", "abadi:-1"],
     "unknown option": ["--target", "income", "--epsilon", "3", "--epsilom", "3"],
     "abbreviated option": ["--target", "income", "--eps", "3"],

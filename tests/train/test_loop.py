@@ -16,6 +16,7 @@ import discreet
 from discreet.core.clipping import Clipping
 from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
 from discreet.train.loop import Private, make_private, train
+from discreet.train.setup import clipping_of
 from train import toys
 
 
@@ -70,6 +71,26 @@ def test_microbatch_never_changes_the_run(tmp_path: Path, microbatch: int) -> No
         for size in (microbatch, 20)
     ]
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("style", [discreet.Style.per_layer(), discreet.Style.groups("0")])
+def test_a_run_keeps_its_clipping_style(tmp_path: Path, style: discreet.Style) -> None:
+    """Another style is another run of the same sensitivity; the plan records it, and a resumed run takes it up."""
+    clipping = Clipping.automatic(style=style)
+    grouped = _finish(_private(tmp_path / "a", clipping=clipping))
+    assert not torch.equal(grouped, _finish(_private(tmp_path / "b")))
+    split = _finish(_private(tmp_path / "c", clipping=clipping, microbatch=7))
+    torch.testing.assert_close(split, grouped, rtol=1e-4, atol=1e-5)
+    plan = discreet.Plan.load(tmp_path / "a" / "release" / "plan.json")
+    assert plan.clipping["style"] == style.describe()
+    assert clipping_of(plan) == clipping
+    assert discreet.verify(tmp_path / "a").epsilon == discreet.verify(tmp_path / "b").epsilon
+    halfway = _private(tmp_path / "d", clipping=clipping, checkpoint_steps=4)
+    steps = iter(halfway)
+    for _ in range(6):
+        next(steps)
+    halfway.close()
+    assert torch.equal(grouped, _finish(_private(tmp_path / "d", resume=True, checkpoint_steps=4)))
 
 
 def test_unchanged_loop_equals_the_iterator(tmp_path: Path) -> None:

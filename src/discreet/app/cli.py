@@ -22,6 +22,7 @@ from typing import NoReturn
 from discreet.app import commands
 from discreet.app.models import ModelKind
 from discreet.core.clipping import Clipping
+from discreet.core.style import Style
 from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError
 from discreet.privacy.accounting import Accountant
 
@@ -171,7 +172,12 @@ def _add_training(command: _Parser, *, epsilon_required: bool) -> None:
         "--steps", type=int, metavar="S", help="updates; fewer get a larger batch, so no run gets cheaper"
     )
     command.add_argument("--learning-rate", default="auto", metavar="R", help='"auto" or the peak of a linear decay')
-    command.add_argument("--clipping", type=_clipping, metavar="RULE", help='"automatic" (default) or "abadi:R"')
+    command.add_argument(
+        "--clipping",
+        type=_clipping,
+        metavar="RULE",
+        help='"automatic" (default) or "abadi:R"; "@per_layer", "@groups:A,B" clip in groups',
+    )
     command.add_argument("--microbatch", type=int, metavar="M", help="examples at a time; never changes the result")
     command.add_argument("--out", type=Path, metavar="RUN", help="run directory; default: a new one below runs/")
     command.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -210,15 +216,20 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _clipping(text: str) -> Clipping:
-    rule, _, bound = text.partition(":")
+    how, _, groups = text.partition("@")
+    rule, _, bound = how.partition(":")
+    try:
+        style = Style.parse(groups or "flat")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
     if rule == "automatic" and not bound:
-        return Clipping.automatic()
+        return Clipping.automatic(style=style)
     try:
         if rule == "abadi":
-            return Clipping.abadi(float(bound))
+            return Clipping.abadi(float(bound), style=style)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: the bound must be a number above 0; write abadi:1.0") from error
-    raise argparse.ArgumentTypeError(f'{text!r} is no rule; write "automatic" or "abadi:R"')
+    raise argparse.ArgumentTypeError(f'{text!r} is no rule; write "automatic" or "abadi:R", with "@per_layer" if so')
 
 
 def _fail(error: DiscreetError | str, code: int) -> int:

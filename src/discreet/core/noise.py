@@ -105,20 +105,26 @@ def _target(value: Tensor, offered: Tensor | None) -> Tensor:
 
 def _add_noise(pieces: list[_Piece], *, source: NoiseSource, position: int, noise_std: float, divisor: float) -> None:
     """``target = (value + noise_std * noise) / divisor``, piece by piece in one worker's memory."""
-    scratch = Scratch()
-    for piece in pieces:
-        value = piece.value.reshape(-1)[piece.start : piece.start + PIECE]
-        target = piece.target.view(-1)[piece.start : piece.start + PIECE]
-        where = {"position": position, "name": piece.name, "start": piece.start}
-        noise = source.piece(len(value), scratch, **where)
-        if value.dtype is torch.float64:
-            first = noise.copy()
-            noise = source.piece(len(value), scratch, **where, layer=1)
-            np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
-        np.multiply(noise, noise_std, out=noise)
-        if value.device.type == "cpu":
-            # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
-            np.divide(np.add(noise, value.numpy(), out=noise), divisor, out=noise)
-            target.numpy()[:] = noise
-        else:
-            target.copy_(torch.from_numpy(noise).to(value.device).add_(value).div_(divisor))
+    with source.scratch() as scratch:
+        for piece in pieces:
+            _add_to_piece(piece, scratch, source=source, position=position, noise_std=noise_std, divisor=divisor)
+
+
+def _add_to_piece(
+    piece: _Piece, scratch: Scratch, *, source: NoiseSource, position: int, noise_std: float, divisor: float
+) -> None:
+    value = piece.value.reshape(-1)[piece.start : piece.start + PIECE]
+    target = piece.target.view(-1)[piece.start : piece.start + PIECE]
+    where = {"position": position, "name": piece.name, "start": piece.start}
+    noise = source.piece(len(value), scratch, **where)
+    if value.dtype is torch.float64:
+        first = noise.copy()
+        noise = source.piece(len(value), scratch, **where, layer=1)
+        np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
+    np.multiply(noise, noise_std, out=noise)
+    if value.device.type == "cpu":
+        # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
+        np.divide(np.add(noise, value.numpy(), out=noise), divisor, out=noise)
+        target.numpy()[:] = noise
+    else:
+        target.copy_(torch.from_numpy(noise).to(value.device).add_(value).div_(divisor))

@@ -7,11 +7,13 @@ Draws are float64: neither the 24-bit grid nor the 5.77 sigma cut of float32 sam
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import math
 import secrets
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ class NoiseSource:
             raise ConfigError(f"noise key of {len(key)} bytes: must be {KEY_BYTES}; use NoiseSource.system().")
         self._key = key
         self._position = position
+        self._spare: list[Scratch] = []
         self.private = private
 
     @classmethod
@@ -88,13 +91,26 @@ class NoiseSource:
             start: a multiple of `PIECE`: where in the stream to begin.
             layer: number of an independent stream with the same position and name.
         """
-        draws, scratch = np.empty(count, dtype=np.float64), Scratch()
-        for at in range(0, count, PIECE):
-            size = min(PIECE, count - at)
-            draws[at : at + size] = self.piece(
-                size, scratch, position=position, name=name, start=start + at, layer=layer
-            )
+        draws = np.empty(count, dtype=np.float64)
+        with self.scratch() as scratch:
+            for at in range(0, count, PIECE):
+                size = min(PIECE, count - at)
+                draws[at : at + size] = self.piece(
+                    size, scratch, position=position, name=name, start=start + at, layer=layer
+                )
         return torch.from_numpy(draws)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Scratch]:
+        """Memory for one worker, kept for the next release; any number of workers may ask at once."""
+        try:
+            mine = self._spare.pop()
+        except IndexError:
+            mine = Scratch()
+        try:
+            yield mine
+        finally:
+            self._spare.append(mine)
 
     def piece(
         self, count: int, scratch: Scratch, *, position: int, name: str, start: int = 0, layer: int = 0
