@@ -13,8 +13,8 @@ from discreet.core.clipping import ClippedSum, Clipping, ClippingKind
 from discreet.errors import ConfigError
 
 BOUNDED = [
-    *(Clipping.abadi(bound) for bound in (1e-30, 1e-8, 0.1, 1.0, 3.5, 1e8, 1e30)),
-    *(Clipping.automatic(gamma) for gamma in (1e-12, 0.01, 1.0, 1e6)),
+    *(Clipping.abadi(bound) for bound in (1e-9, 1e-8, 0.1, 1.0, 3.5, 1e8, 1e30)),
+    *(Clipping.automatic(gamma) for gamma in (1e-9, 0.01, 1.0, 1e6)),
 ]
 EXTREMES = [0.0, 1e-320, 1e-45, 1e-38, 1e-10, 1.0, math.pi, 1e10, 1e38, 1e154, 1e300, 1.7e308]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from cases import CASES, B, loss
+from cases import CASES, B, Fn, loss
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.train.check import check
@@ -86,3 +87,47 @@ def test_the_self_check_passes_and_the_model_is_left_alone(name):
         assert p.grad is None
         assert type(p) is kinds[n]
         assert not p._backward_hooks
+
+
+@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("count", [2, 3])
+def test_layers_that_share_both_operands_count_each(length, count):
+    """``a(x) + b(x)``: both meet one input, and the addition hands both the very same gradient."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(count)).double()
+    model = Fn(lambda s, x: sum(layer(x) for layer in s.layers), layers=layers)
+    batch = {"x": torch.randn(6, length, 32).double(), "target": torch.randn(6).double()}
+    gradients = alone(model, loss, batch, size=6)
+    norm_B = norms(gradients)
+    bound = 0.5 * float(norm_B.min())
+    found = clipped_gradient(model, loss, batch, clipping=Clipping.abadi(bound))
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norm_B, bound) * ROUNDING_MARGIN)) < 1e-9
+
+
+@pytest.mark.parametrize("examples", [4096, 16384])
+def test_a_large_microbatch_keeps_the_bound(examples):
+    """Aligned examples: what one moves is rounded at the size of the whole sum."""
+    model = Fn(lambda s, x: x * s.b, b=nn.Parameter(torch.ones(())))
+    x = torch.rand(examples, generator=torch.Generator().manual_seed(0)) * 0.3 + 0.7
+    x[0] = 5
+    per_example = lambda m, b: m(b)  # noqa: E731
+    layout = check(model, per_example, x[:4]).layout
+    whole = clipped_gradient(model, per_example, x, clipping=Clipping.abadi(1.0), layout=layout).tensors["b"]
+    rest = clipped_gradient(model, per_example, x[1:], clipping=Clipping.abadi(1.0), layout=layout).tensors["b"]
+    assert float((whole.double() - rest.double()).abs()) <= 1.0
+
+
+@pytest.mark.parametrize(("width", "feature"), [(768, 1.4406780004501343), (1024, 1.2542372941970825)])
+def test_wide_features_that_are_constant_keep_the_bound(width, feature):
+    """Every product in an entry of the Gram matrix rounds the same way, and the two positions oppose each other."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(width, width, bias=False)
+    x, g = (torch.randn(4, 2, width, generator=generator) for _ in range(2))
+    x[0, 0], x[0, 1] = feature, feature * 1.002
+    g[0, 1] = -g[0, 0]
+    losses = lambda m, b: (m(b[0]) * b[1]).flatten(1).sum(1)  # noqa: E731
+    clipping = Clipping.abadi(1.0)
+    layout = check(model, losses, (x[1:], g[1:])).layout
+    whole = clipped_gradient(model, losses, (x, g), clipping=clipping, layout=layout).tensors["weight"]
+    rest = clipped_gradient(model, losses, (x[1:], g[1:]), clipping=clipping, layout=layout).tensors["weight"]
+    assert float((whole - rest).norm()) <= 1.0

@@ -216,17 +216,16 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _clipping(text: str) -> Clipping:
-    how, _, groups = text.partition("@")
-    rule, _, bound = how.partition(":")
+    how, grouped, groups = text.partition("@")
+    rule, bounded, bound = how.partition(":")
     try:
-        style = Style.parse(groups or "flat")
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    if rule == "automatic" and not bound:
-        return Clipping.automatic(style=style)
-    try:
+        style = Style.parse(groups) if grouped else Style.flat()
+        if rule == "automatic" and not bounded:
+            return Clipping.automatic(style=style)
         if rule == "abadi":
             return Clipping.abadi(float(bound), style=style)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).removesuffix('.')}") from error
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: the bound must be a number above 0; write abadi:1.0") from error
     raise argparse.ArgumentTypeError(f'{text!r} is no rule; write "automatic" or "abadi:R", with "@per_layer" if so')

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from discreet.app import models
-from discreet.app.data import Prepared, Preprocessing, Source, digits, open_source
+from discreet.app.data import Prepared, Preprocessing, Source, TableInput, digits, open_source
 from discreet.app.evaluation import Evaluation, evaluate
 from discreet.app.progress import Progress
 from discreet.app.report import write_report
@@ -25,6 +25,9 @@ from discreet.train.environment import describe_data
 from discreet.train.loop import Private, make_private, new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
 from discreet.train.setup import default_clipping
+
+_STAND_IN_FEATURES = 24
+_STAND_IN_CLASSES = 3
 
 EVALUATIONS = 10
 """How often the held-out examples are looked at during training, for the curve in the report."""
@@ -105,6 +108,7 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
     before = source.queries(preprocessing)
     kind = models.kind_for(options.model, source.kind)
+    _refuse_unknown_groups(options, stand_in(source, kind=kind))
     with _open_run(options, kind, examples=source.examples, delta=delta, before=before) as run:
         run.adopt(describe_data(source.fingerprint()), stage=Stage.DATA)
         for position, query in enumerate(before):
@@ -121,6 +125,7 @@ def train_digits(options: TrainOptions) -> Outcome:
     examples = len(prepared.train)
     delta = default_delta(examples) if options.delta is None else options.delta
     kind = models.resolve(options.model, prepared.input)
+    _refuse_unknown_groups(options, models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes)))
     with _open_run(options, kind, examples=examples, delta=delta, before=()) as run:
         return _train(prepared, run, options, kind, device=device, started=started)
 
@@ -138,6 +143,20 @@ def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
         image_size=data.image_size,
         text_units=models.text_units(kind),
     )
+
+
+def stand_in(source: Source, *, kind: models.ModelKind) -> models.ModelSpec:
+    """The model for this data, as far as it is public: numbers that are private until released are stood in for."""
+    input_spec = TableInput(features=_STAND_IN_FEATURES) if source.input is None else source.input
+    return models.specify(kind, input_spec=input_spec, classes=_STAND_IN_CLASSES)
+
+
+def _refuse_unknown_groups(options: TrainOptions, spec: models.ModelSpec) -> None:
+    """A misspelt group must not cost the statistics; parameters have the same names whatever their sizes."""
+    if options.clipping is None:
+        return
+    with torch.device("meta"):
+        options.clipping.style.split(name for name, _ in models.build(spec).named_parameters())
 
 
 def pick_device(name: str) -> torch.device:

@@ -21,6 +21,9 @@ ROUNDING_MARGIN = 1.0 - 2.0**-15
 other are large where they meet other examples in one sum; hostile batches moved it by 1.2e-5 of the bound at most."""
 
 
+_SMALLEST = 1e-9
+
+
 class ClippingKind(enum.Enum):
     """The clipping functions. Each maps a norm n and a bound R to a factor c with c * n <= R."""
 
@@ -58,11 +61,13 @@ class Clipping:
     @classmethod
     def abadi(cls, clip_bound: float, *, style: Style | None = None) -> Clipping:
         """Scale down to norm ``clip_bound`` when above it; leave alone when below."""
+        _need_reach("clip bound", clip_bound)
         return cls(kind=ClippingKind.ABADI, clip_bound=float(clip_bound), style=style or Style.flat())
 
     @classmethod
     def automatic(cls, gamma: float = 0.01, *, style: Style | None = None) -> Clipping:
         """Normalise every gradient, softly at zero: ``g / (|g| + gamma)``."""
+        _need_reach("gamma", gamma)
         return cls(kind=ClippingKind.AUTOMATIC, clip_bound=1.0, gamma=float(gamma), style=style or Style.flat())
 
     @classmethod
@@ -106,6 +111,12 @@ class Clipping:
         if self.kind is ClippingKind.AUTOMATIC:
             record["gamma"] = self.gamma
         return record
+
+
+def _need_reach(name: str, value: float) -> None:
+    """Norms are taken to 1e-12 where squares vanish: a rule that tells smaller ones apart would be fooled by them."""
+    if 0 < value < _SMALLEST:
+        raise ConfigError(f"{name} {value}: must be at least {_SMALLEST:g}; scale the loss up instead.")
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,17 @@ class Style:
     - ``Style.per_layer()``: one group for each module that owns parameters (arXiv:2212.01539, section 3).
     - ``Style.per_parameter()``: one group for each parameter.
     - ``Style.groups("encoder.0", "encoder.1")``: one group for each prefix, and one for all other parameters.
-    - ``Style.blocks(model)``: the same with one prefix for each block of the model's longest stacks of equal modules.
+    - ``Style.blocks(model)``: the same with one prefix for each block in the model's lists of equal modules.
     """
 
     kind: StyleKind
     prefixes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.kind is StyleKind.GROUPS) != bool(self.prefixes) or len(set(self.prefixes)) < len(self.prefixes):
+        if self.prefixes and self.kind is not StyleKind.GROUPS:
+            raise ConfigError(f"clipping style {self.kind.value} with {self.prefixes}: only groups take prefixes.")
+        groups = self.kind is StyleKind.GROUPS
+        if groups and (not self.prefixes or len(set(self.prefixes)) < len(self.prefixes)):
             raise ConfigError(f"groups {self.prefixes}: must be one or more different prefixes of parameter names.")
         if any("," in prefix or not prefix for prefix in self.prefixes):
             raise ConfigError(f"groups {self.prefixes}: a prefix is a module's name such as 'encoder.0'.")
@@ -70,18 +73,22 @@ class Style:
     def blocks(cls, model: nn.Module) -> Style:
         """One norm for each member of every ``nn.ModuleList`` of modules of one class, such as transformer blocks.
 
+        A list inside such a block makes no groups of its own, and neither does a block without a trainable parameter.
+
         Raises:
             ConfigError: the model has no such list.
         """
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         prefixes: list[str] = []
         for name, module in model.named_modules():
-            inside = any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
             alike = isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(part) for part in module}) == 1
-            if alike and not inside and any(p.requires_grad for p in module.parameters()):
-                prefixes += [f"{name}.{index}" if name else str(index) for index in range(len(module))]
+            if not alike or any(_is_under(name, prefix) for prefix in prefixes):
+                continue
+            blocks = [f"{name}.{index}" if name else str(index) for index in range(len(module))]
+            prefixes += [block for block in blocks if any(_is_under(each, block) for each in trained)]
         if not prefixes:
             raise ConfigError(
-                "no nn.ModuleList of equal modules in this model; name the blocks with Style.groups(...)."
+                "no nn.ModuleList of equal trainable modules in this model; name the blocks with Style.groups(...)."
             )
         return cls.groups(*prefixes)
 
@@ -106,7 +113,7 @@ class Style:
             return name
         if self.kind is StyleKind.PER_LAYER:
             return name.rpartition(".")[0]
-        under = [prefix for prefix in self.prefixes if name == prefix or name.startswith(f"{prefix}.")]
+        under = [prefix for prefix in self.prefixes if _is_under(name, prefix)]
         return max(under, key=len, default="")
 
     def describe(self) -> str:
@@ -118,11 +125,14 @@ class Style:
         """The style that a record stands for.
 
         Raises:
-            ConfigError: there is none of this name.
+            ConfigError: there is none of this name, or its prefixes are none.
         """
         kind, _, prefixes = text.partition(":")
-        try:
-            return cls(StyleKind(kind), tuple(prefixes.split(",")) if prefixes else ())
-        except ValueError:
-            known = ", ".join(each.value for each in StyleKind)
-            raise ConfigError(f"clipping style {text!r}: must be one of {known}, with groups:PREFIX,PREFIX.") from None
+        known = [each.value for each in StyleKind]
+        if kind not in known:
+            raise ConfigError(f"clipping style {text!r}: must be one of {', '.join(known)}, with groups:PREFIX,PREFIX.")
+        return cls(StyleKind(kind), tuple(prefixes.split(",")) if prefixes else ())
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")

@@ -242,10 +242,10 @@ class Crossed(Part):
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
         outers = [outer for use in self.uses if (outer := use.by_gram) is not None]
-        inputs = {_identity_of(outer.input): outer.input for outer in outers}
-        grads = {_identity_of(outer.grad): outer.grad for outer in outers}
-        assert 1 in (len(inputs), len(grads))
-        return list(inputs.values()), list(grads.values())
+        if len({_identity_of(outer.input) for outer in outers}) == 1:
+            return [outers[0].input], [outer.grad for outer in outers]  # one for each use: two may share both operands
+        assert len({_identity_of(outer.grad) for outer in outers}) == 1
+        return [outer.input for outer in outers], [outers[0].grad]
 
     def quick_norm2(self) -> Tensor:
         return self._norm2(wide)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -80,8 +82,24 @@ def default_clipping(epsilon: float | None) -> Clipping:
 
 
 def clipping_of(plan: Plan) -> Clipping:
-    """The clipping rule that a plan's public record stands for."""
-    record = plan.clipping
+    """The clipping rule that a plan's public record stands for.
+
+    Raises:
+        ConfigError: it stands for none, or says more than the rule that training would follow.
+    """
+    record = dict(plan.clipping)
+    try:
+        rule = _rule_of(record)
+    except KeyError as error:
+        raise ConfigError(f"clipping {record} in the plan: has no {error}; take it from Clipping.describe().") from None
+    except ValueError as error:
+        raise ConfigError(f"clipping {record} in the plan: {error}") from None
+    if rule.describe() != record:
+        raise ConfigError(f"clipping {record} in the plan: must be {rule.describe()}; take it from Clipping.describe().")
+    return rule
+
+
+def _rule_of(record: Mapping[str, str | float]) -> Clipping:
     kind, style = ClippingKind(record["kind"]), Style.parse(str(record["style"]))
     if kind is ClippingKind.AUTOMATIC:
         return Clipping.automatic(gamma=float(record["gamma"]), style=style)
