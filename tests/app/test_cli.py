@@ -181,6 +181,42 @@ def test_resume_continues_and_refuses_other_options(workplace: Path, capsys: pyt
     assert "has ended" in err
 
 
+@pytest.mark.parametrize("style", ["per_layer", "per_parameter", "groups:1", "groups:1,3"])
+def test_a_clipping_style_reaches_plan_certificate_and_report(
+    workplace: Path, capsys: pytest.CaptureFixture[str], style: str
+) -> None:
+    data = _table(workplace / "people.csv")
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 5, "--model", "mlp", "--out", "run")
+    code, _, err = _run(capsys, *words, "--clipping", f"abadi:0.5@{style}")
+    assert code == 0, err
+    assert _run(capsys, "verify", "run")[0] == 0
+    release = workplace / "run" / "release"
+    wanted = {"kind": "abadi", "style": style, "clip_bound": 0.5}
+    assert json.loads((release / "plan.json").read_text())["clipping"] == wanted
+    assert json.loads((release / "certificate.json").read_text())["mechanism"]["clipping"] == wanted
+    assert f"style: {style}<br>" in (release / "report.html").read_text()
+    code, _, err = _run(capsys, *words, "--clipping", "abadi:0.5", "--resume")
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("automatic@layers", "flat, per_layer, per_parameter, groups"),
+        ("abadi:1@groups:1,1", "different prefixes"),
+        ("abadi:1e-30", "clip bound 1e-30"),
+        ("abadi:wide@per_layer", "number above 0"),
+        ("automatic@groups:head", "no trainable parameter"),
+    ],
+)
+def test_what_is_wrong_with_a_clipping_is_told(
+    workplace: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
+) -> None:
+    data = _table(workplace / "people.csv")
+    _, _, err = _run(capsys, "train", data, "--target", "income", "--epsilon", 8, "--clipping", text, "--out", "run")
+    assert told in err
+
+
 def test_budget_spent_by_statistics_exits_3(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = _table(workplace / "people.csv")
     words = ("train", data, "--target", "income", "--epsilon", 8, "--delta", 1e-300, "--out", "run")
@@ -245,6 +281,12 @@ MALFORMED_OPTIONS = {
     "learning rate negative": ["--target", "income", "--epsilon", "3", "--learning-rate", "-0.1"],
     "clipping word": ["--target", "income", "--epsilon", "3", "--clipping", "hard"],
     "clipping style": ["--target", "income", "--epsilon", "3", "--clipping", "automatic@layers"],
+    "clipping style without a name": ["--target", "income", "--epsilon", "3", "--clipping", "automatic@"],
+    "clipping groups without a name": ["--target", "income", "--epsilon", "3", "--clipping", "abadi:1@groups:"],
+    "clipping groups twice": ["--target", "income", "--epsilon", "3", "--clipping", "abadi:1@groups:1,1"],
+    "clipping groups of no parameter": ["--target", "income", "--epsilon", "3", "--clipping", "automatic@groups:head"],
+    "clipping bound of automatic": ["--target", "income", "--epsilon", "3", "--clipping", "automatic:1"],
+    "clipping bound missing": ["--target", "income", "--epsilon", "3", "--clipping", "abadi"],
     "clipping bound": ["--target", "income", "--epsilon", "3", "--clipping", "abadi:-1"],
     "unknown option": ["--target", "income", "--epsilon", "3", "--epsilom", "3"],
     "abbreviated option": ["--target", "income", "--eps", "3"],

@@ -108,7 +108,7 @@ def _exact(model: nn.Module, batch: Any, *, size: int = B, layout: Any = None) -
     found = clipped_gradient(model, loss, batch, clipping=Clipping.abadi(bound), layout=layout)
     factor_B = abadi(norm_B, bound)
     shrunk = torch.where(factor_B == 1, factor_B, factor_B * ROUNDING_MARGIN)
-    assert relative_gap(found.tensors, weighted(gradients, shrunk)) < (1e-9 if dtype is torch.float64 else 2e-5)
+    assert relative_gap(found.tensors, weighted(gradients, shrunk)) < (1e-9 if dtype is torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("name", list(MIXTURES))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from discreet.core.clipping import Clipping
+from discreet.core.style import Style
 from discreet.errors import ConfigError
 from discreet.privacy.plan import Plan
 from discreet.train.setup import check_plan, clipping_of, covered_parameters, default_clipping, solve_plan
@@ -22,10 +23,39 @@ NOTHING = {
 }
 
 
-@pytest.mark.parametrize("rule", [Clipping.automatic(), Clipping.automatic(gamma=0.3), Clipping.abadi(2.5)])
+RULES = [
+    Clipping.automatic(),
+    Clipping.automatic(gamma=0.3),
+    Clipping.abadi(2.5),
+    Clipping.abadi(2.5, style=Style.per_parameter()),
+    Clipping.automatic(style=Style.groups("encoder.0", "head")),
+    Clipping.none(),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.describe()))
 def test_a_plan_gives_back_its_clipping(rule: Clipping) -> None:
     plan = Plan.solve(examples=100, batch_size=10, steps=5, epsilon=3.0, clipping=rule.describe())
     assert clipping_of(Plan.from_json(plan.to_json())) == rule
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"kind": "abadi", "clip_bound": 1.0},
+        {"kind": "abadi", "style": "flat"},
+        {"kind": "softly", "style": "flat"},
+        {"kind": "abadi", "style": "layers", "clip_bound": 1.0},
+        {"kind": "abadi", "style": "flat", "clip_bound": "wide"},
+        {"kind": "automatic", "style": "flat", "gamma": 0.01, "clip_bound": 0.5},
+        {"kind": "none", "style": "per_layer"},
+    ],
+    ids=str,
+)
+def test_a_plan_whose_clipping_is_not_what_training_would_do_is_refused(record: dict[str, str | float]) -> None:
+    plan = Plan.solve(examples=100, batch_size=10, steps=5, epsilon=3.0, clipping=record)
+    with pytest.raises(ConfigError, match=r"^clipping \{.*\} in the plan: "):
+        clipping_of(plan)
 
 
 def test_no_guarantee_no_clipping() -> None:

@@ -95,7 +95,7 @@ def clipping_of(plan: Plan) -> Clipping:
     except ValueError as error:
         raise ConfigError(f"clipping {record} in the plan: {error}") from None
     if rule.describe() != record:
-        raise ConfigError(f"clipping {record} in the plan: must be {rule.describe()}; take it from Clipping.describe().")
+        raise ConfigError(f"clipping {record} in the plan: must be {rule.describe()}, as Clipping.describe() gives it.")
     return rule
 
 
