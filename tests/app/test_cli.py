@@ -204,7 +204,7 @@ def test_a_clipping_style_reaches_plan_certificate_and_report(
     [
         ("automatic@layers", "flat, per_layer, per_parameter, groups"),
         ("abadi:1@groups:1,1", "different prefixes"),
-        ("abadi:1e-30", "clip bound 1e-30"),
+        ("abadi:-1", "clip bound -1.0"),
         ("abadi:wide@per_layer", "number above 0"),
         ("automatic@groups:head", "no trainable parameter"),
     ],
