@@ -194,7 +194,7 @@ def test_a_clipping_style_reaches_plan_certificate_and_report(
     wanted = {"kind": "abadi", "style": style, "clip_bound": 0.5}
     assert json.loads((release / "plan.json").read_text())["clipping"] == wanted
     assert json.loads((release / "certificate.json").read_text())["mechanism"]["clipping"] == wanted
-    assert f"style: {style}<br>" in (release / "report.html").read_text()
+    assert f"style: {style}</td>" in (release / "report.html").read_text()
     code, _, err = _run(capsys, *words, "--clipping", "abadi:0.5", "--resume")
     assert code == 2
 
