@@ -255,13 +255,14 @@ class Crossed(Part):
 
     def _norm2(self, convert: Callable[[Tensor], Tensor]) -> Tensor:
         inputs, grads = self._operands()
-        eps = torch.finfo(wide(grads[0]).dtype).eps
+        summed = wide(grads[0]).dtype
         examples, _, positions, _ = inputs[0].shape
         chunk = examples_at_a_time(2 * positions**2)
         parts = []
         for start in range(0, examples, chunk):
-            rows = slice(start, start + chunk)
-            parts.append(gram_norm2([convert(x[rows]) for x in inputs], [convert(g[rows]) for g in grads], eps=eps))
+            some = slice(start, start + chunk)
+            operands = ([convert(value[some]) for value in values] for values in (inputs, grads))
+            parts.append(gram_norm2(*operands, summed=summed))
         return torch.cat(parts)
 
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
-from discreet.core.outer import Outer, rounded_up, scaled_by, sum_of_products
+from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
 
 Sizes = tuple[int, ...]
@@ -141,12 +141,12 @@ class Windows(Form):
         grad = wide(self.grad).reshape(examples, folds, groups, self.value_shape[0] // groups, -1)
         grad_BKSO = grad.permute(0, 2, 1, 4, 3).flatten(2, 3)
         grads_BKSS = grad_BKSO @ grad_BKSO.mT
+        inputs, outputs = math.prod(self.value_shape[1:]), grad_BKSO.shape[3]
         return rounded_up(
             sum_of_products(windows_BKSS, grads_BKSS),
             windows_BKSS.diagonal(dim1=2, dim2=3),
             grads_BKSS.diagonal(dim1=2, dim2=3),
-            (math.prod(self.value_shape[1:]), grad_BKSO.shape[3]),
-            eps=torch.finfo(windows_BKSS.dtype).eps,
+            Sums(inputs, outputs, inputs + outputs, taken=windows_BKSS.dtype, summed=windows_BKSS.dtype),
         )
 
     def _padded(self) -> Tensor:
