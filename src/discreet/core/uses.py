@@ -22,8 +22,8 @@ from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_
 from discreet.core.outer import Outer, Tied, gram_norm2
 from discreet.core.route import Choice, Route
 
-_SMALL = 4096
-"""Numbers of a parameter that is settled together with others of its kind."""
+_SMALL, _SMALL_TOGETHER = 4096, 1 << 16
+"""Numbers of a parameter that is settled together with others of its kind, and of all its per-example gradients."""
 
 Records = Sequence[tuple[int, "Record"]]
 """Records of one parameter, each with the position that the parameter has among the record's sources."""
@@ -170,7 +170,7 @@ class Uses(Part):
         joined = self.joined
         if joined is None or not joined.derivation.identity or not isinstance(joined.form, Dense):
             return False
-        return joined.form.grad.numel() <= self.examples * _SMALL
+        return joined.form.grad.numel() <= min(self.examples * _SMALL, _SMALL_TOGETHER)
 
     @property
     def small_grad(self) -> Tensor:
