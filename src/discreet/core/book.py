@@ -25,7 +25,7 @@ from discreet.core.clipping import Clipping
 from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.route import Route
-from discreet.core.routing import Picking
+from discreet.core.routing import Picking, Trail
 from discreet.core.uses import Derivation, Part, Record, Uses, arranged, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
 
@@ -138,6 +138,7 @@ class Book:
         self.parameters = dict(parameters)
         self.examples = examples
         self.axes: dict[UseKey, tuple[Axis, ...]] = {}
+        self.trail = Trail(examples)
         self._layout = layout
         self._trust_folds = trust_folds
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -167,6 +168,7 @@ class Book:
     def collecting(self) -> Iterator[None]:
         """Book what backward passes inside report; others (``autograd.grad`` within a forward) train nothing."""
         self._collecting = True
+        self.trail.forget()  # the backward frees the graph as it goes
         try:
             yield
         finally:
@@ -211,6 +213,7 @@ class Book:
     def discard(self) -> None:
         """Forget what was booked."""
         self._records.clear()
+        self.trail.forget()
 
     def layout(self) -> Layout:
         """How the uses so far carry the examples."""
@@ -314,7 +317,7 @@ class Book:
                 if group[0] not in self._sums:
                     self._settle_group(group)
         sums, self._sums = self._sums, {}
-        self._records.clear()
+        self.discard()
         return {name: sums[name] for name in self.parameters}
 
     def _settle_group(self, group: tuple[str, ...]) -> None:

@@ -73,7 +73,7 @@ class Outer(Form):
 
     def _norm2(self, input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
         if self.input.shape[2] == 1:
-            return _norm2_of_products(input_BKSI, grad_BKSO, summed=wide(self.grad).dtype)
+            return norm2_of_products([input_BKSI.squeeze(2)], [grad_BKSO.squeeze(2)], summed=wide(self.grad).dtype)
         return gram_norm2([input_BKSI], [grad_BKSO], summed=wide(self.grad).dtype)
 
     def _parts(self) -> list[Outer]:
@@ -103,9 +103,10 @@ class Outer(Form):
             left = scaled_by(left, factor_B)
         else:
             right = scaled_by(right, factor_B)
+        if left.shape[1] == 1:
+            left_NO, right_NI = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+            return (left_NO.T @ right_NI).reshape(self.value_shape)
         left, right = (value.transpose(0, 1).flatten(1, 2) for value in (left, right))
-        if len(left) == 1:
-            return (left[0].T @ right[0]).reshape(self.value_shape)
         return (left.mT @ right).reshape(self.value_shape)
 
     def reduced(self) -> Form:
@@ -257,16 +258,22 @@ def _unless_hidden(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: S
     return sure_B.masked_fill(far_B, torch.inf)
 
 
-def _norm2_of_products(input_BKSI: Tensor, grad_BKSO: Tensor, *, summed: torch.dtype) -> Tensor:
-    """One position: ``sum_k |input_k|^2 |grad_k|^2``."""
-    input_BKS, grad_BKS = (
-        torch.linalg.vector_norm(value, dim=-1).to(torch.float64) for value in (input_BKSI, grad_BKSO)
+def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype) -> Tensor:
+    """One position: ``sum_k |input_k|^2 |grad_k|^2``, added up over pairs of operands.
+
+    Args:
+        inputs_BKI, grads_BKO: pairs, in the precision to compute in.
+        summed: the dtype that the weighted sums are computed in.
+    """
+    taken = inputs_BKI[0].dtype
+    input_BK, grad_BK = (
+        torch.cat([torch.linalg.vector_norm(value, dim=-1) for value in values], 1).to(torch.float64)
+        for values in (inputs_BKI, grads_BKO)
     )
-    exact_B = (input_BKS * grad_BKS).square().flatten(1).sum(1)
-    inputs, outputs = input_BKSI.shape[3], grad_BKSO.shape[3]
-    return _unless_hidden(
-        exact_B, input_BKS, grad_BKS, Sums(inputs, outputs, inputs + outputs, input_BKSI.dtype, summed)
-    )
+    exact_B = (input_BK * grad_BK).square().sum(1)
+    inputs, outputs = (max(value.shape[-1] for value in values) for values in (inputs_BKI, grads_BKO))
+    sums = Sums(inputs, outputs, inputs + outputs, taken, summed)
+    return _unless_hidden(exact_B, input_BK.unsqueeze(2), grad_BK.unsqueeze(2), sums)
 
 
 def scaled_by(value: Tensor, factor_B: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """How the uses of parameters in one microbatch are brought together: norms first, weighted sums once factors are known.
 
-A part is one parameter with all its uses (`Uses`), many small parameters at once (`SmallUses`), or the parameters of
-linear maps that share an operand (`Crossed`). Parts give squared norms, which add up, and one weighted sum a parameter.
+A part is one parameter with all its uses (`Uses`), many small parameters at once (`SmallUses`), the weights that meet
+one position (`ProductUses`), or the parameters of linear maps that share an operand (`Crossed`). Parts give squared
+norms, which add up, and one weighted sum a parameter.
 
 Shape legend: B = examples of the microbatch, K = groups, S = positions, I = inputs, O = outputs.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide
-from discreet.core.outer import Outer, Tied, gram_norm2
+from discreet.core.outer import Outer, Tied, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
 
 _SMALL, _SMALL_TOGETHER = 4096, 1 << 16
@@ -99,12 +100,15 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
     """The parts that these parameters make; those without a record are left out."""
     every = [Uses.of(name, records[name], examples) for name in names if name in records]
     small: dict[torch.dtype, list[Uses]] = defaultdict(list)
+    products: dict[torch.dtype, list[Uses]] = defaultdict(list)
     by_input: dict[object, list[Uses]] = defaultdict(list)
     by_grad: dict[object, list[Uses]] = defaultdict(list)
     rest: list[Part] = []
     for use in every:
         if use.is_small:
             small[use.small_grad.dtype].append(use)
+        elif (outer := use.by_product) is not None:
+            products[wide(outer.grad).dtype].append(use)
         elif (outer := use.by_gram) is not None:
             by_input[_identity_of(outer.input)].append(use)
         else:
@@ -116,6 +120,7 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
         by_grad[_identity_of(outer.grad)] += group
     shared = [*by_input.values(), *by_grad.values()]
     rest += [Crossed(tuple(group)) if len(group) > 1 else group[0] for group in shared]
+    rest += [ProductUses(tuple(group)) for group in products.values()]
     return [*rest, *(SmallUses(tuple(group)) for group in small.values())]
 
 
@@ -151,10 +156,21 @@ class Uses(Part):
     @property
     def by_gram(self) -> Outer | None:
         """The operands, when the norm of this parameter alone would be taken from two Gram matrices."""
+        outer = self._outer
+        return outer if outer is not None and outer.choice.route is Route.GRAM and outer.input.shape[1] == 1 else None
+
+    @property
+    def by_product(self) -> Outer | None:
+        """The operands, when there is one position: the norm is a product of norms."""
+        outer = self._outer
+        return outer if outer is not None and outer.choice.route is Route.PRODUCT else None
+
+    @property
+    def _outer(self) -> Outer | None:
         joined = self.joined
         if joined is None or not joined.derivation.identity or not isinstance(joined.form, Outer):
             return None
-        return joined.form if joined.form.choice.route is Route.GRAM and joined.form.input.shape[1] == 1 else None
+        return joined.form
 
     def quick_norm2(self) -> Tensor:
         return self.norm2() if self.joined is None else self.joined.form.quick_norm2()
@@ -229,6 +245,26 @@ class SmallUses(Part):
         for use, total in zip(self.uses, form.weighted_sum(factor_B).split(sizes), strict=True):
             assert use.joined is not None
             yield use.name, total.reshape(use.joined.form.shape)
+
+
+@dataclass(frozen=True)
+class ProductUses(Part):
+    """Many linear maps with one position each: the numbers of all their norms at once."""
+
+    uses: tuple[Uses, ...]
+
+    def quick_norm2(self) -> Tensor:
+        outers = [outer for use in self.uses if (outer := use.by_product) is not None]
+        inputs = [wide(outer.input.squeeze(2)) for outer in outers]
+        grads = [wide(outer.grad.squeeze(2)) for outer in outers]
+        return norm2_of_products(inputs, grads, summed=grads[0].dtype)
+
+    def norm2(self) -> Tensor:
+        return functools.reduce(torch.add, (use.norm2() for use in self.uses))
+
+    def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        for use in self.uses:
+            yield from use.weighted_sums(factor_B, bad_B)
 
 
 @dataclass(frozen=True)
