@@ -5,6 +5,7 @@ Shape legend: B = examples, K = groups, S = positions (tokens, pixels), I = inpu
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ class Outer(Form):
     def examples(self) -> int:
         return self.input.shape[0]
 
-    @property
+    @functools.cached_property
     def choice(self) -> Choice:
         """The route to the norm of this use."""
         examples, _, positions, inputs = self.input.shape
