@@ -208,6 +208,7 @@ def _add_planning(command: _Parser) -> None:
     command.add_argument("--choose", metavar="KIND", help="which plan --out saves; default: the recommended one")
     command.add_argument("--out", type=Path, metavar="FILE", help="save the chosen plan for `discreet train --plan`")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
+    command.add_argument("--simulation", type=Path, metavar="FILE", help="simulated runs, to be drawn on the page")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 

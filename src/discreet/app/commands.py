@@ -201,6 +201,7 @@ def _planning(options: argparse.Namespace) -> PlanOptions:
         choose=options.choose,
         out=options.out,
         html=options.html,
+        simulation=options.simulation,
         device=options.device,
     )
 
