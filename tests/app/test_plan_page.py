@@ -107,16 +107,17 @@ def test_the_knee_curve_passes_through_the_plan(proposal: Proposal) -> None:
     assert points[20][1] == pytest.approx(overhead, rel=0.02)
 
 
-def test_the_closed_form_is_anchored_at_the_plan(proposal: Proposal) -> None:
-    made = proposal.plan
-    here = epsilon_at(
-        made, batch_size=made.batch_size, steps=made.steps, noise_multiplier=made.noise_multiplier, mu=proposal.mu
-    )
-    assert here == pytest.approx(made.epsilon, rel=1e-6)
-    twice = epsilon_at(
-        made, batch_size=made.batch_size, steps=2 * made.steps, noise_multiplier=made.noise_multiplier, mu=proposal.mu
-    )
-    assert twice == pytest.approx(epsilon(made.queries(2 * made.steps), delta=made.delta), rel=0.05)
+def test_the_closed_form_is_anchored_at_the_plan() -> None:
+    """Exact at the plan; at twice the steps within 5 % of the accountant where sigma is above 2, and nearer the wall not."""
+    free = plan(examples=60_000, epsilon=3.0, usual_steps=300)
+    made = free.plan
+
+    def at(steps: int) -> float:
+        sigma = made.noise_multiplier
+        return epsilon_at(made, batch_size=made.batch_size, steps=steps, noise_multiplier=sigma, mu=free.mu)
+
+    assert at(made.steps) == pytest.approx(made.epsilon, rel=1e-6)
+    assert at(2 * made.steps) == pytest.approx(epsilon(made.queries(2 * made.steps), delta=made.delta), rel=0.05)
 
 
 def test_the_band_is_that_of_one_new_run() -> None:

@@ -211,7 +211,7 @@ WRONG = {
 def test_bad_input_is_one_line(workplace: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     words, message = WRONG[name]
     code, out, err = _run(capsys, "plan", *words)
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, ""), err
     assert message in err
     assert err.count("\n") == 1
     assert not Path("plan.json").exists()
