@@ -108,7 +108,7 @@ def test_the_knee_curve_passes_through_the_plan(proposal: Proposal) -> None:
 
 
 def test_the_closed_form_is_anchored_at_the_plan() -> None:
-    """Exact at the plan; at twice the steps within 5 % of the accountant where sigma is above 2, and nearer the wall not."""
+    """Exact at the plan; at twice the steps within 5 % of the accountant, where sigma is above 2."""
     free = plan(examples=60_000, epsilon=3.0, usual_steps=300)
     made = free.plan
 
