@@ -16,8 +16,8 @@ from discreet.app.report import plots
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import epsilon
 from discreet.privacy.compute import Machine
+from discreet.privacy.options import Proposal
 from discreet.privacy.planning import plan
-from discreet.privacy.proposal import Proposal
 
 RUNS = tuple((batch, 0.93 - 0.004 * math.log2(batch) + 0.002 * seed) for batch in (16, 32, 64) for seed in (-1, 0, 1))
 SIMULATION = Simulation(points=RUNS, slope=-0.004, intercept=0.93, at_batch=2_048, low=0.87, high=0.90)

@@ -12,11 +12,11 @@ from discreet.privacy.accounting import Gaussian, Selection
 from discreet.privacy.compute import Machine
 from discreet.privacy.explaining import what_if
 from discreet.privacy.gdp import gdp_mu
+from discreet.privacy.options import Kind, Mode
 from discreet.privacy.plan import Plan
 from discreet.privacy.planner import knee_batch
 from discreet.privacy.planner import plan as choose
 from discreet.privacy.planning import plan
-from discreet.privacy.proposal import Kind, Mode
 
 ADULT = {"examples": 32_561, "epsilon": 3.0}
 MACHINE = Machine(seconds_per_example=1e-4, seconds_per_microbatch=1e-3, seconds_per_step=5e-3, parameters=7_106)

@@ -14,7 +14,7 @@ from discreet.app.plan_page.figures import (
 from discreet.app.plan_page.simulated import Simulation
 from discreet.app.report import parts
 from discreet.app.report.text import duration, percent, plain, safe, scientific, upward
-from discreet.privacy.proposal import Option, Proposal
+from discreet.privacy.options import Option, Proposal
 
 _REASONS = {
     "batch_size": "Batch size",
