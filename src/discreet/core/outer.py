@@ -6,16 +6,20 @@ Shape legend: B = examples, K = groups, S = positions (tokens, pixels), I = inpu
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from discreet.core import kernels
 from discreet.core.forms import Dense, Form, Lookup, drop_vanishing, examples_at_a_time, wide, zero_rows
+from discreet.core.kernels import GramProducts
 from discreet.core.route import Choice, Cost, Route
 
 _HARMLESS = 1e-24
+_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Outer(Form):
     def choice(self) -> Choice:
         """The route to the norm of this use."""
         examples, _, positions, inputs = self.input.shape
-        return Cost(positions, inputs, self.grad.shape[-1], examples).choose()
+        prices = kernels.prices(self.input, self.grad)
+        return Cost(positions, inputs, self.grad.shape[-1], examples, prices=prices).choose()
 
     def rows(self, start: int, stop: int) -> Outer:
         return replace(self, input=self.input[start:stop], grad=self.grad[start:stop])
@@ -62,6 +67,10 @@ class Outer(Form):
         )
 
     def quick_norm2(self) -> Tensor:
+        if self.input.shape[2] > 1 and kernels.suit(self.input, self.grad):
+            if self.choice.route is Route.DIRECT:
+                return fused_direct_norm2(self.input, self.grad)
+            return fused_gram_norm2([self.input], [self.grad])
         parts = self._parts() if self.input.shape[2] > 1 else [self]
         return torch.cat([part._norm2(wide(part.input), wide(part.grad)) for part in parts])
 
@@ -90,9 +99,13 @@ class Outer(Form):
         return products.flatten(1).sum(1, dtype=torch.float64)
 
     def per_example(self) -> Tensor:
+        if kernels.suit_sums(self.input, self.grad):
+            return kernels.products(self.input, self.grad).reshape(self.examples, *self.value_shape)
         return (wide(self.grad).mT @ wide(self.input)).reshape(self.examples, *self.value_shape)
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
+        if kernels.suit_sums(self.input, self.grad):
+            return kernels.weighted_sum(self.input, self.grad, factor_B).reshape(self.value_shape)
         left, right = wide(self.grad), wide(self.input)
         if left.shape[-1] <= right.shape[-1]:
             left = scaled_by(left, factor_B)
@@ -174,6 +187,44 @@ def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, e
             result is the sum of the pairs' squared norms.
         eps: spacing of the numbers that the weighted sum is computed in.
     """
+    found = gram_products(inputs_BKSI, grads_BKSO)
+    return rounded_up(found.total_B, found.input2_BKS, found.grad2_BKS, _widths(inputs_BKSI, grads_BKSO), eps=eps)
+
+
+def fused_gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> Tensor:
+    """`gram_norm2` by the kernel, of operands as they are stored.
+
+    Subnormal entries, which a tensor core may take for zero, are no more than the squares that the check for what
+    vanished counts already.
+    """
+    found = kernels.gram_products(inputs_BKSI, grads_BKSO)
+    return rounded_up(
+        *(found.total_B, found.input2_BKS, found.grad2_BKS, _widths(inputs_BKSI, grads_BKSO)),
+        eps=_EPS,
+        spacings=found.spacings,
+    )
+
+
+def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
+    """Squared lengths of ``grad^T input`` by the kernel, rounded up as a Gram norm is.
+
+    Entries err with ``sum_s |input_s| |grad_s|``, and with what a tensor core takes for zero. The weighted sum cancels
+    as it does after a Gram norm, so the same ``4 eps (sum_s |input_s| |grad_s|)^2`` is added.
+    """
+    found = kernels.product_squares(input_BKSI, grad_BKSO)
+    tiny, (inputs, outputs) = torch.finfo(torch.float32).tiny, (input_BKSI.shape[3], grad_BKSO.shape[3])
+    input_BKS, grad_BKS = (
+        torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).double() + math.sqrt(value.shape[3] * tiny)
+        for value in (input_BKSI, grad_BKSO)
+    )
+    met_B = (input_BKS * grad_BKS).sum(2).square().sum(1).sqrt()
+    lost_BKS = tiny * (math.sqrt(outputs) * input_BKS + math.sqrt(inputs) * grad_BKS + math.sqrt(inputs * outputs))
+    exact_B = found.total_B.sqrt() + found.spacings * _EPS * met_B + lost_BKS.flatten(1).sum(1)
+    return exact_B.square() + 4 * _EPS * met_B.square()
+
+
+def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
+    """`discreet.core.kernels.gram_products` in PyTorch: the upper half only, in the precision of the operands."""
     positions = inputs_BKSI[0].shape[2]
     tiles = 1 if positions < 48 else 2 if positions < 96 else 4
     edges = [positions * tile // tiles for tile in range(tiles + 1)]
@@ -184,8 +235,11 @@ def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, e
         grad_BKS.append(grads.diagonal(dim1=2, dim2=3))
         inputs[..., stop - start :] *= 2
         total_B = total_B + sum_of_products(inputs, grads)
-    widths = (sum(value.shape[3] for value in inputs_BKSI), sum(value.shape[3] for value in grads_BKSO))
-    return rounded_up(total_B, torch.cat(input_BKS, 2), torch.cat(grad_BKS, 2), widths, eps=eps)
+    return GramProducts(total_B, torch.cat(input_BKS, 2), torch.cat(grad_BKS, 2))
+
+
+def _widths(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> tuple[int, int]:
+    return sum(value.shape[3] for value in inputs_BKSI), sum(value.shape[3] for value in grads_BKSO)
 
 
 def _tile(values: Sequence[Tensor], start: int, stop: int) -> Tensor:
@@ -201,7 +255,15 @@ def sum_of_products(one_BKSS: Tensor, other_BKSS: Tensor) -> Tensor:
     return (one_BKSS * other_BKSS).sum(-1).flatten(1).sum(1, dtype=torch.float64)
 
 
-def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, widths: tuple[int, int], *, eps: float) -> Tensor:
+def rounded_up(
+    gram_B: Tensor,
+    input2_BKS: Tensor,
+    grad2_BKS: Tensor,
+    widths: tuple[int, int],
+    *,
+    eps: float,
+    spacings: float | None = None,
+) -> Tensor:
     """A sum of Gram products with the bound on its rounding added, and NaN where underflow could have hidden more.
 
     Args:
@@ -209,11 +271,13 @@ def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, widths: tu
         input2_BKS, grad2_BKS: squared norms of the positions.
         widths: how many squares each of those sums.
         eps: spacing of the numbers that the weighted sum is computed in.
+        spacings: a bound on the error of the Gram product itself, when it is known, in spacings of its precision.
     """
     tiny = torch.finfo(input2_BKS.dtype).tiny
     input_BKS, grad_BKS = (value.clamp(min=0).to(torch.float64).sqrt() for value in (input2_BKS, grad2_BKS))
     # Entries of a Gram matrix err with the length of their own sums: constant features of width 768 hid half a norm.
-    slack = 4 * eps + sum(widths) / 32 * torch.finfo(input2_BKS.dtype).eps
+    spacings = sum(widths) / 32 if spacings is None else spacings
+    slack = 4 * eps + spacings * torch.finfo(input2_BKS.dtype).eps
     exact_B = gram_B.clamp(min=0) + slack * (input_BKS * grad_BKS).sum(2).square().sum(1)
     return _unless_hidden(exact_B, input_BKS, grad_BKS, widths, tiny)
 

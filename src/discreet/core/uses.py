@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from discreet.core import kernels
 from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide
-from discreet.core.outer import Outer, Tied, gram_norm2
+from discreet.core.outer import Outer, Tied, fused_gram_norm2, gram_norm2
 from discreet.core.route import Choice, Route
 
 _SMALL = 4096
@@ -248,6 +249,9 @@ class Crossed(Part):
         return [outer.input for outer in outers], [outers[0].grad]
 
     def quick_norm2(self) -> Tensor:
+        inputs, grads = self._operands()
+        if kernels.suit(*inputs, *grads):
+            return fused_gram_norm2(inputs, grads)
         return self._norm2(wide)
 
     def norm2(self) -> Tensor:
