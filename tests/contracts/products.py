@@ -6,21 +6,25 @@ Each is held against float64, and against its own bound: what it says to err by 
 from __future__ import annotations
 
 import abc
+import importlib.util
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from discreet.core.kernels import GramProducts, Squares
+from discreet.core.kernels.results import GramProducts, Squares
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install 'discreet[gpu]' on Linux"
+)
 EPS = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (  # examples, groups, positions, inputs, outputs
-    *((1, 1, 1, 1, 1), (3, 1, 1, 5, 70), (2, 3, 2, 17, 16), (2, 1, 31, 33, 15), (2, 2, 65, 7, 66)),
-    *((1, 1, 64, 64, 64), (2, 1, 97, 40, 129), (1, 2, 130, 20, 3), (1, 1, 193, 4, 5)),
+    *((1, 1, 1, 1, 1), (3, 1, 1, 5, 70), (2, 3, 2, 17, 16), (2, 1, 31, 33, 15), (1, 2, 65, 7, 66)),
+    *((1, 1, 64, 64, 64), (1, 1, 97, 40, 129), (1, 2, 130, 20, 3), (1, 1, 193, 4, 5)),
 )
 
 
@@ -36,9 +40,13 @@ def pair(sizes: tuple[int, int, int, int, int], dtype: torch.dtype, seed: int = 
     return draw(seed, dtype, (examples, groups, positions, inputs), (examples, groups, positions, outputs))
 
 
-def met(input: Tensor, grad: Tensor) -> Tensor:
-    """``sum_s |input_s| |grad_s|`` over positions, as a length over groups, (B,), float64."""
-    return (input.double().norm(dim=-1) * grad.double().norm(dim=-1)).sum(2).norm(dim=1)
+def met(input: Tensor, grad: Tensor, unseen: float = 0.0) -> Tensor:
+    """``sum_s |input_s| |grad_s|`` over positions, as a length over groups, (B,), float64.
+
+    ``unseen``: what a length may have lost for each of its squares that fell below the normal numbers.
+    """
+    lengths = [value.double().norm(dim=-1) + unseen * value.shape[3] ** 0.5 for value in (input, grad)]
+    return (lengths[0] * lengths[1]).sum(2).norm(dim=1)
 
 
 def each(input: Tensor, grad: Tensor) -> Tensor:
@@ -98,15 +106,16 @@ class ProductContract(abc.ABC):
         input, grad = pair((2, 2, 67, 18, 70), torch.float32)
         assert torch.equal(self.norm2(input, grad), self.norm2(input, grad))
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        ("value", "dtype"), [(float("nan"), DTYPES[0]), (float("inf"), DTYPES[1]), (-float("inf"), DTYPES[2])]
+    )
     @pytest.mark.parametrize("spoilt", [0, 1])
-    @pytest.mark.parametrize("at", [0, 32, 66])
+    @pytest.mark.parametrize("at", [0, 36])
     def test_what_is_not_finite_stays_in_its_example(self, value, dtype, spoilt, at):
-        operands = pair((4, 2, 67, 18, 21), dtype)
+        operands = pair((4, 2, 37, 18, 21), dtype)
         clean = self.norm2(*operands)
-        operands[spoilt][1, 1, at, 17] = value
-        operands[spoilt][3, 0, at, 0] = value
+        operands[spoilt][1, 1, at, 17] = float(value)
+        operands[spoilt][3, 0, at, 0] = float(value)
         operands[1 - spoilt][3, 0, at] = 0  # zero times infinity
         found = self.norm2(*operands)
         assert torch.isfinite(found).tolist() == [True, False, True, False]
@@ -145,27 +154,25 @@ class ProductContract(abc.ABC):
             assert (torch.isnan(found) | (found >= exact * (1 - 1e-6) - 1e-24)).all()
 
     @given(case=st.data())
-    @settings(max_examples=30)
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.differing_executors])  # inherited, by design
     def test_any_operands_at_all(self, case):
         """Never below the exact norm, and above it by no more than was said."""
-        sizes = tuple(case.draw(st.integers(1, most)) for most in (3, 2, 70, 70, 70))
+        sizes = tuple(case.draw(st.integers(1, most)) for most in (2, 2, 66, 66, 66))
         dtype = case.draw(st.sampled_from(self.dtypes))
         input, grad = pair(sizes, dtype, seed=case.draw(st.integers(0, 99)))
-        for value in (input, grad):
-            if case.draw(st.booleans()):
-                value[:, :, ::2] = -value[:, :, 1 - sizes[2] % 2 :: 2][:, :, : value[:, :, ::2].shape[2]].flip(2)[
-                    :, :, :1
-                ]
-            value *= 10.0 ** case.draw(st.integers(-4, 4) if dtype is torch.float16 else st.integers(-36, 36))
+        powers = [case.draw(st.integers(-4, 4) if dtype is torch.float16 else st.integers(-36, 36)) for _ in range(2)]
+        for value, power in zip((input, grad), powers, strict=True):
+            if case.draw(st.booleans()):  # opposed positions
+                value[:, :, 1::2] = -value[:, :, : sizes[2] // 2 * 2 : 2]
+            value *= 10.0**power
         exact, spacings = each(input, grad).square().flatten(1).sum(1), self.total(input, grad)[1]
         found = self.norm2(input, grad)
         sure = torch.isfinite(found)
+        assert sure.all() or max(map(abs, powers)) > 6
         assert (found >= exact * (1 - 1e-7) - 1e-24)[sure].all()
-        most = exact + 4 * EPS * met(input, grad).square() + self.gap(input, grad, spacings) * (1 + 1e-3)
+        rounding = (4 + spacings) * EPS * met(input, grad, unseen=1.1e-19).square() * (1 + 1e-3)
+        most = exact + rounding + self.gap(input, grad, spacings) * (1 + 1e-3)
         assert (found <= most * (1 + 1e-5) + 1e-24)[sure].all()
-        if float(met(input, grad).max()) < 1e15 and float(met(input, grad).min()) > 1e-3:
-            ordinary = 1e-15 < float(input.abs().max()) < 1e15
-            assert sure.all() or not ordinary
 
 
 class GramContract(ProductContract):

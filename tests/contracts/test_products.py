@@ -5,22 +5,18 @@ Without a GPU the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``, s
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
 
-from contracts.products import GramContract, SquaresContract, draw, each
-from discreet.core import kernels
+from contracts.products import GramContract, SquaresContract, draw, each, needs_triton
 from discreet.core.forms import square_sum, wide
-from discreet.core.kernels import Squares
+from discreet.core.kernels import dispatch
+from discreet.core.kernels.results import GramProducts, Squares
 from discreet.core.outer import fused_direct_norm2, fused_gram_norm2, gram_norm2, gram_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install 'discreet[gpu]' on Linux"
-)
+EMPTY = ((0, 1, 3, 4, 5), (2, 1, 0, 4, 5), (2, 1, 3, 0, 5), (2, 1, 3, 4, 0), (2, 0, 3, 4, 5))
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +37,16 @@ class TestGramInTorch(GramContract):
 @needs_triton
 class TestGramKernel(GramContract):
     def products(self, inputs, grads):
-        found = kernels.gram_products([x.to(DEVICE) for x in inputs], [g.to(DEVICE) for g in grads])
+        found = dispatch.gram_products([x.to(DEVICE) for x in inputs], [g.to(DEVICE) for g in grads])
         parts = (found.total_B, found.input2_BKS, found.grad2_BKS)
-        return kernels.GramProducts(*(part.cpu() for part in parts), found.spacings)
+        return GramProducts(*(part.cpu() for part in parts), found.spacings)
 
     def norm2_of(self, inputs, grads):
         return fused_gram_norm2([x.to(DEVICE) for x in inputs], [g.to(DEVICE) for g in grads]).cpu()
 
-    @pytest.mark.parametrize("sizes", [(0, 1, 3, 4, 5), (2, 1, 0, 4, 5), (2, 1, 3, 0, 5), (2, 1, 3, 4, 0), (2, 0, 3, 4, 5)])
+    @pytest.mark.parametrize(
+        "sizes", [(0, 1, 3, 4, 5), (2, 1, 0, 4, 5), (2, 1, 3, 0, 5), (2, 1, 3, 4, 0), (2, 0, 3, 4, 5)]
+    )
     def test_of_nothing_it_is_zero(self, sizes):
         examples, groups, positions, inputs, outputs = sizes
         operands = draw(0, torch.float32, (examples, groups, positions, inputs), (examples, groups, positions, outputs))
@@ -60,13 +58,15 @@ class TestGramKernel(GramContract):
 @needs_triton
 class TestSquaresKernel(SquaresContract):
     def squares(self, input, grad):
-        found = kernels.product_squares(input.to(DEVICE), grad.to(DEVICE))
+        found = dispatch.product_squares(input.to(DEVICE), grad.to(DEVICE))
         return Squares(found.total_B.cpu(), found.spacings)
 
     def norm2(self, input, grad):
         return fused_direct_norm2(input.to(DEVICE), grad.to(DEVICE)).cpu()
 
-    @pytest.mark.parametrize("sizes", [(0, 1, 3, 4, 5), (2, 1, 0, 4, 5), (2, 1, 3, 0, 5), (2, 1, 3, 4, 0), (2, 0, 3, 4, 5)])
+    @pytest.mark.parametrize(
+        "sizes", [(0, 1, 3, 4, 5), (2, 1, 0, 4, 5), (2, 1, 3, 0, 5), (2, 1, 3, 4, 0), (2, 0, 3, 4, 5)]
+    )
     def test_of_nothing_it_is_zero(self, sizes):
         examples, groups, positions, inputs, outputs = sizes
         operands = draw(0, torch.float32, (examples, groups, positions, inputs), (examples, groups, positions, outputs))
@@ -95,10 +95,10 @@ def test_products_and_their_weighted_sum(dtype, sizes):
     input, grad = draw(3, dtype, (examples, groups, positions, inputs), (examples, groups, positions, outputs))
     factor = torch.rand(examples, dtype=torch.float64)
     wanted = each(input, grad)
-    found = kernels.products(input.to(DEVICE), grad.to(DEVICE)).cpu()
+    found = dispatch.products(input.to(DEVICE), grad.to(DEVICE)).cpu()
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-4)
-    summed = kernels.weighted_sum(input.to(DEVICE), grad.to(DEVICE), factor.to(DEVICE)).cpu()
+    summed = dispatch.weighted_sum(input.to(DEVICE), grad.to(DEVICE), factor.to(DEVICE)).cpu()
     torch.testing.assert_close(summed, (factor.reshape(-1, 1, 1, 1) * wanted).sum(0).float(), rtol=1e-5, atol=1e-4)
 
 
@@ -109,10 +109,10 @@ def test_an_example_without_a_factor_leaves_nothing(value):
     input[1, 0, 7, 3] = value
     grad[1, 0, 7] = 1e30
     factor = torch.tensor([0.5, 0.0, 2.0])
-    found = kernels.weighted_sum(input.to(DEVICE), grad.to(DEVICE), factor.to(DEVICE)).cpu()
-    kept = kernels.weighted_sum(input[::2].to(DEVICE), grad[::2].to(DEVICE), factor[::2].to(DEVICE)).cpu()
+    found = dispatch.weighted_sum(input.to(DEVICE), grad.to(DEVICE), factor.to(DEVICE)).cpu()
+    kept = dispatch.weighted_sum(input[::2].to(DEVICE), grad[::2].to(DEVICE), factor[::2].to(DEVICE)).cpu()
     assert torch.equal(found, kept)
-    products = kernels.products(input.to(DEVICE), grad.to(DEVICE)).cpu()
+    products = dispatch.products(input.to(DEVICE), grad.to(DEVICE)).cpu()
     assert torch.isfinite(products[::2]).all()
     assert not torch.isfinite(products[1]).all()
 
@@ -122,6 +122,6 @@ def test_an_entry_that_overflows_does_not_spoil_the_sum():
     input, grad = draw(5, torch.float32, (2, 1, 20, 17), (2, 1, 20, 5))
     input[1, 0, :, 3] = 1e38
     grad[1, 0, :, 2] = 1e38
-    found = kernels.weighted_sum(input.to(DEVICE), grad.to(DEVICE), torch.ones(2, device=DEVICE)).cpu()
+    found = dispatch.weighted_sum(input.to(DEVICE), grad.to(DEVICE), torch.ones(2, device=DEVICE)).cpu()
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found[0, 2, 3], each(input, grad)[0, 0, 2, 3].float(), rtol=1e-5, atol=1e-5)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from discreet.core import kernels
 from discreet.core.forms import Dense, Form, Lookup, drop_vanishing, examples_at_a_time, wide, zero_rows
-from discreet.core.kernels import GramProducts
+from discreet.core.kernels import dispatch
+from discreet.core.kernels.results import GramProducts
 from discreet.core.route import Choice, Cost, Route
 
 _HARMLESS = 1e-24
@@ -50,7 +50,7 @@ class Outer(Form):
     def choice(self) -> Choice:
         """The route to the norm of this use."""
         examples, _, positions, inputs = self.input.shape
-        prices = kernels.prices(self.input, self.grad)
+        prices = dispatch.prices(self.input, self.grad)
         return Cost(positions, inputs, self.grad.shape[-1], examples, prices=prices).choose()
 
     def rows(self, start: int, stop: int) -> Outer:
@@ -67,7 +67,7 @@ class Outer(Form):
         )
 
     def quick_norm2(self) -> Tensor:
-        if self.input.shape[2] > 1 and kernels.suit(self.input, self.grad):
+        if self.input.shape[2] > 1 and dispatch.suit(self.input, self.grad):
             if self.choice.route is Route.DIRECT:
                 return fused_direct_norm2(self.input, self.grad)
             return fused_gram_norm2([self.input], [self.grad])
@@ -99,13 +99,13 @@ class Outer(Form):
         return products.flatten(1).sum(1, dtype=torch.float64)
 
     def per_example(self) -> Tensor:
-        if kernels.suit_sums(self.input, self.grad):
-            return kernels.products(self.input, self.grad).reshape(self.examples, *self.value_shape)
+        if dispatch.suit_sums(self.input, self.grad):
+            return dispatch.products(self.input, self.grad).reshape(self.examples, *self.value_shape)
         return (wide(self.grad).mT @ wide(self.input)).reshape(self.examples, *self.value_shape)
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
-        if kernels.suit_sums(self.input, self.grad):
-            return kernels.weighted_sum(self.input, self.grad, factor_B).reshape(self.value_shape)
+        if dispatch.suit_sums(self.input, self.grad):
+            return dispatch.weighted_sum(self.input, self.grad, factor_B).reshape(self.value_shape)
         left, right = wide(self.grad), wide(self.input)
         if left.shape[-1] <= right.shape[-1]:
             left = scaled_by(left, factor_B)
@@ -197,7 +197,7 @@ def fused_gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]
     Subnormal entries, which a tensor core may take for zero, are no more than the squares that the check for what
     vanished counts already.
     """
-    found = kernels.gram_products(inputs_BKSI, grads_BKSO)
+    found = dispatch.gram_products(inputs_BKSI, grads_BKSO)
     return rounded_up(
         *(found.total_B, found.input2_BKS, found.grad2_BKS, _widths(inputs_BKSI, grads_BKSO)),
         eps=_EPS,
@@ -211,7 +211,7 @@ def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
     Entries err with ``sum_s |input_s| |grad_s|``, and with what a tensor core takes for zero. The weighted sum cancels
     as it does after a Gram norm, so the same ``4 eps (sum_s |input_s| |grad_s|)^2`` is added.
     """
-    found = kernels.product_squares(input_BKSI, grad_BKSO)
+    found = dispatch.product_squares(input_BKSI, grad_BKSO)
     tiny, (inputs, outputs) = torch.finfo(torch.float32).tiny, (input_BKSI.shape[3], grad_BKSO.shape[3])
     input_BKS, grad_BKS = (
         torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).double() + math.sqrt(value.shape[3] * tiny)

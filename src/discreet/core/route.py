@@ -7,10 +7,10 @@ A weight of I inputs and O outputs that meets S positions of each example costs,
     DIRECT S I O multiply-adds                         instantiate for the norm, tile by tile, and hold nothing
 
 KEEP replaces the contraction that the weighted sum would do, so its price is memory and the time to move it; GRAM and
-DIRECT come on top of that contraction. A convolution has two Gram routes: PIXELS multiplies input pixels with each other
-once and adds up shifted copies for the taps of the kernel; WINDOWS unfolds first. DIRECT needs a kernel that squares its
-tiles where they are made (`discreet.core.kernels`); without one KEEP is always better, and may be had wherever GRAM is
-dear.
+DIRECT come on top of that contraction. A convolution has two Gram routes: PIXELS multiplies input pixels with each
+other once and adds up shifted copies for the taps of the kernel; WINDOWS unfolds first. DIRECT needs a kernel that
+squares its tiles where they are made (`discreet.core.kernels`); without one KEEP is always better, and may be had
+wherever GRAM is dear.
 
 Every choice is made from shapes, never from data: it can be told to anyone (`Choice.reason`).
 """
@@ -122,7 +122,9 @@ class WindowCost(Cost):
         """The cheapest route of a convolution."""
         channels = self.inputs // self.taps
         square = self.positions**2
-        pixels = self.pixels**2 * (channels + self.prices.entry) + square * (self.outputs + self.taps * self.prices.entry)
+        pixels = self.pixels**2 * (channels + self.prices.entry) + square * (
+            self.outputs + self.taps * self.prices.entry
+        )
         windows = square * (self.inputs + self.outputs + self.prices.entry)
         windows += self.positions * self.inputs * self.prices.move
         booked = self.pixels * channels + self.positions * self.outputs

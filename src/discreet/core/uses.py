@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from discreet.core import kernels
 from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide
+from discreet.core.kernels import dispatch
 from discreet.core.outer import Outer, Tied, fused_gram_norm2, gram_norm2
 from discreet.core.route import Choice, Route
 
@@ -250,7 +250,7 @@ class Crossed(Part):
 
     def quick_norm2(self) -> Tensor:
         inputs, grads = self._operands()
-        if kernels.suit(*inputs, *grads):
+        if dispatch.suit(*inputs, *grads):
             return fused_gram_norm2(inputs, grads)
         return self._norm2(wide)
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core import kernels
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
+from discreet.core.kernels import dispatch
 from discreet.core.outer import Outer, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
 
@@ -73,7 +73,7 @@ class Windows(Form):
             examples=self.examples,
             pixels=folds * math.prod(padded),
             taps=taps,
-            prices=kernels.plain_prices(self.input),
+            prices=dispatch.plain_prices(self.input),
         ).choose()
 
     def rows(self, start: int, stop: int) -> Windows:

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels import Squares
 from discreet.core.kernels.operands import chain, depth_of, on_device_of, tile_of, warps_of, widened
+from discreet.core.kernels.results import Squares
 
 
 def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
@@ -50,7 +50,7 @@ def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Ten
         input_BKSI, grad_BKSO: float32, bfloat16 or float16, with any strides.
         factor_B: one factor for each example; one of 0 leaves the example out, whatever it holds.
     """
-    return _weighted(input_BKSI, grad_BKSO, factor_B.to(torch.float32), drop=True)
+    return _weighted(input_BKSI, grad_BKSO, factor_B.to(torch.float32).contiguous(), drop=True)
 
 
 def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _weighted_kernel(
     left = grad + group * grad_k + rows.to(tl.int64)[:, None] * grad_o
     right = input + group * input_k + columns.to(tl.int64)[None, :] * input_i
     total = tl.full((OUTPUTS, INPUTS), 0.0, tl.float32)
-    for example in range(0, examples):
+    for example in range(examples):
         factor = tl.load(factors + example)
         if factor != 0.0:
             product = _product(

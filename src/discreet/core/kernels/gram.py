@@ -1,7 +1,8 @@
 """The symmetric Gram product of arXiv:2110.05679, Eq. 3, in tiles: a program holds one pair of tiles of positions.
 
-A tile of ``input input^T`` and the same tile of ``grad grad^T`` are made in registers, multiplied, summed, and one number
-is written. Of the pairs (i, j) and (j, i) one is computed. No atomic addition: the numbers are summed in one fixed order.
+A tile of ``input input^T`` and the same tile of ``grad grad^T`` are made in registers, multiplied and summed, and one
+number is written. Of the pairs (i, j) and (j, i) one is computed. No atomic addition: the numbers are summed in one
+fixed order.
 
 Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
 """
@@ -15,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels import GramProducts
 from discreet.core.kernels.operands import chain, depth_of, flat_strides, on_device_of, tile_of, warps_of, widened
+from discreet.core.kernels.results import GramProducts
 
 
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:

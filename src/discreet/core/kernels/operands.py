@@ -55,8 +55,8 @@ def interpreted() -> bool:
 def chain(lengths: Sequence[int], depth: int) -> float:
     """Bound on the error of sums of so many products, made one after the other, in float32 spacings of their sizes.
 
-    Float32 products are added with half a spacing each, in chains of ``depth`` and then chunk by chunk. A tensor core may
-    cut each product where the largest ends: a whole spacing each (Fasi et al. 2021, PeerJ Computer Science 7:e330).
+    Float32 products are added with half a spacing each, in chains of ``depth`` and then chunk by chunk. A tensor core
+    may cut each product where the largest ends: a whole spacing each (Fasi et al. 2021, PeerJ Computer Science 7:e330).
     """
     return depth + sum(triton.cdiv(length, depth) for length in lengths) / 2
 
