@@ -12,13 +12,16 @@ other once and adds up shifted copies for the taps of the kernel; WINDOWS unfold
 squares its tiles where they are made (`discreet.core.kernels`); without one KEEP is always better, and may be had
 wherever GRAM is dear.
 
-Every choice is made from shapes, never from data: it can be told to anyone (`Choice.reason`).
+Every choice is made from shapes, never from data: it can be told to anyone. So training may take another route than the
+self-check, whose batch is smaller: the check takes every route in turn (`forced`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -68,6 +71,7 @@ class Choice:
         route: the way taken.
         gram, keep: what the best Gram route and KEEP cost per example, in multiply-adds.
         kept, booked: numbers held per example, by KEEP and by all other routes.
+        routes: all that it was chosen from.
         direct: what DIRECT costs, where it may be had.
     """
 
@@ -76,6 +80,7 @@ class Choice:
     keep: float
     kept: int
     booked: int
+    routes: tuple[Route, ...]
     direct: float | None = None
 
     def __str__(self) -> str:
@@ -103,8 +108,9 @@ class Cost:
 
     def choose(self) -> Choice:
         """The cheapest route of a linear map whose kept gradients are no larger than what booking holds."""
-        if self.positions == 1:
-            return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs)
+        if self.positions == 1 and _forced is None:
+            routes = (Route.PRODUCT, Route.GRAM, Route.KEEP)
+            return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs, routes)
         gram = self.positions**2 * ((self.inputs + self.outputs) / 2 + self.prices.entry)
         direct = float(self.positions * self.inputs * self.outputs) if self.prices.direct else None
         booked = self.positions * (self.inputs + self.outputs)
@@ -138,7 +144,25 @@ def _cheaper(cost: Cost, booked: int, grams: dict[Route, float], *, direct: floa
     keep = cost.prices.move * cost.kept
     if cost.kept <= booked and keep <= others[taken]:
         taken = Route.KEEP
-    return Choice(taken, grams[best], keep, cost.kept, booked, direct)
+    if _forced in others or (_forced is Route.KEEP and cost.kept * cost.examples <= _FORCED_NUMBERS):
+        taken = _forced
+    return Choice(taken, grams[best], keep, cost.kept, booked, (*others, Route.KEEP), direct)
+
+
+_forced: Route | None = None
+_FORCED_NUMBERS = 1 << 26
+"""Gradients that the self-check may hold in order to try KEEP where it would not be chosen."""
+
+
+@contextlib.contextmanager
+def forced(route: Route) -> Iterator[None]:
+    """Take this route inside, wherever it exists: norms must be the same."""
+    global _forced
+    _forced = route
+    try:
+        yield
+    finally:
+        _forced = None
 
 
 def _short(number: float) -> str:

@@ -17,14 +17,13 @@ class GramProducts:
     Attributes:
         total_B: ``sum_kst <input_s, input_t> <grad_s, grad_t>``, float64.
         input2_BKS, grad2_BKS: squared norms of the positions, in the precision of the computation.
-        spacings: bound on the error of ``total_B``, in float32 spacings (2^-23) of ``(sum_s |input_s| |grad_s|)^2``;
-            None where `discreet.core.outer.rounded_up` has its own.
+        spacings: bound on the error of ``total_B``, in spacings of that precision of ``(sum_s |input_s| |grad_s|)^2``.
     """
 
     total_B: Tensor
     input2_BKS: Tensor
     grad2_BKS: Tensor
-    spacings: float | None = None
+    spacings: float
 
 
 @dataclass(frozen=True)
