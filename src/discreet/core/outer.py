@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from discreet.core.forms import Dense, Form, Lookup, examples_at_a_time, wide, zero_rows
+from discreet.core.kernels import dispatch
+from discreet.core.kernels.results import GramProducts
 from discreet.core.route import Choice, Cost, Route
 
 _HARMLESS = 1e-24
@@ -49,7 +51,8 @@ class Outer(Form):
     def choice(self) -> Choice:
         """The route to the norm of this use."""
         examples, _, positions, inputs = self.input.shape
-        return Cost(positions, inputs, self.grad.shape[-1], examples).choose()
+        prices = dispatch.prices(self.input, self.grad)
+        return Cost(positions, inputs, self.grad.shape[-1], examples, prices=prices).choose()
 
     def rows(self, start: int, stop: int) -> Outer:
         return replace(self, input=self.input[start:stop], grad=self.grad[start:stop])
@@ -65,6 +68,10 @@ class Outer(Form):
         )
 
     def quick_norm2(self) -> Tensor:
+        if self.input.shape[2] > 1 and dispatch.suit(self.input, self.grad):
+            if self.choice.route is Route.DIRECT:
+                return fused_direct_norm2(self.input, self.grad)
+            return fused_gram_norm2([self.input], [self.grad])
         parts = self._parts() if self.input.shape[2] > 1 else [self]
         return torch.cat([part._norm2(wide(part.input), wide(part.grad)) for part in parts])
 
@@ -96,9 +103,13 @@ class Outer(Form):
         return products.flatten(1).sum(1)
 
     def per_example(self) -> Tensor:
+        if dispatch.suit_sums(self.input, self.grad):
+            return dispatch.products(self.input, self.grad).reshape(self.examples, *self.value_shape)
         return (wide(self.grad).mT @ wide(self.input)).reshape(self.examples, *self.value_shape)
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
+        if dispatch.suit_sums(self.input, self.grad):
+            return dispatch.weighted_sum(self.input, self.grad, factor_B).reshape(self.value_shape)
         left, right = wide(self.grad), wide(self.input)
         if left.shape[-1] <= right.shape[-1]:
             left = scaled_by(left, factor_B)
@@ -181,6 +192,50 @@ def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, s
             result is the sum of the pairs' squared norms.
         summed: the dtype that the weighted sum is computed in.
     """
+    found = gram_products(inputs_BKSI, grads_BKSO)
+    return _rounded_up(found, inputs_BKSI, grads_BKSO, taken=inputs_BKSI[0].dtype, summed=summed)
+
+
+def fused_gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> Tensor:
+    """`gram_norm2` by the kernel, of operands as they are stored.
+
+    Subnormal entries, which a tensor core may take for zero, are less than the squares that `rounded_up` looks for.
+    """
+    found = dispatch.gram_products(inputs_BKSI, grads_BKSO)
+    return _rounded_up(found, inputs_BKSI, grads_BKSO, taken=torch.float32, summed=torch.float32)
+
+
+def _rounded_up(
+    found: GramProducts,
+    inputs_BKSI: Sequence[Tensor],
+    grads_BKSO: Sequence[Tensor],
+    *,
+    taken: torch.dtype,
+    summed: torch.dtype,
+) -> Tensor:
+    inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
+    sums = Sums(inputs, outputs, 32 * found.spacings, taken, summed)
+    return rounded_up(found.total_B, found.input2_BKS, found.grad2_BKS, sums)
+
+
+def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
+    """Squared lengths of ``grad^T input`` by the kernel, rounded up as a Gram norm is.
+
+    Entries err with ``sum_s |input_s| |grad_s|``. The weighted sum cancels as it does after a Gram norm, so the same
+    ``4 eps (sum_s |input_s| |grad_s|)^2`` is added.
+    """
+    found, eps = dispatch.product_squares(input_BKSI, grad_BKSO), torch.finfo(torch.float32).eps
+    input_BKS, grad_BKS = (
+        torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).double() for value in (input_BKSI, grad_BKSO)
+    )
+    met_B = (input_BKS * grad_BKS).sum(2).square().sum(1).sqrt()
+    exact_B = (found.total_B.sqrt() + found.spacings * eps * met_B).square() + 4 * eps * met_B.square()
+    sums = Sums(input_BKSI.shape[3], grad_BKSO.shape[3], 32 * found.spacings, torch.float32, torch.float32)
+    return _unless_hidden(exact_B, input_BKS, grad_BKS, sums)
+
+
+def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
+    """What the kernel of that name does, in PyTorch: the lower half only, in the precision of the operands."""
     total_B, input_BKS, grad_BKS = 0.0, [], []
     for start, stop in itertools.pairwise(_edges(inputs_BKSI[0].shape[2])):
         inputs, grads = _tile(inputs_BKSI, start, stop), _tile(grads_BKSO, start, stop)
@@ -188,9 +243,9 @@ def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, s
         grad_BKS.append(grads.diagonal(offset=start, dim1=2, dim2=3))
         inputs[..., :start] *= 2
         total_B = total_B + sum_of_products(inputs, grads)
-    inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
-    sums = Sums(inputs, outputs, min(inputs, _WIDTH) + min(outputs, _WIDTH), inputs_BKSI[0].dtype, summed)
-    return rounded_up(total_B, torch.cat(input_BKS, 2), torch.cat(grad_BKS, 2), sums)
+    # Half a spacing for each addition in a row, and there are sixteen rows: a processor's registers.
+    spacings = sum(min(sum(value.shape[3] for value in values), _WIDTH) for values in (inputs_BKSI, grads_BKSO)) / 32
+    return GramProducts(total_B, torch.cat(input_BKS, 2), torch.cat(grad_BKS, 2), spacings)
 
 
 def _edges(positions: int) -> list[int]:
@@ -226,14 +281,15 @@ class Sums:
 
     Attributes:
         inputs, outputs: I and O.
-        lengths: numbers that were added up one after the other for one entry of each Gram matrix, both together.
+        lengths: numbers that were added up one after the other for one entry of each Gram matrix, both together; 32 for
+            each spacing that the entries err by.
         taken: the dtype that they were added up in.
         summed: the dtype that the weighted sum is computed in.
     """
 
     inputs: int
     outputs: int
-    lengths: int
+    lengths: float
     taken: torch.dtype
     summed: torch.dtype
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
+from discreet.core.kernels import dispatch
 from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
 
@@ -72,6 +73,7 @@ class Windows(Form):
             examples=self.examples,
             pixels=folds * math.prod(padded),
             taps=taps,
+            prices=dispatch.plain_prices(self.input),
         ).choose()
 
     def rows(self, start: int, stop: int) -> Windows:
@@ -172,7 +174,7 @@ class Windows(Form):
 
     def per_example(self) -> Tensor:
         if self.input.device.type != "cpu":
-            return self.unfolded().per_example()
+            return torch.cat([part.unfolded().per_example() for part in self._parts()])
         examples, folds = self.input.shape[:2]
         each = _weight_grad(
             wide(self.input).reshape(1, -1, *self.input.shape[3:]),
