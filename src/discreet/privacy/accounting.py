@@ -51,6 +51,7 @@ from discreet.privacy.proposal import (
     step_count,
 )
 from discreet.privacy.queries import (
+    SMALLEST_NOISE,
     Accountant,
     Gaussian,
     Query,
@@ -105,7 +106,7 @@ def epsilon(
     error of the Fourier transforms (`fourier_margin`). Never negative, never NaN. The same set of queries in another
     order or split (two times 10 steps, or once 20) gives the same bits.
 
-    Edge cases: no query or count 0: 0. sigma 0: inf. The `Selection` deltas use up ``delta``: inf.
+    Edge cases: no query or count 0: 0. sigma 0, or below 0.01: inf. The `Selection` deltas use up ``delta``: inf.
 
     Args:
         queries: what was, or will be, released.
@@ -245,12 +246,12 @@ def solve_step_noise(
     A fast composition (`discreet.privacy.losses`) proposes, and one or two evaluations of `epsilon` decide.
 
     **Guarantees.** The epsilon of ``[*before, the steps]``, by the same function that reports it, is at most
-    ``epsilon``, and at least 0.999 of it (unless ``before`` alone is closer than that). The search ends after 60
-    evaluations at the latest, with the best that it has seen.
+    ``epsilon``, and at least 0.999 of it (unless ``before`` alone is closer than that, or `SMALLEST_NOISE` is enough,
+    which is then the answer). The search ends after 60 evaluations at the latest, with the best that it has seen.
 
     Args:
         step: the steps; their own noise multiplier is not looked at.
-        epsilon: target, finite and above 0.
+        epsilon: target, from 1e-6 to 1e6.
         delta: in (0, 1).
         before: queries already decided on the same data.
         repetitions: the steps are one run of a search that repeats it so; ``epsilon`` is the search's. By rdp only.
@@ -278,7 +279,9 @@ def solve_step_noise(
 
     left = delta - earlier.selection_delta * selections_per_neighbour(relation)
     model = FastModel(step, earlier, left, relation, fast=accountant is Accountant.PLD)
-    root = solve_decreasing(spent, target=epsilon, guess=model.noise_multiplier, guess_value=model.epsilon)
+    root = solve_decreasing(
+        spent, target=epsilon, guess=model.noise_multiplier, guess_value=model.epsilon, smallest=SMALLEST_NOISE
+    )
     if root is None:
         raise ConfigError(
             f"epsilon={epsilon}: no noise multiplier reaches it in {step.count} steps; "
@@ -512,10 +515,19 @@ def _check_delta(delta: float) -> None:
         raise ConfigError(f"delta={delta}: must be above 0 and below 1; the default is 1 / examples^1.1.")
 
 
+SMALLEST_EPSILON, LARGEST_EPSILON = 1e-6, 1e6
+"""Targets for which noise is solved."""
+
+
 def _check_target(epsilon: float, *, steps: int) -> None:
     if not (0 < epsilon < math.inf):
         raise ConfigError(
             f"epsilon={epsilon}: must be finite and above 0 to solve the noise; a Plan takes epsilon=inf for none."
+        )
+    if not SMALLEST_EPSILON <= epsilon <= LARGEST_EPSILON:
+        raise ConfigError(
+            f"epsilon={epsilon}: must be from {SMALLEST_EPSILON:g} to {LARGEST_EPSILON:g} to solve for; "
+            "the usual range is 1 to 8."
         )
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ConfigError(f"steps={steps!r}: must be an integer of at least 1; pass the number of updates.")

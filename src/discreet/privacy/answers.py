@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.accounting import (
+    LARGEST_EPSILON,
+    SMALLEST_EPSILON,
     Accountant,
     Query,
     Relation,
@@ -25,7 +27,7 @@ from discreet.privacy.accounting import (
 )
 from discreet.privacy.gdp import gdp_mu
 from discreet.privacy.proposal import most_countable_steps, proposed_epsilon, selections_per_neighbour, sensitivity
-from discreet.privacy.queries import Selection, summarise
+from discreet.privacy.queries import SMALLEST_NOISE, Selection, summarise
 from discreet.privacy.search import Largest, largest_within
 
 MOST_STEPS = 10_000_000
@@ -39,7 +41,7 @@ class Budget:
     """What may be spent, and how it is counted.
 
     Attributes:
-        epsilon: target, finite and above 0. delta: in (0, 1).
+        epsilon: target, from 1e-6 to 1e6. delta: in (0, 1).
         before: queries already decided on the same data.
         relation: what neighbouring data sets are. accountant: how to compose.
     """
@@ -51,8 +53,11 @@ class Budget:
     accountant: Accountant = Accountant.PLD
 
     def __post_init__(self) -> None:
-        if not (0 < self.epsilon < math.inf):
-            raise ConfigError(f"epsilon={self.epsilon}: must be finite and above 0; ask for e.g. epsilon=3.")
+        if not SMALLEST_EPSILON <= self.epsilon <= LARGEST_EPSILON:
+            raise ConfigError(
+                f"epsilon={self.epsilon}: must be from {SMALLEST_EPSILON:g} to {LARGEST_EPSILON:g} to solve for; "
+                "the usual range is 1 to 8."
+            )
         if not 0 < self.delta < 1:
             raise ConfigError(f"delta={self.delta}: must be above 0 and below 1; the default is 1 / examples^1.1.")
 
@@ -115,8 +120,11 @@ def _largest(make: Callable[[int], Step], budget: Budget, *, limit: int, what: s
             f"epsilon={budget.epsilon}: the queries before already spend {already:.6g} at delta={budget.delta}; "
             "raise epsilon."
         )
-    if make(1).noise_multiplier == 0:
-        raise BudgetExceeded("noise_multiplier=0: nothing is private without noise; pass a noise multiplier above 0.")
+    if make(1).noise_multiplier < SMALLEST_NOISE:
+        raise BudgetExceeded(
+            f"noise_multiplier={make(1).noise_multiplier}: counts as no noise below {SMALLEST_NOISE}; "
+            "pass a larger noise multiplier."
+        )
     guess = _guess(make, budget, limit=limit)
     found = largest_within(lambda n: budget.spent(make(n)), target=budget.epsilon, guess=guess, limit=limit)
     if found is None:

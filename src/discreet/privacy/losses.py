@@ -73,7 +73,7 @@ def step_delta(part: Part, epsilons: np.ndarray) -> np.ndarray:
         lower = _mixture_tail(cut, rate, sigma, -1.0)
         return np.clip(upper - _times_exp(epsilons, lower), 0.0, 1.0)
     sign = 1.0 if part.direction is Direction.REMOVE else -1.0
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         cut = 0.5 + sigma**2 * np.log1p(np.expm1(sign * epsilons) / rate)
     inside = sign * epsilons > (math.log1p(-rate) if rate < 1 else -math.inf)
     cut = np.where(inside, cut, 0.0)
@@ -239,7 +239,7 @@ def _epsilon(losses: np.ndarray, probabilities: np.ndarray, *, log_scale: float,
     excess = above[index] - math.log(delta)
     if excess <= 0:
         return float(losses[index])
-    return float(math.log(delta) + math.log(math.expm1(excess)) - below[index])
+    return float(math.log(delta) + excess + math.log(-math.expm1(-excess)) - below[index])
 
 
 def _mixture_tail(cut: np.ndarray, rate: float, sigma: float, centre: float) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from discreet.privacy.gdp import gdp_epsilon, gdp_mu, seed_noise_multiplier
 from discreet.privacy.losses import Direction, Part, Steps, composed_epsilon, loss_range
-from discreet.privacy.queries import Relation, SampledGaussian, Summary, TruncatedGaussian, summarise
+from discreet.privacy.queries import SMALLEST_NOISE, Relation, SampledGaussian, Summary, TruncatedGaussian, summarise
 from discreet.privacy.search import solve_decreasing
 
 EXTENDED = bool(np.finfo(np.longdouble).eps < 2.0**-60)
@@ -44,6 +44,7 @@ def step_count(total: Summary) -> int:
 
 _GRID_OVER_SPREAD = 0.03
 _LARGEST_GRID = 2.0**-8
+_SMALLEST_GRID = 1e-12
 _STEP_POINTS = 2**15
 _TOTAL_POINTS = 2**20
 _TAIL = 10.0
@@ -68,7 +69,7 @@ def loss_grid(total: Summary, relation: Relation) -> float:
         rate, sigma = query.sample_rate, query.noise_multiplier
         variance += query.count * rate * distance**2 * (1 / (4 * sigma**4) + 1 / sigma**2)
     spread = 17 * math.sqrt(variance)
-    return max(fine, widest / _STEP_POINTS, spread / _TOTAL_POINTS)
+    return max(fine, widest / _STEP_POINTS, spread / _TOTAL_POINTS, _SMALLEST_GRID)
 
 
 UNLIKELY_CUT = 1e-250
@@ -120,16 +121,25 @@ class FastModel:
         if not self.fast:
             return self._inverse_limit(epsilon)
         root = solve_decreasing(
-            self._close, target=epsilon, guess=self._inverse_limit, guess_value=self._limit, window=_MODEL_WINDOW
+            self._close,
+            target=epsilon,
+            guess=self._inverse_limit,
+            guess_value=self._limit,
+            window=_MODEL_WINDOW,
+            smallest=SMALLEST_NOISE,
         )
         return self._inverse_limit(epsilon) if root is None else root.x
 
     def _close(self, noise_multiplier: float) -> float:
         total = merged(self.earlier, dataclasses.replace(self.step, noise_multiplier=noise_multiplier))
+        if total.noiseless:
+            return math.inf
         return proposed_epsilon(total, self.left, self.relation) if total.steps else self._limit(noise_multiplier)
 
     def _limit(self, noise_multiplier: float) -> float:
         total = merged(self.earlier, dataclasses.replace(self.step, noise_multiplier=noise_multiplier))
+        if total.noiseless:
+            return math.inf
         return gdp_epsilon(total.limit_mu * sensitivity(self.relation), delta=self.left)
 
     def _inverse_limit(self, epsilon: float) -> float:
@@ -150,6 +160,7 @@ def merged(total: Summary, step: SampledGaussian | TruncatedGaussian) -> Summary
         sampled=(*total.sampled, *more.sampled),
         truncated=(*total.truncated, *more.truncated),
         gaussian_mu=math.hypot(total.gaussian_mu, more.gaussian_mu),
+        noiseless=total.noiseless or more.noiseless,
     )
 
 

@@ -20,6 +20,9 @@ from discreet.errors import ConfigError
 from discreet.privacy.gdp import step_mu
 from discreet.privacy.repetitions import Repetitions, Stopping
 
+SMALLEST_NOISE = 0.01
+"""A noise multiplier below this counts as none: its epsilon would be in the thousands, and is said to be infinite."""
+
 
 class Relation(enum.Enum):
     """When two data sets are neighbours."""
@@ -227,7 +230,7 @@ class Summary:
         sampled: distinct (q, sigma) with q < 1 and count > 0, sorted.
         gaussian_mu: ``sqrt(sum n / sigma^2)`` over all queries that are not sampled (their composition is exact).
         selection_delta: sum of the `Selection` deltas.
-        noiseless: some query has sigma 0.
+        noiseless: some query has sigma 0, or less than `SMALLEST_NOISE`.
         truncated: distinct queries on truncated batches, count > 0, sorted.
         repeated: searches, each with its run in canonical form, sorted.
     """
@@ -279,17 +282,17 @@ def summarise(queries: Sequence[Query]) -> Summary:
     present = sorted((rate, sigma, count) for (rate, sigma), count in counts.items() if count > 0)
     cut = [TruncatedGaussian(*kind, count) for kind, count in sorted(truncated.items()) if count > 0]
     noiseless = (
-        any(sigma == 0 for _, sigma, _ in present)
-        or any(query.noise_multiplier == 0 for query in cut)
+        any(sigma < SMALLEST_NOISE for _, sigma, _ in present)
+        or any(query.noise_multiplier < SMALLEST_NOISE for query in cut)
         or any(run.noiseless for run, _ in repeated)
     )
-    noisy = [entry for entry in present if entry[1] > 0]
+    noisy = [entry for entry in present if entry[1] >= SMALLEST_NOISE]
     return Summary(
         sampled=tuple(SampledGaussian(rate, sigma, count) for rate, sigma, count in noisy if rate < 1),
         gaussian_mu=math.sqrt(math.fsum(count / sigma**2 for rate, sigma, count in noisy if rate == 1)),
         selection_delta=math.fsum(sorted(selections)),
         noiseless=noiseless,
-        truncated=tuple(query for query in cut if query.noise_multiplier > 0),
+        truncated=tuple(query for query in cut if query.noise_multiplier >= SMALLEST_NOISE),
         repeated=tuple(sorted((entry for entry in repeated if not entry[0].empty), key=repr)),
     )
 

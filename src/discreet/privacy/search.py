@@ -35,6 +35,7 @@ def solve_decreasing(
     guess: Callable[[float], float],
     guess_value: Callable[[float], float],
     window: float = WINDOW,
+    smallest: float = 0.0,
 ) -> Root | None:
     """An x with ``window * target <= function(x) <= target``.
 
@@ -52,14 +53,15 @@ def solve_decreasing(
         guess: a model's inverse, value -> x > 0; it may be far off.
         guess_value: the model itself, x -> value.
         window: in (0, 1).
+        smallest: no smaller x is looked at. It is the answer if f is not above the target there.
     """
     seen: list[tuple[float, float]] = []
     aim = 0.5 * (1 + window)
-    x = guess(aim * target)
+    x = max(smallest, guess(aim * target))
     for evaluations in range(1, _MAX_EVALUATIONS + 1):
         value = function(x)
         seen.append((x, value))
-        if window * target <= value <= target:
+        if window * target <= value <= target or (x <= smallest and value <= target):
             return Root(x=x, value=value, evaluations=evaluations)
         below = max((point for point, height in seen if height > target), default=None)
         above = min((point for point, height in seen if height <= target), default=None)
@@ -69,7 +71,7 @@ def solve_decreasing(
             proposal = _corrected(seen[0], aim * target, guess, guess_value)
         else:
             proposal = _interpolated(seen, aim * target)
-        x = _inside(proposal, below, above, evaluations=evaluations)
+        x = max(smallest, _inside(proposal, below, above, evaluations=evaluations))
     best = min((point for point in seen if point[1] <= target), default=None)
     return None if best is None else Root(x=best[0], value=best[1], evaluations=len(seen))
 
