@@ -72,13 +72,15 @@ class Tradeoff:
     def mu_equivalent(self, *, delta: float) -> float:
         """The smallest mu such that, down to ``delta``, no attack is easier than telling N(0, 1) from N(mu, 1).
 
-        The largest mu that is needed at an epsilon with ``delta(epsilon) >= delta``. Below delta the losses of small
-        batches have longer tails than a Gaussian, and there no mu would do.
+        The largest mu that is needed at an epsilon of the profile, up to the first whose delta is below ``delta``
+        (Definition 2.2, arXiv:1905.02383, cut off). Further out the losses of small batches have longer tails than a
+        Gaussian, and there no mu would do.
         """
         if self.deltas[0] >= 1:
             return math.inf
-        pairs = [pair for pair in zip(self.epsilons, self.deltas, strict=True) if pair[1] >= delta]
-        return max((gdp_mu(at, delta=value) for at, value in pairs), default=0.0)
+        reached = sum(value >= delta for value in self.deltas) + 1
+        pairs = zip(self.epsilons[:reached], self.deltas[:reached], strict=True)
+        return max((gdp_mu(at, delta=value) for at, value in pairs if value > 0), default=0.0)
 
 
 def tradeoff(
