@@ -1,7 +1,7 @@
 """The accountant: how long solving the noise takes, and 1,000 random questions whose answers are checked.
 
     python -m bench.accountant --out bench/out/accountant.json                  # published points, then 1,000 random
-    python -m bench.accountant --random 0                                       # published points only
+    python -m bench.accountant --random 0 --referee 3                           # beside dp_accounting's own search
 
 For each random (N, q, S, epsilon, delta): epsilon is at most the target; with 0.5 % less noise it is above it; one
 argument moved by 5 % moves epsilon the right way; nothing is negative, NaN or slow. Times are of one process, and of
@@ -17,7 +17,10 @@ import math
 import time
 from pathlib import Path
 
+import dp_accounting
 import numpy as np
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
 
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Relation, SampledGaussian, epsilon, solve_noise
@@ -50,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     """Print the tables; 1 when an answer was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=int, default=1_000, metavar="COUNT")
+    parser.add_argument(
+        "--referee", type=int, default=0, metavar="COUNT", help="time dp_accounting's own search on some"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
@@ -63,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['cpu']:6.2f} {row['evaluations']:12d} {row['close']!s:>13}",
             flush=True,
         )
+    for name, *point in POINTS[: options.referee]:
+        sigma, cpu = referee_search(*point)
+        print(f"{name:26} dp_accounting's own search: sigma {sigma:.5g}, {cpu:.1f} CPU seconds", flush=True)
     rows = [random_row(*question) for question in questions(options.random, seed=options.seed)]
     wrong = [row for row in (*published, *rows) if row["wrong"]]
     if rows:
@@ -120,6 +129,21 @@ def published_row(name: str, rate: float, steps: int, target: float, delta: floa
         "close": close,
         "wrong": not close or solution.epsilon > target,
     }
+
+
+def referee_search(rate: float, steps: int, target: float, delta: float) -> tuple[float, float]:
+    """Sigma by dp_accounting's calibration with its PLD accountant, all defaults, and the CPU seconds it takes."""
+    cpu = time.process_time()
+    sigma = dp_accounting.calibrate_dp_mechanism(
+        PLDAccountant,
+        lambda noise: dp_event.SelfComposedDpEvent(
+            dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise)), steps
+        ),
+        target_epsilon=target,
+        target_delta=delta,
+        bracket_interval=dp_accounting.LowerEndpointAndGuess(0.1, 1.0),
+    )
+    return float(sigma), time.process_time() - cpu
 
 
 def random_row(

@@ -11,7 +11,7 @@ from dp_accounting.pld import privacy_loss_mechanism as referee
 
 from discreet.privacy.accounting import Gaussian, Relation, SampledGaussian, TruncatedGaussian, epsilon
 from discreet.privacy.losses import Direction, Part, Steps, composed_epsilon, loss_range, step_delta
-from discreet.privacy.proposal import fourier_margin, loss_grid, proposed_epsilon, step_parts
+from discreet.privacy.proposal import EXTENDED, fourier_margin, loss_grid, proposed_epsilon, step_parts
 from discreet.privacy.queries import summarise
 
 VAULT = 518e3 / (13e12 / 1024)
@@ -59,6 +59,15 @@ AGREE = [
 def test_compositions_agree_with_the_referee(queries, relation):
     proposed = proposed_epsilon(summarise(queries), 1e-6, relation)
     assert proposed == pytest.approx(epsilon(queries, delta=1e-6, relation=relation), rel=1e-5)
+
+
+@pytest.mark.skipif(not EXTENDED, reason="this machine has no 80-bit numbers")
+@pytest.mark.parametrize(("sigma", "delta"), [(0.614, 1.1e-10), (0.8, 1e-12)])
+def test_a_tiny_delta_agrees_with_the_referee_in_80_bits(sigma, delta):
+    """Two ways round the rounding of float64, which have nothing in common: wider numbers, and a tilt."""
+    queries = [SampledGaussian(VAULT, sigma, 100_000)]
+    proposed = proposed_epsilon(summarise(queries), delta, Relation.ADD_REMOVE)
+    assert proposed == pytest.approx(epsilon(queries, delta=delta), rel=1e-5)
 
 
 def test_a_wrong_number_of_steps_is_seen():

@@ -15,7 +15,7 @@ What is exact, and what is a bound:
   are small (13.4 for 2.84 at q = 0.01, sigma = 1, 1,000 steps), and the same thing where they are not sampled.
   sigma counts in clip bounds R in both relations.
 - truncated Poisson batches: whether a batch was cut is taken as known, and a cut batch as a replacement (a cut lets
-  another example in): an upper bound, as in dp_accounting. Cut batches are rare, so it is nearly tight.
+  another example in): an upper bound, as in dp_accounting, and nearly tight where cuts are rare.
 - RDP with replace-one or with truncated batches: not in dp_accounting; see `discreet.privacy.renyi`.
 - searches (`Repeated`): an upper bound, by RDP alone.
 """
@@ -130,8 +130,6 @@ def delta(
     accountant: Accountant = Accountant.PLD,
 ) -> float:
     """Delta such that all ``queries`` together are (epsilon, delta)-DP; an upper bound in [0, 1]. See `epsilon`."""
-    if not epsilon >= 0:
-        raise ConfigError(f"epsilon={epsilon}: must be at least 0; ask for e.g. epsilon=3.")
     return profile(queries, epsilons=[epsilon], relation=relation, accountant=accountant)[0]
 
 
@@ -143,6 +141,9 @@ def profile(
     accountant: Accountant = Accountant.PLD,
 ) -> tuple[float, ...]:
     """`delta` at many epsilons, of one composition: the privacy profile. Not increasing in epsilon."""
+    for value in epsilons:
+        if not value >= 0:
+            raise ConfigError(f"epsilon={value}: must be at least 0; ask for e.g. epsilon=3.")
     total = summarise(queries)
     _check_supported(total, accountant)
     selection = total.selection_delta * selections_per_neighbour(relation)

@@ -20,8 +20,8 @@ from discreet.privacy.losses import Direction, Part, Steps, composed_epsilon, lo
 from discreet.privacy.queries import SMALLEST_NOISE, Relation, SampledGaussian, Summary, TruncatedGaussian, summarise
 from discreet.privacy.search import solve_decreasing
 
-EXTENDED = bool(np.finfo(np.longdouble).eps < 2.0**-60)
-"""Whether this machine has 80-bit numbers (x86 has, ARM has not)."""
+EXTENDED = float(np.finfo(np.longdouble).eps) == 2.0**-63
+"""Whether this machine has 80-bit numbers: x86 has; ARM has none, or wider ones in software, which are too slow."""
 
 SMALL_MARGIN = 0.002
 """Where the margin is a larger share of delta than this, the composition is done in 80 bits."""
@@ -34,11 +34,11 @@ def fourier_margin(total: Summary, *, extended: bool = False) -> float:
     arithmetic the error of float64 (u = 2^-52) was at most 0.63 n u over 260 points (n from 100 to 10^6, sigma from 0.4
     to 50). In 80 bits u = 2^-63.
     """
-    unit = float(np.finfo(np.longdouble).eps) if extended else 2.0**-52
-    return 1.25 * step_count(total) * unit + 1e-14
+    return 1.25 * step_count(total) * (2.0**-63 if extended else 2.0**-52) + 1e-14
 
 
 def step_count(total: Summary) -> int:
+    """n, over all queries on random batches."""
     return sum(query.count for query in total.steps)
 
 
@@ -176,5 +176,4 @@ def selections_per_neighbour(relation: Relation) -> int:
 
 def most_countable_steps(delta: float) -> int:
     """The number of steps whose margin for rounding takes a quarter of delta. 0 where there is none."""
-    unit = float(np.finfo(np.longdouble).eps) if EXTENDED else 2.0**-52
-    return max(0, math.floor((delta / 4 - 1e-14) / (1.25 * unit)))
+    return max(0, math.floor((delta / 4 - 1e-14) / (1.25 * (2.0**-63 if EXTENDED else 2.0**-52))))

@@ -5,7 +5,7 @@ data. With a rate a of false alarms, the share of members found is at most
 
     power(a) = min over eps >= 0 of min(e^eps a + delta(eps), 1 - e^-eps (1 - delta(eps) - a)),
 
-where delta(eps) is the privacy profile (Theorem 2.1, arXiv:1311.0776, at every epsilon; Proposition 2.12,
+where delta(eps) is the privacy profile (Theorem 2.1, arXiv:1311.0776, at every epsilon; primal and dual,
 arXiv:1905.02383). Each epsilon alone gives a bound, so finitely many give an upper bound; the exact profile at all of
 them gives what the best attacker attains. `mu_equivalent` compares with telling N(0, 1) from N(mu, 1).
 """
