@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from discreet.app import commands
+from discreet.app.account import add_arguments as add_account_arguments
 from discreet.app.models import ModelKind
 from discreet.core.clipping import Clipping
 from discreet.core.style import Style
 from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError
-from discreet.privacy.accounting import Accountant
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET = 0, 1, 2, 3
 
@@ -120,8 +120,8 @@ def parser() -> argparse.ArgumentParser:
     check = _command(verbs, "check", "check model and loss for the shape of a data file, reading no private value")
     _add_data(check)
     _add_model(check)
-    account = _command(verbs, "account", "epsilon of a training run, or the noise for an epsilon")
-    _add_account(account)
+    account = _command(verbs, "account", "of epsilon, delta, noise, steps and batch size, the one that is left out")
+    add_account_arguments(account)
     for name, text in (
         ("verify", "re-derive epsilon and delta of a run from its ledger"),
         ("report", "write report.html"),
@@ -210,18 +210,6 @@ def _add_planning(command: _Parser) -> None:
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
     command.add_argument("--simulation", type=Path, metavar="FILE", help="simulated runs, to be drawn on the page")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
-
-
-def _add_account(command: _Parser) -> None:
-    command.add_argument("--examples", type=int, required=True, metavar="N")
-    command.add_argument("--batch-size", type=int, required=True, metavar="B")
-    command.add_argument("--steps", type=int, required=True, metavar="S")
-    command.add_argument("--delta", type=float, metavar="D", help="default: 1 / examples^1.1")
-    known = command.add_mutually_exclusive_group(required=True)
-    known.add_argument("--noise-multiplier", type=float, metavar="SIGMA", help="gives epsilon")
-    known.add_argument("--epsilon", type=float, metavar="E", help="gives the noise multiplier")
-    accountants = [accountant.value for accountant in Accountant]
-    command.add_argument("--accountant", choices=accountants, default=Accountant.PLD.value)
 
 
 def _names(text: str) -> tuple[str, ...]:

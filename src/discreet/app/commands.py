@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from discreet.app.account import answer
 from discreet.app.models import ModelKind
 from discreet.app.planning import PlanOptions, plan_data
 from discreet.app.report import write_report
 from discreet.app.selfcheck import check_data
 from discreet.app.training import DataOptions, Outcome, TrainOptions, train_digits, train_file
 from discreet.errors import ConfigError
-from discreet.privacy.accounting import Accountant
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
 from discreet.train.setup import clipping_of
@@ -53,27 +53,16 @@ def plan(options: argparse.Namespace) -> None:
 
 def account(options: argparse.Namespace) -> None:
     """`discreet account`."""
-    plan = Plan.solve(
-        examples=options.examples,
-        batch_size=options.batch_size,
-        steps=options.steps,
-        delta=options.delta,
-        epsilon=options.epsilon,
-        noise_multiplier=options.noise_multiplier,
-        accountant=Accountant(options.accountant),
-    )
-    facts = {
-        "epsilon": _number(plan.spent()),
-        "delta": plan.delta,
-        "noise_multiplier": plan.noise_multiplier,
-        "sample_rate": plan.sample_rate,
-        "batch_size": plan.batch_size,
-        "steps": plan.steps,
-        "examples": plan.examples,
-        "relation": plan.relation.value,
-        "accountant": plan.accountant.value,
-    }
-    _print_json(facts) if options.json else _print_table(facts)
+    found = answer(options)
+    if options.json:
+        _print_json({**found.facts, "curve": found.curve} if found.curve else found.facts)
+        return
+    _print_table({name: value for name, value in found.facts.items() if name != "attack"})
+    if found.curve:
+        print("\nfalse alarms  members found, at most")
+        for rate, power in found.curve:
+            print(f"{rate:<12g}  {power:.6g}")
+    print("\n" + "\n".join(found.words))
 
 
 def verify_run(options: argparse.Namespace) -> None:
