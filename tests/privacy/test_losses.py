@@ -62,12 +62,15 @@ def test_compositions_agree_with_the_referee(queries, relation):
 
 
 @pytest.mark.skipif(not EXTENDED, reason="this machine has no 80-bit numbers")
-@pytest.mark.parametrize(("sigma", "delta"), [(0.614, 1.1e-10), (0.8, 1e-12)])
-def test_a_tiny_delta_agrees_with_the_referee_in_80_bits(sigma, delta):
-    """Two ways round the rounding of float64, which have nothing in common: wider numbers, and a tilt."""
+@pytest.mark.parametrize(("sigma", "delta", "close"), [(0.614, 1.1e-10, 1e-5), (0.8, 1e-12, 1e-3)])
+def test_a_tiny_delta_agrees_with_the_referee_in_80_bits(sigma, delta, close):
+    """Two ways round the rounding of float64, which have nothing in common: wider numbers, and a tilt.
+
+    At 1e-12 the referee's own rounding is 0.2 % of delta, a tenth of the margin.
+    """
     queries = [SampledGaussian(VAULT, sigma, 100_000)]
     proposed = proposed_epsilon(summarise(queries), delta, Relation.ADD_REMOVE)
-    assert proposed == pytest.approx(epsilon(queries, delta=delta), rel=1e-5)
+    assert proposed == pytest.approx(epsilon(queries, delta=delta), rel=close)
 
 
 def test_a_wrong_number_of_steps_is_seen():
