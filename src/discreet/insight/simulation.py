@@ -1,0 +1,421 @@
+"""Simulation at constant TAN: compare settings of a private run at a small share of its cost, on data that are public.
+
+Noise in the parameters and number of steps stay what they are, (B, sigma, S) -> (B / k, sigma / k, S), and so do
+learning rate and clipping: "total amount of noise" (arXiv:2210.03403, section 4). Then the same settings win at B / k as
+at B, k times cheaper. S is never reduced.
+
+**A simulation is not private**, although the run that it stands for is: its sigma is tiny. Charging it is void, too:
+each trial has the signal-to-noise of a full run and would cost a whole epsilon in the best of worlds. So private data
+are refused here, unless the caller asks for an unaccounted search, which is then stamped NON-PRIVATE in its type, its
+log line and its file. To search on private data and pay for it, see `discreet.train.tune`.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from discreet.core.clipping import Clipping, ClippingKind
+from discreet.core.gradient import LossFunction
+from discreet.core.rng import seed_key, subkey
+from discreet.errors import ConfigError
+from discreet.insight.extrapolation import FEWEST_SEEDS, Extrapolation, extrapolate
+from discreet.privacy.plan import Plan
+from discreet.privacy.sampling import PoissonSampling
+from discreet.train.check import check
+from discreet.train.examples import Examples
+from discreet.train.loop import Data
+from discreet.train.setup import clipping_of
+from discreet.train.trial import Recipe, Schedule, run_trial
+
+NON_PRIVATE_STAMP = "NON-PRIVATE"
+USUAL_SAVING = 64.0
+SMALLEST_BATCH = 16
+"""Below this the test loss of scikit-learn's digits leaves that of the full batch (docs/lab-notes.md)."""
+
+_CHECK_EXAMPLES = 4
+_log = logging.getLogger("discreet")
+
+OnProgress = Callable[[int, int], None]
+"""Told (steps done, steps in all) now and then."""
+
+
+class Origin(enum.Enum):
+    """Whose data a simulation reads."""
+
+    PUBLIC = "public"
+    PRIVATE = "private"
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """Data that stand for the private ones.
+
+    Attributes:
+        data: training examples, as `make_private` takes them.
+        score: accuracy of a model on held-out examples of the same kind, in [0, 1].
+        origin: PUBLIC, also for synthetic data; nobody but the caller can know.
+        name: for people.
+    """
+
+    data: Data
+    score: Callable[[nn.Module], float]
+    origin: Origin
+    name: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of the private run: what would be trained in earnest.
+
+    Attributes:
+        name: unique among its rivals.
+        plan: (B, sigma, S) and the clipping of the real run.
+        recipe: optimiser and learning rate.
+        build: a model with fresh weights from torch's global generator, which is seeded before the call.
+        loss: per-example losses, shape (B,).
+    """
+
+    name: str
+    plan: Plan
+    recipe: Recipe
+    build: Callable[[], nn.Module]
+    loss: LossFunction
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One simulated run: of whom, at which scale, with which randomness, and how accurate it became."""
+
+    candidate: str
+    batch: int
+    noise_multiplier: float
+    steps: int
+    seed: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One line of the ranking: mean and standard deviation over seeds at the scale of the ranking."""
+
+    candidate: str
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What was simulated and what follows.
+
+    Attributes:
+        ranking: best first. chosen: the first of them.
+        trials: the runs behind the ranking. fitted: the runs of the chosen one behind the line; seeds of their own, so
+            that having been chosen does not flatter it.
+        fit: the line in log2 batch, and the interval for the real run.
+        data: name of the proxy.
+        examples_processed: per-example gradients spent here. full_search: what the same comparison costs at full size.
+        seconds: wall-clock time.
+    """
+
+    ranking: tuple[Standing, ...]
+    trials: tuple[Trial, ...]
+    fitted: tuple[Trial, ...]
+    fit: Extrapolation
+    data: str
+    examples_processed: int
+    full_search: int
+    seconds: float
+
+    @property
+    def stamp(self) -> str:
+        """Empty: public data may be looked at as often as one likes."""
+        return ""
+
+    @property
+    def chosen(self) -> str:
+        """Name of the best candidate."""
+        return self.ranking[0].candidate
+
+    @property
+    def saved(self) -> float:
+        """How many times cheaper than the same comparison at full size, counted in per-example gradients."""
+        return self.full_search / self.examples_processed
+
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever reads the figures must know first."""
+        return self.fit.warnings()
+
+    def note(self) -> str:
+        """One line for `Plan.notes`: how the plan's settings were chosen."""
+        return f"chosen by simulation at constant TAN on public data ({self.data}): {self.chosen}"
+
+    def to_json(self) -> dict[str, object]:
+        """The file: ``points`` and ``fit`` are those of the chosen candidate."""
+        return {
+            "format": 1,
+            "stamp": self.stamp,
+            "data": self.data,
+            "chosen": self.chosen,
+            "points": [{"batch": t.batch, "seed": t.seed, "accuracy": t.accuracy} for t in self.fitted],
+            "fit": self.fit.to_json(),
+            "ranking": [{"candidate": s.candidate, "mean": s.mean, "sd": s.sd} for s in self.ranking],
+            "trials": [
+                {
+                    "candidate": t.candidate,
+                    "batch": t.batch,
+                    "noise_multiplier": t.noise_multiplier,
+                    "steps": t.steps,
+                    "seed": t.seed,
+                    "accuracy": t.accuracy,
+                }
+                for t in (*self.trials, *self.fitted)
+            ],
+            "examples_processed": self.examples_processed,
+            "full_search": self.full_search,
+            "saved": self.saved,
+            "seconds": self.seconds,
+            "warnings": list(self.warnings()),
+        }
+
+
+@dataclass(frozen=True)
+class NonPrivateSimulation(Simulation):
+    """The same on private data, unaccounted: nothing in it may be released, nor what was chosen by it."""
+
+    @property
+    def stamp(self) -> str:
+        """What every page and file must show."""
+        return NON_PRIVATE_STAMP
+
+    def warnings(self) -> tuple[str, ...]:
+        """The stamp first."""
+        return (
+            f"{NON_PRIVATE_STAMP}: simulated on private data without accounting; every figure here, and the choice of "
+            f"{self.chosen!r}, may reveal examples, and no later epsilon covers it.",
+            *super().warnings(),
+        )
+
+    def note(self) -> str:
+        """One line for `Plan.notes`."""
+        return f"{NON_PRIVATE_STAMP} search: chosen on private data without accounting: {self.chosen}"
+
+
+def usual_scales(batch_size: int, *, saving: float = USUAL_SAVING) -> tuple[float, float, float]:
+    """Three factors k around ``saving``, a factor of two apart, largest first; batches of at least 16 where that can be.
+
+    The middle one is for the ranking.
+    """
+    middle = max(2.0, min(saving, batch_size / (2 * SMALLEST_BATCH)))
+    return (2 * middle, middle, middle / 2)
+
+
+def scaled(plan: Plan, *, factor: float, examples: int) -> Schedule:
+    """``(B, sigma, S) -> (B / k, sigma / k, S)`` on a data set of another size.
+
+    B / k is rounded to a whole number and sigma follows it, so that sigma / B is that of the plan exactly. The data set's
+    size enters through the number of passes alone.
+
+    Raises:
+        ConfigError: k is below 1, or the proxy has fewer examples than one batch.
+    """
+    if not 1 <= factor < math.inf:
+        raise ConfigError(f"scale {factor}: must be at least 1 and finite; the usual one is {USUAL_SAVING:g}.")
+    batch = max(1, round(plan.batch_size / factor))
+    if batch > examples:
+        raise ConfigError(
+            f"simulated batch of {batch}: must be at most the proxy's {examples} examples; use a larger scale or proxy."
+        )
+    return Schedule(
+        sampling=PoissonSampling(examples=examples, batch_size=batch),
+        noise_multiplier=plan.noise_multiplier * batch / plan.batch_size,
+        steps=plan.steps,
+    )
+
+
+def simulate(
+    candidates: Sequence[Candidate],
+    proxy: Proxy,
+    *,
+    scales: Sequence[float] | None = None,
+    seeds: int = FEWEST_SEEDS,
+    first_seed: int = 0,
+    unaccounted: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Simulation:
+    """Rank candidates at a small batch, then fit the best one against log2 batch and extrapolate to its real batch.
+
+    All candidates meet the same batches, noise and initial weights at the same seed, so that their differences are
+    theirs. The three or more batch sizes of the fit share none of these.
+
+    Args:
+        candidates: a small grid, fixed before anything was looked at.
+        proxy: what to train on and how to score.
+        scales: factors k >= 1, at least three; None: `usual_scales` of the first candidate. The ranking is at the middle
+            one.
+        seeds: runs per candidate, and per batch size of the fit; at least 3.
+        first_seed: of the ranking; those of the fit follow.
+        unaccounted: allow private data, and get a `NonPrivateSimulation`.
+        on_progress: see `OnProgress`.
+
+    Raises:
+        ConfigError: private data without ``unaccounted``, or too few candidates, scales or seeds.
+        CheckFailed: a candidate could not be trained privately.
+    """
+    _check_origin(proxy, unaccounted=unaccounted)
+    factors = tuple(scales) if scales is not None else usual_scales(candidates[0].plan.batch_size if candidates else 1)
+    _check_request(candidates, factors, seeds)
+    started = time.monotonic()
+    field = _Field(proxy, steps=_steps_in_all(candidates, scales=len(factors), seeds=seeds), on_progress=on_progress)
+    middle = sorted(factors)[len(factors) // 2]
+    by_name = {candidate.name: candidate for candidate in candidates}
+    trials = [
+        field.run(candidate, factor=middle, seed=first_seed + seed) for seed in range(seeds) for candidate in candidates
+    ]
+    ranking = rank(trials)
+    best = by_name[ranking[0].candidate]
+    fitted = [
+        field.run(best, factor=factor, seed=first_seed + seeds + seed) for seed in range(seeds) for factor in factors
+    ]
+    found = NonPrivateSimulation if proxy.origin is Origin.PRIVATE else Simulation
+    return found(
+        ranking=ranking,
+        trials=tuple(trials),
+        fitted=tuple(fitted),
+        fit=fit_of(fitted, at_batch=best.plan.batch_size),
+        data=proxy.name,
+        examples_processed=sum(trial.batch * trial.steps for trial in (*trials, *fitted)),
+        full_search=seeds * sum(c.plan.batch_size * c.plan.steps for c in candidates),
+        seconds=time.monotonic() - started,
+    )
+
+
+def rank(trials: Sequence[Trial]) -> tuple[Standing, ...]:
+    """Candidates by their mean accuracy over seeds, best first; ties in the order of appearance."""
+    scores: dict[str, list[float]] = {}
+    for trial in trials:
+        scores.setdefault(trial.candidate, []).append(trial.accuracy)
+    standings = [
+        Standing(candidate=name, mean=statistics.fmean(values), sd=statistics.stdev(values) if len(values) > 1 else 0.0)
+        for name, values in scores.items()
+    ]
+    return tuple(sorted(standings, key=lambda standing: -standing.mean))
+
+
+def fit_of(trials: Sequence[Trial], *, at_batch: int) -> Extrapolation:
+    """The line through the runs of one candidate."""
+    scores: dict[int, list[float]] = {}
+    for trial in trials:
+        scores.setdefault(trial.batch, []).append(trial.accuracy)
+    return extrapolate(scores, at_batch=at_batch)
+
+
+def run_simulated(
+    candidate: Candidate,
+    proxy: Proxy,
+    *,
+    factor: float,
+    seed: int,
+    unaccounted: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> Trial:
+    """One simulated run; ``factor=1`` is the real size. The same seed and batch give the same bits.
+
+    Raises:
+        ConfigError: private data without ``unaccounted``.
+        CheckFailed: the candidate could not be trained privately.
+    """
+    _check_origin(proxy, unaccounted=unaccounted)
+    return _run(candidate, proxy, factor=factor, seed=seed, on_step=on_step)
+
+
+def _run(
+    candidate: Candidate, proxy: Proxy, *, factor: float, seed: int, on_step: Callable[[int], None] | None
+) -> Trial:
+    examples = Examples(proxy.data)
+    schedule = scaled(candidate.plan, factor=factor, examples=examples.count)
+    label = f"simulation|{schedule.sampling.batch_size}|{schedule.steps}"
+    key = subkey(seed_key(seed), label)
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(subkey(key, "initial weights")[:8], "little") >> 1)
+        model = candidate.build()
+    clipping = clipping_of(candidate.plan)
+    compare = Clipping.automatic() if clipping.kind is ClippingKind.NONE else clipping
+    device = next(model.parameters()).device
+    few = examples.fetch(np.arange(min(_CHECK_EXAMPLES, examples.count)), device=device)
+    report = check(model, candidate.loss, few, clipping=compare, examples=min(_CHECK_EXAMPLES, examples.count))
+    report.raise_if_failed()
+    run_trial(
+        model,
+        examples,
+        loss=candidate.loss,
+        schedule=schedule,
+        recipe=candidate.recipe,
+        clipping=clipping,
+        layout=report.layout,
+        key=key,
+        private=False,
+        on_step=on_step,
+    )
+    return Trial(
+        candidate=candidate.name,
+        batch=schedule.sampling.batch_size,
+        noise_multiplier=schedule.noise_multiplier,
+        steps=schedule.steps,
+        seed=seed,
+        accuracy=float(proxy.score(model)),
+    )
+
+
+class _Field:
+    """Runs one trial after the other, and counts steps."""
+
+    def __init__(self, proxy: Proxy, *, steps: int, on_progress: OnProgress | None) -> None:
+        self._proxy, self._steps, self._on_progress = proxy, steps, on_progress
+        self._before = 0
+
+    def run(self, candidate: Candidate, *, factor: float, seed: int) -> Trial:
+        trial = _run(candidate, self._proxy, factor=factor, seed=seed, on_step=self._show)
+        self._before += trial.steps
+        return trial
+
+    def _show(self, step: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(min(self._steps, self._before + step), self._steps)
+
+
+def _steps_in_all(candidates: Sequence[Candidate], *, scales: int, seeds: int) -> int:
+    """Who will be chosen is not known yet: its runs are counted as the longest."""
+    steps = [candidate.plan.steps for candidate in candidates]
+    return seeds * (sum(steps) + scales * max(steps))
+
+
+def _check_origin(proxy: Proxy, *, unaccounted: bool) -> None:
+    if proxy.origin is Origin.PUBLIC:
+        return
+    if not unaccounted:
+        raise ConfigError(
+            f"simulation on private data ({proxy.name}): each trial would cost a full epsilon and none is charged; "
+            "simulate on public data of the same kind, use `discreet tune`, or ask for an unaccounted search, which is "
+            f"stamped {NON_PRIVATE_STAMP}."
+        )
+    _log.warning("discreet: %s: simulating on private data (%s) without accounting", NON_PRIVATE_STAMP, proxy.name)
+
+
+def _check_request(candidates: Sequence[Candidate], factors: Sequence[float], seeds: int) -> None:
+    names = [candidate.name for candidate in candidates]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"candidates {names}: needs at least one, each with its own name.")
+    if len(set(factors)) < 3 or seeds < FEWEST_SEEDS:
+        raise ConfigError(
+            f"{len(set(factors))} scales and {seeds} seeds: an interval needs at least 3 of each; the default does."
+        )
