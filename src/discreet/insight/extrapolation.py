@@ -146,8 +146,8 @@ def _check(scores: Mapping[int, Sequence[float]], *, at_batch: int, confidence: 
     fewest = min((len(values) for values in scores.values()), default=0)
     if len(scores) < FEWEST_SIZES or fewest < FEWEST_SEEDS:
         raise ConfigError(
-            f"{len(scores)} batch sizes with {fewest} runs or more: an interval needs at least {FEWEST_SIZES} sizes with "
-            f"{FEWEST_SEEDS} runs each; simulate more."
+            f"{len(scores)} batch sizes with {fewest} runs or more: an interval needs at least {FEWEST_SIZES} sizes "
+            f"with {FEWEST_SEEDS} runs each; simulate more."
         )
     if not all(0 <= score <= 1 for values in scores.values() for score in values):
         raise ConfigError("an accuracy outside [0, 1], or NaN: pass shares of right answers of runs that did not fail.")

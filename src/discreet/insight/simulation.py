@@ -1,8 +1,8 @@
 """Simulation at constant TAN: compare settings of a private run at a small share of its cost, on data that are public.
 
 Noise in the parameters and number of steps stay what they are, (B, sigma, S) -> (B / k, sigma / k, S), and so do
-learning rate and clipping: "total amount of noise" (arXiv:2210.03403, section 4). Then the same settings win at B / k as
-at B, k times cheaper. S is never reduced.
+learning rate and clipping: "total amount of noise" (arXiv:2210.03403, section 4). Then the same settings win at B / k
+as at B, k times cheaper. S is never reduced.
 
 **A simulation is not private**, although the run that it stands for is: its sigma is tiny. Charging it is void, too:
 each trial has the signal-to-noise of a full run and would cost a whole epsilon in the best of worlds. So private data
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from discreet.core.book import Layout
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction
 from discreet.core.rng import seed_key, subkey
@@ -211,9 +212,9 @@ class NonPrivateSimulation(Simulation):
 
 
 def usual_scales(batch_size: int, *, saving: float = USUAL_SAVING) -> tuple[float, float, float]:
-    """Three factors k around ``saving``, a factor of two apart, largest first; batches of at least 16 where that can be.
+    """Three factors k around ``saving``, a factor of two apart, largest first; the middle one is for the ranking.
 
-    The middle one is for the ranking.
+    Batches stay at 16 examples or more where that can be.
     """
     middle = max(2.0, min(saving, batch_size / (2 * SMALLEST_BATCH)))
     return (2 * middle, middle, middle / 2)
@@ -222,8 +223,8 @@ def usual_scales(batch_size: int, *, saving: float = USUAL_SAVING) -> tuple[floa
 def scaled(plan: Plan, *, factor: float, examples: int) -> Schedule:
     """``(B, sigma, S) -> (B / k, sigma / k, S)`` on a data set of another size.
 
-    B / k is rounded to a whole number and sigma follows it, so that sigma / B is that of the plan exactly. The data set's
-    size enters through the number of passes alone.
+    B / k is rounded to a whole number and sigma follows it, so that sigma / B is that of the plan exactly. The size of
+    the data set enters through the number of passes alone.
 
     Raises:
         ConfigError: k is below 1, or the proxy has fewer examples than one batch.
@@ -260,8 +261,8 @@ def simulate(
     Args:
         candidates: a small grid, fixed before anything was looked at.
         proxy: what to train on and how to score.
-        scales: factors k >= 1, at least three; None: `usual_scales` of the first candidate. The ranking is at the middle
-            one.
+        scales: factors k >= 1, at least three; None: `usual_scales` of the first candidate. The ranking is at the
+            middle one.
         seeds: runs per candidate, and per batch size of the fit; at least 3.
         first_seed: of the ranking; those of the fit follow.
         unaccounted: allow private data, and get a `NonPrivateSimulation`.
@@ -271,7 +272,7 @@ def simulate(
         ConfigError: private data without ``unaccounted``, or too few candidates, scales or seeds.
         CheckFailed: a candidate could not be trained privately.
     """
-    _check_origin(proxy, unaccounted=unaccounted)
+    check_origin(proxy, unaccounted=unaccounted)
     factors = tuple(scales) if scales is not None else usual_scales(candidates[0].plan.batch_size if candidates else 1)
     _check_request(candidates, factors, seeds)
     started = time.monotonic()
@@ -334,34 +335,26 @@ def run_simulated(
         ConfigError: private data without ``unaccounted``.
         CheckFailed: the candidate could not be trained privately.
     """
-    _check_origin(proxy, unaccounted=unaccounted)
+    check_origin(proxy, unaccounted=unaccounted)
     return _run(candidate, proxy, factor=factor, seed=seed, on_step=on_step)
 
 
 def _run(
     candidate: Candidate, proxy: Proxy, *, factor: float, seed: int, on_step: Callable[[int], None] | None
 ) -> Trial:
-    examples = Examples(proxy.data)
-    schedule = scaled(candidate.plan, factor=factor, examples=examples.count)
-    label = f"simulation|{schedule.sampling.batch_size}|{schedule.steps}"
-    key = subkey(seed_key(seed), label)
-    with torch.random.fork_rng():
-        torch.manual_seed(int.from_bytes(subkey(key, "initial weights")[:8], "little") >> 1)
-        model = candidate.build()
-    clipping = clipping_of(candidate.plan)
-    compare = Clipping.automatic() if clipping.kind is ClippingKind.NONE else clipping
-    device = next(model.parameters()).device
-    few = examples.fetch(np.arange(min(_CHECK_EXAMPLES, examples.count)), device=device)
-    report = check(model, candidate.loss, few, clipping=compare, examples=min(_CHECK_EXAMPLES, examples.count))
-    report.raise_if_failed()
+    count = Examples(proxy.data).count
+    schedule = scaled(candidate.plan, factor=factor, examples=count)
+    # The batch is part of the label: runs at different batches share nothing, as the interval of the fit assumes.
+    key = subkey(seed_key(seed), f"simulation|{schedule.sampling.batch_size}|{schedule.steps}")
+    prepared = prepared_trial(candidate, proxy, key=key)
     run_trial(
-        model,
-        examples,
+        prepared.model,
+        prepared.examples,
         loss=candidate.loss,
         schedule=schedule,
         recipe=candidate.recipe,
-        clipping=clipping,
-        layout=report.layout,
+        clipping=prepared.clipping,
+        layout=prepared.layout,
         key=key,
         private=False,
         on_step=on_step,
@@ -372,8 +365,37 @@ def _run(
         noise_multiplier=schedule.noise_multiplier,
         steps=schedule.steps,
         seed=seed,
-        accuracy=float(proxy.score(model)),
+        accuracy=float(proxy.score(prepared.model)),
     )
+
+
+@dataclass(frozen=True)
+class PreparedTrial:
+    """A fresh model that passed the self-check, and what `run_trial` needs beside the numbers."""
+
+    model: nn.Module
+    examples: Examples
+    clipping: Clipping
+    layout: Layout | None
+
+
+def prepared_trial(candidate: Candidate, proxy: Proxy, *, key: bytes) -> PreparedTrial:
+    """Build the candidate's model from the key, and check on a few examples that it can be trained privately.
+
+    Raises:
+        CheckFailed: it cannot.
+    """
+    examples = Examples(proxy.data)
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(subkey(key, "initial weights")[:8], "little") >> 1)
+        model = candidate.build()
+    clipping = clipping_of(candidate.plan)
+    compare = Clipping.automatic() if clipping.kind is ClippingKind.NONE else clipping
+    few = min(_CHECK_EXAMPLES, examples.count)
+    batch = examples.fetch(np.arange(few), device=next(model.parameters()).device)
+    report = check(model, candidate.loss, batch, clipping=compare, examples=few)
+    report.raise_if_failed()
+    return PreparedTrial(model=model, examples=examples, clipping=clipping, layout=report.layout)
 
 
 class _Field:
@@ -399,7 +421,12 @@ def _steps_in_all(candidates: Sequence[Candidate], *, scales: int, seeds: int) -
     return seeds * (sum(steps) + scales * max(steps))
 
 
-def _check_origin(proxy: Proxy, *, unaccounted: bool) -> None:
+def check_origin(proxy: Proxy, *, unaccounted: bool) -> None:
+    """Refuse private data that nobody asked to simulate on; stamp the log where somebody did.
+
+    Raises:
+        ConfigError: private data without ``unaccounted``.
+    """
     if proxy.origin is Origin.PUBLIC:
         return
     if not unaccounted:

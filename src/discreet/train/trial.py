@@ -89,8 +89,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.noise_multiplier < math.inf:
             raise ConfigError(
-                f"steps={self.steps}, noise_multiplier={self.noise_multiplier}: must be at least 1 and at least 0; take "
-                "them from a Plan."
+                f"steps={self.steps}, noise_multiplier={self.noise_multiplier}: must be at least 1 and at least 0; "
+                "take them from a Plan."
             )
 
     @property
@@ -131,7 +131,7 @@ def run_trial(
     """
     if examples.count != schedule.sampling.examples:
         raise ConfigError(
-            f"{examples.count} examples, {schedule.sampling.examples} in the schedule: must be equal; plan for this data."
+            f"{examples.count} examples, {schedule.sampling.examples} in the schedule: must be equal; plan for them."
         )
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
