@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import dp_accounting
+from dp_accounting import dp_event
 from dp_accounting.pld import privacy_loss_distribution as dp_pld
 from dp_accounting.rdp import RdpAccountant
 
@@ -25,6 +26,7 @@ from discreet.privacy.queries import (
     Gaussian,
     Query,
     Relation,
+    Repeated,
     SampledGaussian,
     Selection,
     Summary,
@@ -32,6 +34,7 @@ from discreet.privacy.queries import (
     query_to_json,
     summarise,
 )
+from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.search import solve_decreasing
 
 __all__ = [
@@ -40,12 +43,16 @@ __all__ = [
     "NoiseSolution",
     "Query",
     "Relation",
+    "Repeated",
+    "Repetitions",
     "SampledGaussian",
     "Selection",
+    "Stopping",
     "delta",
     "epsilon",
     "query_from_json",
     "query_to_json",
+    "selected_epsilon",
     "solve_noise",
     "solve_noise_multiplier",
 ]
@@ -92,6 +99,7 @@ def delta(
         raise ConfigError(f"epsilon={epsilon}: must be at least 0; ask for e.g. epsilon=3.")
     _check_relation(relation, accountant)
     total = summarise(queries)
+    _check_supported(total, accountant)
     selection = total.selection_delta * _selections_per_neighbour(relation)
     if total.noiseless:
         return 1.0
@@ -105,6 +113,31 @@ def delta(
     else:
         value = float(_compose(total, relation).get_delta_for_epsilon(epsilon)) + _fourier_margin(total)
     return min(1.0, max(0.0, value) + selection)
+
+
+def selected_epsilon(
+    run: Sequence[Query],
+    *,
+    repetitions: Repetitions,
+    delta: float,
+    before: Sequence[Query] = (),
+) -> float:
+    """Epsilon of a whole search: ``run`` is made a random number of times, and the best run alone is released.
+
+    The best is chosen by a score from public data, or one that ``run`` paid for. By Renyi divergences (Theorems 2
+    and 6, arXiv:2110.03620), add/remove. The same as `epsilon` of ``[*before, Repeated(run, repetitions)]`` by the rdp
+    accountant.
+
+    **Guarantees.** An upper bound for what is released: one run, and not how many others there were. At ``mean`` 1 it
+    is a little above the rdp epsilon of one run.
+
+    Args:
+        run: queries of one run, e.g. ``[SampledGaussian(q, sigma, S)]``.
+        repetitions: the distribution that the number of runs is drawn from.
+        delta: in (0, 1).
+        before: queries made once, before the runs.
+    """
+    return epsilon([*before, Repeated(tuple(run), repetitions)], delta=delta, accountant=Accountant.RDP)
 
 
 @dataclass(frozen=True)
@@ -123,6 +156,7 @@ def solve_noise(
     epsilon: float,
     delta: float,
     before: Sequence[Query] = (),
+    repetitions: Repetitions | None = None,
     relation: Relation = Relation.ADD_REMOVE,
     accountant: Accountant = Accountant.PLD,
 ) -> NoiseSolution:
@@ -139,6 +173,7 @@ def solve_noise(
         epsilon: target, finite and above 0.
         delta: in (0, 1).
         before: queries already decided on the same data.
+        repetitions: the steps are one run of a search that repeats it so; ``epsilon`` is the search's. By rdp only.
         relation: what neighbouring data sets are.
         accountant: how to compose.
 
@@ -159,7 +194,8 @@ def solve_noise(
 
     def spent(noise_multiplier: float) -> float:
         step = SampledGaussian(sample_rate=sample_rate, noise_multiplier=noise_multiplier, count=steps)
-        return _epsilon(summarise([*before, step]), delta, relation, accountant)
+        run = step if repetitions is None else Repeated((step,), repetitions)
+        return _epsilon(summarise([*before, run]), delta, relation, accountant)
 
     left = delta - earlier.selection_delta * _selections_per_neighbour(relation)
     distance = _distance(relation)
@@ -206,6 +242,7 @@ def solve_noise_multiplier(
 @functools.lru_cache(maxsize=2048)
 def _epsilon(total: Summary, delta: float, relation: Relation, accountant: Accountant) -> float:
     _check_relation(relation, accountant)
+    _check_supported(total, accountant)
     left = delta - total.selection_delta * _selections_per_neighbour(relation)
     if total.noiseless or (left <= 0 and total.selection_delta > 0):
         return math.inf
@@ -312,14 +349,24 @@ def _step_losses(rate: float, sigma: float, grid: float, relation: Relation) -> 
 
 def _rdp_accountant(total: Summary) -> RdpAccountant:
     accountant = RdpAccountant()
-    for query in total.sampled:
-        step = dp_accounting.PoissonSampledDpEvent(
-            query.sample_rate, dp_accounting.GaussianDpEvent(query.noise_multiplier)
-        )
-        accountant.compose(step, query.count)
-    if total.gaussian_mu > 0:
-        accountant.compose(dp_accounting.GaussianDpEvent(1.0 / total.gaussian_mu))
+    accountant.compose(_event(total))
+    for run, repetitions in total.repeated:
+        accountant.compose(dp_event.RepeatAndSelectDpEvent(_event(run), repetitions.mean, repetitions.shape))
     return accountant
+
+
+def _event(total: Summary) -> dp_event.DpEvent:
+    """The noisy queries of a summary, without its searches."""
+    events: list[dp_event.DpEvent] = [
+        dp_event.SelfComposedDpEvent(
+            dp_event.PoissonSampledDpEvent(query.sample_rate, dp_event.GaussianDpEvent(query.noise_multiplier)),
+            query.count,
+        )
+        for query in total.sampled
+    ]
+    if total.gaussian_mu > 0:
+        events.append(dp_event.GaussianDpEvent(1.0 / total.gaussian_mu))
+    return dp_event.ComposedDpEvent(events)
 
 
 _NEIGHBOURS = {
@@ -351,6 +398,14 @@ def _quiet_absl() -> Iterator[None]:
 
 def _refuse_record(_record: logging.LogRecord) -> bool:
     return False
+
+
+def _check_supported(total: Summary, accountant: Accountant) -> None:
+    if total.repeated and accountant is Accountant.PLD:
+        raise ConfigError(
+            "accountant pld with a repeated run: what selection costs is known for Renyi divergences only; "
+            "use the rdp accountant."
+        )
 
 
 def _check_relation(relation: Relation, accountant: Accountant) -> None:

@@ -12,9 +12,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from discreet.errors import ConfigError
 from discreet.privacy.gdp import step_mu
+from discreet.privacy.repetitions import Repetitions, Stopping
 
 
 class Relation(enum.Enum):
@@ -77,11 +79,42 @@ class Selection:
             raise ConfigError(f"Selection delta={self.delta}: must be in [0, 1); raise the release threshold.")
 
 
-Query = SampledGaussian | Gaussian | Selection
+@dataclass(frozen=True)
+class Repeated:
+    """A whole training run, repeated a random number of times, of which the best one alone is released.
+
+    The choice itself must not read private data, unless by a query that is listed in ``run``.
+
+    Attributes:
+        run: the queries of one run, noise and steps included.
+        repetitions: the distribution of the number of runs.
+    """
+
+    run: tuple[SampledGaussian | Gaussian, ...]
+    repetitions: Repetitions
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", tuple(self.run))
+        for query in self.run:
+            if not isinstance(query, (SampledGaussian, Gaussian)):
+                raise ConfigError(
+                    f"repeated query of type {type(query).__name__}: must be SampledGaussian or Gaussian; "
+                    "make the others once, before the runs."
+                )
 
 
-def query_to_json(query: Query) -> dict[str, str | float | int]:
+Query = SampledGaussian | Gaussian | Selection | Repeated
+
+
+def query_to_json(query: Query) -> dict[str, object]:
     """The record of one query, as it stands in plan and ledger."""
+    if isinstance(query, Repeated):
+        return {
+            "type": "repeated",
+            "run": [query_to_json(part) for part in query.run],
+            "stopping": query.repetitions.stopping.value,
+            "mean_runs": query.repetitions.mean,
+        }
     if isinstance(query, SampledGaussian):
         return {
             "type": "sampled_gaussian",
@@ -98,6 +131,7 @@ _QUERY_FIELDS = {
     "sampled_gaussian": {"sample_rate", "noise_multiplier", "count"},
     "gaussian": {"noise_multiplier", "count"},
     "selection": {"delta"},
+    "repeated": {"run", "stopping", "mean_runs"},
 }
 
 
@@ -118,6 +152,8 @@ def query_from_json(record: Mapping[str, object]) -> Query:
         raise ConfigError(
             f"query fields {sorted(record)}: must be type and {sorted(_QUERY_FIELDS[kind])}; use query_to_json()."
         )
+    if kind == "repeated":
+        return _repeated(record)
     numbers = {name: _number(record[name], name=name) for name in _QUERY_FIELDS[kind] - {"count"}}
     if kind == "selection":
         return Selection(delta=numbers["delta"])
@@ -140,17 +176,19 @@ class Summary:
         gaussian_mu: ``sqrt(sum n / sigma^2)`` over all queries that are not sampled (their composition is exact).
         selection_delta: sum of the `Selection` deltas.
         noiseless: some query has sigma 0.
+        repeated: searches, each with its run in canonical form, sorted.
     """
 
     sampled: tuple[SampledGaussian, ...]
     gaussian_mu: float
     selection_delta: float
     noiseless: bool
+    repeated: tuple[tuple[Summary, Repetitions], ...] = ()
 
     @property
     def empty(self) -> bool:
         """No noisy query at all."""
-        return not self.sampled and self.gaussian_mu == 0 and not self.noiseless
+        return not self.sampled and self.gaussian_mu == 0 and not self.noiseless and not self.repeated
 
     @property
     def limit_mu(self) -> float:
@@ -163,24 +201,43 @@ def summarise(queries: Sequence[Query]) -> Summary:
     """Bring a set of queries to canonical form: counts merged, order forgotten, q = 1 taken as not sampled."""
     counts: Counter[tuple[float, float]] = Counter()
     selections: list[float] = []
+    repeated: list[tuple[Summary, Repetitions]] = []
     for query in queries:
         if isinstance(query, Selection):
             selections.append(query.delta)
+        elif isinstance(query, Repeated):
+            repeated.append((summarise(query.run), query.repetitions))
         elif isinstance(query, Gaussian):
             counts[1.0, float(query.noise_multiplier)] += query.count
         elif isinstance(query, SampledGaussian):
             counts[float(query.sample_rate), float(query.noise_multiplier)] += query.count
         else:
-            raise ConfigError(f"query of type {type(query).__name__}: must be SampledGaussian, Gaussian or Selection.")
+            raise ConfigError(f"query of type {type(query).__name__}: must be one of {_names()}.")
     present = sorted((rate, sigma, count) for (rate, sigma), count in counts.items() if count > 0)
-    noiseless = any(sigma == 0 for _, sigma, _ in present)
+    noiseless = any(sigma == 0 for _, sigma, _ in present) or any(run.noiseless for run, _ in repeated)
     noisy = [entry for entry in present if entry[1] > 0]
     return Summary(
         sampled=tuple(SampledGaussian(rate, sigma, count) for rate, sigma, count in noisy if rate < 1),
         gaussian_mu=math.sqrt(math.fsum(count / sigma**2 for rate, sigma, count in noisy if rate == 1)),
         selection_delta=math.fsum(sorted(selections)),
         noiseless=noiseless,
+        repeated=tuple(sorted((entry for entry in repeated if not entry[0].empty), key=repr)),
     )
+
+
+def _names() -> str:
+    return ", ".join(kind.__name__ for kind in get_args(Query))
+
+
+def _repeated(record: Mapping[str, object]) -> Repeated:
+    run, stopping = record["run"], record["stopping"]
+    if not isinstance(run, list):
+        raise ConfigError(f"query run={run!r}: must be a list of queries; write it with query_to_json().")
+    kinds = {kind.value: kind for kind in Stopping}
+    if not isinstance(stopping, str) or stopping not in kinds:
+        raise ConfigError(f"query stopping={stopping!r}: must be one of {sorted(kinds)}; use query_to_json().")
+    repetitions = Repetitions(kinds[stopping], _number(record["mean_runs"], name="mean_runs"))
+    return Repeated(run=tuple(query_from_json(part) for part in run), repetitions=repetitions)
 
 
 def _check_query(noise_multiplier: float, *, count: int) -> None:
