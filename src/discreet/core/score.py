@@ -6,7 +6,7 @@ Shape legend: B = examples of a microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,21 @@ from discreet.errors import ConfigError
 SCORES = "scores"
 """Name of the one tensor in the sum, shape (1,), float64."""
 
+_TOLERANCE = 1e-3
+
 ScoreFunction = Callable[[nn.Module, Any], Tensor]
-"""``score(model, batch) -> Tensor`` of shape (B,): one score per example, such as 1 for a right answer and 0 for a wrong
-one."""
+"""``score(model, batch) -> Tensor`` of shape (B,): one score per example, such as 1 for a right answer, else 0."""
+
+
+def is_isolated(model: nn.Module, score: ScoreFunction, batch: Any, singles: Sequence[Any]) -> bool:
+    """Whether the scores of a batch are those of its examples one at a time, on these few examples; a verdict alone.
+
+    Args:
+        batch: all of them. singles: the same examples, each as a batch of one.
+    """
+    together = summed_scores(model, score, [(batch, len(singles))])
+    apart = summed_scores(model, score, [(single, 1) for single in singles])
+    return bool((together.tensors[SCORES] - apart.tensors[SCORES]).abs() < _TOLERANCE)
 
 
 def summed_scores(model: nn.Module, score: ScoreFunction, batches: Iterable[tuple[Any, int]]) -> ClippedSum:

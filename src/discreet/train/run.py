@@ -15,6 +15,7 @@ import enum
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ LEDGER = "ledger.jsonl"
 KEY = Path("private", "key")
 STATE = Path("private", "state.json")
 SUMS = Path("private", "sums")
+SEARCH = Path("private", "search")
 PLAN = Path("release", "plan.json")
 MODEL = Path("release", "model.safetensors")
 PREPROCESSING = "preprocessing"
@@ -165,6 +167,10 @@ class Run:
         kept = self._state()["preprocessing key"] if purpose == PREPROCESSING else None
         key = subkey(self._key, f"noise for {purpose}") if kept is None else bytes.fromhex(kept)
         return NoiseSource.keyed(key, private=self.private)
+
+    def key_for(self, purpose: str) -> bytes:
+        """A secret key for one purpose of a search, such as one of its runs; purposes never share a bit."""
+        return subkey(self._key, f"search|{purpose}")
 
     def sums(self) -> SumJournal:
         """What each step released under the current key stood for."""
@@ -340,6 +346,8 @@ def _destroy_key(path: Path) -> None:
     # The state may hold the noise key of the private statistics.
     for name in (STATE, SUMS):
         (path / name).unlink(missing_ok=True)
+    # The best run of a search so far, and its score: only the released one may outlive the search.
+    shutil.rmtree(path / SEARCH, ignore_errors=True)
     sync(key.parent)
 
 
