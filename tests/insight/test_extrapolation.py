@@ -1,4 +1,4 @@
-"""The line in log2 batch and its prediction interval, against closed forms and by simulation with a negative control."""
+"""The line in log2 batch and its prediction interval: least squares, and coverage with a negative control."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_a_law_that_breaks_is_not_covered():
 
 
 def test_the_warning_follows_the_rule_of_the_spec():
-    steep = extrapolate({b: [0.8 - 0.02 * math.log2(b / 32) + e for e in (0, 1e-3, -1e-3)] for b in BATCHES}, at_batch=4096)
+    steep = extrapolate(
+        {b: [0.8 - 0.02 * math.log2(b / 32) + e for e in (0, 1e-3, -1e-3)] for b in BATCHES}, at_batch=4096
+    )
     assert steep.too_far
     assert abs(steep.slope) * 5 > (steep.high - steep.low) / 2
     assert "longer than the evidence" in steep.warnings()[0]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient
@@ -31,7 +30,6 @@ from discreet.insight.simulation import (
 from discreet.privacy.plan import Plan
 from discreet.train.examples import Examples
 from discreet.train.trial import Optimiser, Recipe, run_trial
-
 from train import toys
 
 STEPS = 12
@@ -114,7 +112,9 @@ def test_a_trial_is_the_engine_step_by_step(optimiser):
     features, targets = toys.data().tensors
     for step in range(STEPS):
         rows = torch.from_numpy(schedule.sampling.draw(key=subkey(key, "trial batches"), step=step))
-        total = clipped_gradient(twin, toys.loss, (features[rows], targets[rows]), clipping=clipping, examples=len(rows))
+        total = clipped_gradient(
+            twin, toys.loss, (features[rows], targets[rows]), clipping=clipping, examples=len(rows)
+        )
         released = release(
             total, noise_multiplier=schedule.noise_multiplier, source=source, divisor=schedule.sampling.batch_size
         )

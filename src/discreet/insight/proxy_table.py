@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize
-from scipy.interpolate import RegularGridInterpolator
 
 from discreet.errors import ConfigError
+from discreet.privacy.accounting import Accountant
 from discreet.privacy.gdp import gdp_mu, seed_noise_multiplier
 from discreet.privacy.plan import Plan, default_delta
 
@@ -37,7 +37,6 @@ BAND = 0.01
 
 _PROJECTIONS = 200
 _PER_DOUBLING = 4
-_FINALISTS = 4
 
 
 @dataclass(frozen=True)
@@ -70,37 +69,6 @@ class Curves:
             raise ConfigError("curves: steps, ratios and cost must be above 0, steps and ratios ascending; sort them.")
 
 
-class LossSurface:
-    """F(T, nu) of one model: smoothed, monotone, continued in T, interpolated.
-
-    **Guarantees.** Never rises with T, never falls with nu, within the table and its continuation.
-
-    Args:
-        curves: what was measured.
-    """
-
-    def __init__(self, curves: Curves) -> None:
-        smooth_VT = monotone(rolling_mean(np.asarray(curves.loss_VT, dtype=np.float64)))
-        further_T = [round(curves.steps_T[-1] * 2**step) for step in range(1, int(math.log2(REACH)) + 1)]
-        beyond_VT = np.asarray([_continued(curves.steps_T, row, further_T) for row in smooth_VT])
-        loss_VT = monotone(np.concatenate([smooth_VT, beyond_VT], axis=1))
-        self.fewest, self.most = curves.steps_T[0], further_T[-1]
-        self.measured = curves.steps_T[-1]
-        self.noisiest = curves.ratios_V[-1]
-        self._quietest = curves.ratios_V[0]
-        axes = (np.log(curves.ratios_V), np.log([*curves.steps_T, *further_T]))
-        self._interpolate = RegularGridInterpolator(axes, loss_VT, method="linear")
-
-    def at(self, *, steps: int, ratio: float) -> float:
-        """The loss after ``steps`` at nu = ``ratio``; infinite outside the table.
-
-        Less noise than was ever measured counts as the least measured one: the true loss is at most that.
-        """
-        if not self.fewest <= steps <= self.most or not ratio <= self.noisiest:
-            return math.inf
-        return float(self._interpolate((math.log(max(ratio, self._quietest)), math.log(steps)))[()])
-
-
 @dataclass(frozen=True)
 class Setting:
     """One way to spend the compute.
@@ -120,6 +88,53 @@ class Setting:
     continued: bool
 
 
+class LossSurface:
+    """F(T, nu) of one model: smoothed, monotone, continued in T, interpolated.
+
+    **Guarantees.** Never rises with T, never falls with nu, within the table and its continuation.
+
+    Args:
+        curves: what was measured.
+    """
+
+    def __init__(self, curves: Curves) -> None:
+        smooth_VT = monotone(rolling_mean(np.asarray(curves.loss_VT, dtype=np.float64)))
+        further_T = [round(curves.steps_T[-1] * 2**step) for step in range(1, int(math.log2(REACH)) + 1)]
+        beyond_VT = np.asarray([_continued(curves.steps_T, row, further_T) for row in smooth_VT])
+        loss_VT = monotone(np.concatenate([smooth_VT, beyond_VT], axis=1))
+        self.cost = curves.cost
+        self.fewest, self.most = curves.steps_T[0], further_T[-1]
+        self.measured = curves.steps_T[-1]
+        self.noisiest = curves.ratios_V[-1]
+        self._quietest = curves.ratios_V[0]
+        self._log_ratios, self._log_steps = np.log(curves.ratios_V), np.log([*curves.steps_T, *further_T])
+        self._loss_VT = loss_VT
+
+    def at(self, *, steps: int, ratio: float) -> float:
+        """The loss after ``steps`` at nu = ``ratio``; infinite outside the table.
+
+        Less noise than was ever measured counts as the least measured one: the true loss is at most that.
+        """
+        if not self.fewest <= steps <= self.most or not ratio <= self.noisiest:
+            return math.inf
+        row, up = _place(self._log_ratios, math.log(max(ratio, self._quietest)))
+        column, along = _place(self._log_steps, math.log(steps))
+        corner = self._loss_VT[row : row + 2, column : column + 2]
+        return float(np.array([1 - up, up]) @ corner @ np.array([1 - along, along]))
+
+    def setting(self, model: str, *, batch: int, steps: int, sigma: float) -> Setting:
+        """The record of one way to spend the compute."""
+        return Setting(
+            model=model,
+            batch_size=batch,
+            steps=steps,
+            noise_multiplier=sigma,
+            loss=self.at(steps=steps, ratio=sigma / batch),
+            compute=self.cost * batch * steps,
+            continued=steps > self.measured,
+        )
+
+
 @dataclass(frozen=True)
 class CappedChoice:
     """What a bound on compute allows.
@@ -135,7 +150,13 @@ class CappedChoice:
 
 
 def choose_under_compute(
-    tables: Mapping[str, Curves], *, examples: int, epsilon: float, compute: float, delta: float | None = None
+    tables: Mapping[str, Curves],
+    *,
+    examples: int,
+    epsilon: float,
+    compute: float,
+    delta: float | None = None,
+    accountant: Accountant = Accountant.PLD,
 ) -> CappedChoice:
     """Enumerate (model, B, S) with ``cost * B * S <= compute`` at one budget, and read the loss of each off the tables.
 
@@ -147,19 +168,20 @@ def choose_under_compute(
         tables: model -> its curves.
         examples: N. epsilon, delta: the budget; None is 1 / N^1.1.
         compute: the bound, in the unit of `Curves.cost`.
+        accountant: of the noise that is reported; below sigma = 1 the rdp accountant asks for up to twice as much.
 
     Raises:
         ConfigError: nothing inside the tables fits the bound and the budget.
     """
     delta = default_delta(examples) if delta is None else delta
     mu = gdp_mu(epsilon, delta=delta)
+    surfaces = {model: LossSurface(curves) for model, curves in tables.items()}
     found: list[Setting] = []
-    for model, curves in tables.items():
-        surface = LossSurface(curves)
-        for steps in _grid(surface.fewest, min(surface.most, compute / curves.cost)):
-            for batch in _grid(1, min(examples, compute / (curves.cost * steps))):
+    for model, surface in surfaces.items():
+        for steps in _grid(surface.fewest, min(surface.most, compute / surface.cost)):
+            for batch in _grid(1, min(examples, compute / (surface.cost * steps))):
                 sigma = seed_noise_multiplier(batch / examples, steps=steps, mu=mu)
-                setting = _setting(model, curves, surface, batch=batch, steps=steps, sigma=sigma)
+                setting = surface.setting(model, batch=batch, steps=steps, sigma=sigma)
                 if math.isfinite(setting.loss):
                     found.append(setting)
     if not found:
@@ -167,40 +189,24 @@ def choose_under_compute(
             f"compute={compute:g} at epsilon={epsilon:g}: no batch and steps inside the tables fit; allow more "
             "compute, or measure noisier and shorter curves."
         )
-    by_loss = sorted(found, key=lambda setting: (setting.loss, setting.compute))
-    solved = [_solved(setting, tables, examples, epsilon, delta) for setting in by_loss[:_FINALISTS]]
-    best = min(solved, key=lambda setting: (setting.loss, setting.compute))
-    limit = by_loss[0].loss + BAND * abs(by_loss[0].loss)
+
+    def solved(setting: Setting) -> Setting:
+        sizes = {"batch_size": setting.batch_size, "steps": setting.steps}
+        plan = Plan.solve(examples=examples, epsilon=epsilon, delta=delta, accountant=accountant, **sizes)
+        surface = surfaces[setting.model]
+        sigma = plan.noise_multiplier
+        return surface.setting(setting.model, batch=setting.batch_size, steps=setting.steps, sigma=sigma)
+
+    best = min(found, key=lambda setting: (setting.loss, setting.compute))
+    limit = best.loss + BAND * abs(best.loss)
     band = tuple(sorted((s for s in found if s.loss <= limit), key=lambda setting: setting.compute))
-    return CappedChoice(best=best, recommended=_solved(band[0], tables, examples, epsilon, delta), band=band)
+    return CappedChoice(best=solved(best), recommended=solved(band[0]), band=band)
 
 
-def _setting(model: str, curves: Curves, surface: LossSurface, *, batch: int, steps: int, sigma: float) -> Setting:
-    return Setting(
-        model=model,
-        batch_size=batch,
-        steps=steps,
-        noise_multiplier=sigma,
-        loss=surface.at(steps=steps, ratio=sigma / batch),
-        compute=curves.cost * batch * steps,
-        continued=steps > surface.measured,
-    )
-
-
-def _solved(setting: Setting, tables: Mapping[str, Curves], examples: int, epsilon: float, delta: float) -> Setting:
-    """The same setting with the accountant's noise. At the edge of a table its loss may be infinite: not chosen."""
-    plan = Plan.solve(
-        examples=examples, batch_size=setting.batch_size, steps=setting.steps, epsilon=epsilon, delta=delta
-    )
-    curves = tables[setting.model]
-    return _setting(
-        setting.model,
-        curves,
-        LossSurface(curves),
-        batch=setting.batch_size,
-        steps=setting.steps,
-        sigma=plan.noise_multiplier,
-    )
+def _place(axis: np.ndarray, value: float) -> tuple[int, float]:
+    """The cell of an ascending axis that holds a value, and how far into it: 0 to 1."""
+    left = min(max(int(np.searchsorted(axis, value, side="right")) - 1, 0), len(axis) - 2)
+    return left, float(np.clip((value - axis[left]) / (axis[left + 1] - axis[left]), 0.0, 1.0))
 
 
 def _grid(low: float, high: float) -> list[int]:
