@@ -6,7 +6,8 @@ Shape legend: B = examples of a microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,22 +26,22 @@ ScoreFunction = Callable[[nn.Module, Any], Tensor]
 
 
 def is_isolated(model: nn.Module, score: ScoreFunction, batch: Any, singles: Sequence[Any]) -> bool:
-    """Whether the scores of a batch are those of its examples one at a time, on these few examples; a verdict alone.
+    """Whether each example's score in a batch is its score alone, on these few examples; a verdict and nothing else.
 
     Args:
-        batch: all of them. singles: the same examples, each as a batch of one.
+        batch: all of them. singles: the same examples in the same order, each as a batch of one.
     """
-    together = summed_scores(model, score, [(batch, len(singles))])
-    apart = summed_scores(model, score, [(single, 1) for single in singles])
-    return bool((together.tensors[SCORES] - apart.tensors[SCORES]).abs() < _TOLERANCE)
+    with _evaluating(model):
+        together_B = _scores(model, score, batch, len(singles))
+        apart_B = torch.cat([_scores(model, score, single, 1) for single in singles])
+    return bool(((together_B - apart_B).abs() < _TOLERANCE).all())
 
 
 def summed_scores(model: nn.Module, score: ScoreFunction, batches: Iterable[tuple[Any, int]]) -> ClippedSum:
     """Sum the scores of all examples.
 
     **Guarantees.** Every score is brought to [0, 1], NaN to 0, so adding or removing one example changes the sum by at
-    most 1, provided that no example's score depends on another (`discreet.check` tests it for the loss; the model is in
-    evaluation mode). The sum is exact up to 2^-53 of it.
+    most 1, provided that no example's score depends on another (see `is_isolated`). The sum is exact up to 2^-53 of it.
 
     Args:
         model: put into evaluation mode, and back.
@@ -50,20 +51,32 @@ def summed_scores(model: nn.Module, score: ScoreFunction, batches: Iterable[tupl
     Raises:
         ConfigError: the scores are not one per example.
     """
+    total = torch.zeros(1, dtype=torch.float64)
+    with _evaluating(model):
+        for batch, examples in batches:
+            total += _scores(model, score, batch, examples).sum()
+    return ClippedSum(tensors={SCORES: total}, sensitivity=1.0)
+
+
+def _scores(model: nn.Module, score: ScoreFunction, batch: Any, examples: int) -> Tensor:
+    """Scores in [0, 1], float64 on the CPU, shape (B,)."""
+    scores_B = score(model, batch)
+    if not isinstance(scores_B, Tensor) or scores_B.shape != (examples,):
+        raise ConfigError(
+            f"scores: must be a tensor with one per example, ({examples},); return e.g. "
+            "(logits.argmax(1) == targets).float()."
+        )
+    return scores_B.detach().cpu().to(torch.float64).nan_to_num(nan=0.0).clamp(0.0, 1.0)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    total = torch.zeros(1, dtype=torch.float64)
     try:
         with torch.no_grad():
-            for batch, examples in batches:
-                scores_B = score(model, batch)
-                if not isinstance(scores_B, Tensor) or scores_B.shape != (examples,):
-                    raise ConfigError(
-                        f"scores: must be a tensor with one per example, ({examples},); return e.g. "
-                        "(logits.argmax(1) == targets).float()."
-                    )
-                total += scores_B.detach().cpu().to(torch.float64).nan_to_num(nan=0.0).clamp(0.0, 1.0).sum()
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
-    return ClippedSum(tensors={SCORES: total}, sensitivity=1.0)

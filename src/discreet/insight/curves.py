@@ -12,8 +12,10 @@ from torch import nn
 from discreet.core.rng import seed_key, subkey
 from discreet.errors import ConfigError
 from discreet.insight.proxy_table import Curves, rolling_mean
-from discreet.insight.simulation import Candidate, OnProgress, Proxy, check_origin, prepared_trial
+from discreet.insight.simulation import Candidate, OnProgress, Proxy, check_origin, checked_layout, fresh_model
 from discreet.privacy.sampling import PoissonSampling
+from discreet.train.examples import Examples
+from discreet.train.setup import clipping_of
 from discreet.train.trial import Recipe, Schedule, run_trial
 
 PLACES = 24
@@ -80,25 +82,25 @@ def _curve(
     candidate: Candidate, proxy: Proxy, *, ratio: float, batch: int, places: Sequence[int], seed: int
 ) -> list[float]:
     key = subkey(seed_key(seed), f"proxy table|{batch}")
-    trial = prepared_trial(candidate, proxy, key=key)
+    layout, model, examples = checked_layout(candidate, proxy), fresh_model(candidate, key=key), Examples(proxy.data)
     wanted, losses = set(places), []
 
     def look(step: int) -> None:
         if step in wanted:
-            losses.append(1.0 - _score(proxy, trial.model))
+            losses.append(1.0 - _score(proxy, model))
 
     run_trial(
-        trial.model,
-        trial.examples,
+        model,
+        examples,
         loss=candidate.loss,
         schedule=Schedule(
-            sampling=PoissonSampling(examples=trial.examples.count, batch_size=batch),
+            sampling=PoissonSampling(examples=examples.count, batch_size=batch),
             noise_multiplier=ratio * batch,
             steps=candidate.plan.steps,
         ),
         recipe=candidate.recipe,
-        clipping=trial.clipping,
-        layout=trial.layout,
+        clipping=clipping_of(candidate.plan),
+        layout=layout,
         key=key,
         private=False,
         on_step=look,

@@ -336,25 +336,32 @@ def run_simulated(
         CheckFailed: the candidate could not be trained privately.
     """
     check_origin(proxy, unaccounted=unaccounted)
-    return _run(candidate, proxy, factor=factor, seed=seed, on_step=on_step)
+    layout = checked_layout(candidate, proxy)
+    return _run(candidate, proxy, layout=layout, factor=factor, seed=seed, on_step=on_step)
 
 
 def _run(
-    candidate: Candidate, proxy: Proxy, *, factor: float, seed: int, on_step: Callable[[int], None] | None
+    candidate: Candidate,
+    proxy: Proxy,
+    *,
+    layout: Layout | None,
+    factor: float,
+    seed: int,
+    on_step: Callable[[int], None] | None,
 ) -> Trial:
-    count = Examples(proxy.data).count
-    schedule = scaled(candidate.plan, factor=factor, examples=count)
+    examples = Examples(proxy.data)
+    schedule = scaled(candidate.plan, factor=factor, examples=examples.count)
     # The batch is part of the label: runs at different batches share nothing, as the interval of the fit assumes.
     key = subkey(seed_key(seed), f"simulation|{schedule.sampling.batch_size}|{schedule.steps}")
-    prepared = prepared_trial(candidate, proxy, key=key)
+    model = fresh_model(candidate, key=key)
     run_trial(
-        prepared.model,
-        prepared.examples,
+        model,
+        examples,
         loss=candidate.loss,
         schedule=schedule,
         recipe=candidate.recipe,
-        clipping=prepared.clipping,
-        layout=prepared.layout,
+        clipping=clipping_of(candidate.plan),
+        layout=layout,
         key=key,
         private=False,
         on_step=on_step,
@@ -365,37 +372,31 @@ def _run(
         noise_multiplier=schedule.noise_multiplier,
         steps=schedule.steps,
         seed=seed,
-        accuracy=float(proxy.score(prepared.model)),
+        accuracy=float(proxy.score(model)),
     )
 
 
-@dataclass(frozen=True)
-class PreparedTrial:
-    """A fresh model that passed the self-check, and what `run_trial` needs beside the numbers."""
-
-    model: nn.Module
-    examples: Examples
-    clipping: Clipping
-    layout: Layout | None
+def fresh_model(candidate: Candidate, *, key: bytes) -> nn.Module:
+    """The candidate's model with the initial weights of a key."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(subkey(key, "initial weights")[:8], "little") >> 1)
+        return candidate.build()
 
 
-def prepared_trial(candidate: Candidate, proxy: Proxy, *, key: bytes) -> PreparedTrial:
-    """Build the candidate's model from the key, and check on a few examples that it can be trained privately.
+def checked_layout(candidate: Candidate, proxy: Proxy) -> Layout | None:
+    """Check on a few examples that the candidate can be trained privately; how its uses carry the batch.
 
     Raises:
         CheckFailed: it cannot.
     """
-    examples = Examples(proxy.data)
-    with torch.random.fork_rng():
-        torch.manual_seed(int.from_bytes(subkey(key, "initial weights")[:8], "little") >> 1)
-        model = candidate.build()
-    clipping = clipping_of(candidate.plan)
+    examples, clipping = Examples(proxy.data), clipping_of(candidate.plan)
+    model = fresh_model(candidate, key=seed_key(0))
     compare = Clipping.automatic() if clipping.kind is ClippingKind.NONE else clipping
     few = min(_CHECK_EXAMPLES, examples.count)
     batch = examples.fetch(np.arange(few), device=next(model.parameters()).device)
     report = check(model, candidate.loss, batch, clipping=compare, examples=few)
     report.raise_if_failed()
-    return PreparedTrial(model=model, examples=examples, clipping=clipping, layout=report.layout)
+    return report.layout
 
 
 class _Field:
@@ -404,9 +405,13 @@ class _Field:
     def __init__(self, proxy: Proxy, *, steps: int, on_progress: OnProgress | None) -> None:
         self._proxy, self._steps, self._on_progress = proxy, steps, on_progress
         self._before = 0
+        self._layouts: dict[str, Layout | None] = {}
 
     def run(self, candidate: Candidate, *, factor: float, seed: int) -> Trial:
-        trial = _run(candidate, self._proxy, factor=factor, seed=seed, on_step=self._show)
+        if candidate.name not in self._layouts:
+            self._layouts[candidate.name] = checked_layout(candidate, self._proxy)
+        layout = self._layouts[candidate.name]
+        trial = _run(candidate, self._proxy, layout=layout, factor=factor, seed=seed, on_step=self._show)
         self._before += trial.steps
         return trial
 

@@ -58,6 +58,10 @@ class Search:
     repetitions: Repetitions
     score_noise: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.score_noise is not None:
+            object.__setattr__(self, "score_noise", float(self.score_noise))
+
     def query(self, steps: SampledGaussian) -> Repeated:
         """The whole search as one query: however many runs there are, this is what they cost together."""
         score = () if self.score_noise is None else (Gaussian(noise_multiplier=self.score_noise),)
