@@ -23,7 +23,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_public_data_choose_and_the_plan_says_so(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (*PLAN, *QUICK, "--simulate", "public.csv", "--out", "plan.json", "--json")
+    words = (*PLAN, *QUICK, "--simulate", "public.csv", "--out", "plan.json", "--html", "p.html", "--json")
     code, out, err = _run(capsys, *words)
     assert code == 0, err
     record = json.loads(out)["simulation"]
@@ -32,6 +32,9 @@ def test_public_data_choose_and_the_plan_says_so(workplace: Path, capsys: pytest
     assert record["fit"]["at_batch"] == 128
     written = json.loads((workplace / "plan.simulation.json").read_text())
     assert written["points"] == record["points"]
+    page = (workplace / "p.html").read_text()
+    assert "Simulated at constant noise per update" in page
+    assert "NON-PRIVATE" not in page
     notes = json.loads((workplace / "plan.json").read_text())["notes"]
     assert any("chosen by simulation at constant TAN on public data" in note for note in notes)
     # Training follows the plan that was saved.
@@ -57,12 +60,13 @@ def test_private_data_are_refused_also_under_another_name(
 def test_private_data_with_the_flag_are_stamped_in_every_place(
     workplace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = (*PLAN, *QUICK, "--simulate", "people.csv", "--unaccounted-search", "--out", "plan.json")
+    words = (*PLAN, *QUICK, "--simulate", "people.csv", "--unaccounted-search", "--out", "plan.json", "--html", "p.html")
     code, out, err = _run(capsys, *words)
     assert code == 0, err
     assert "NON-PRIVATE" in out
     assert "NON-PRIVATE" in caplog.text
     assert json.loads((workplace / "plan.simulation.json").read_text())["stamp"] == "NON-PRIVATE"
+    assert "NON-PRIVATE" in (workplace / "p.html").read_text()
     assert any("NON-PRIVATE search" in note for note in json.loads((workplace / "plan.json").read_text())["notes"])
 
 
@@ -80,7 +84,7 @@ def test_steps_are_compared_at_one_budget(workplace: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "words", [("--learning-rates", "0.1"), ("--models", "mlp"), ("--unaccounted-search",), ("--simulation", "s.json")]
+    "words", [("--learning-rates", "0.1"), ("--models", "mlp"), ("--unaccounted-search",)]
 )
 def test_options_of_a_simulation_without_one_are_refused(
     workplace: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]

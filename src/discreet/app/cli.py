@@ -213,6 +213,7 @@ def _add_planning(command: _Parser) -> None:
     command.add_argument("--choose", metavar="KIND", help="which plan --out saves; default: the recommended one")
     command.add_argument("--out", type=Path, metavar="FILE", help="save the chosen plan for `discreet train --plan`")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
+    command.add_argument("--simulation", type=Path, metavar="FILE", help="simulated runs, to be drawn on the page")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
@@ -224,7 +225,6 @@ def _add_simulation(command: _Parser) -> None:
     command.add_argument("--models", type=_kinds, metavar="A,B", help="to compare; default: that of --model")
     command.add_argument("--simulate-steps", type=_counts, metavar="A,B", help="numbers of steps to compare")
     command.add_argument("--seeds", type=int, default=3, help="runs per setting, at least 3")
-    command.add_argument("--simulation", type=Path, metavar="FILE", help="write the simulation as JSON")
     command.add_argument(
         "--unaccounted-search", action="store_true", help="allow --simulate on the private data; NON-PRIVATE"
     )

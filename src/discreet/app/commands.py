@@ -238,25 +238,27 @@ def _planning(options: argparse.Namespace) -> PlanOptions:
         choose=options.choose,
         out=options.out,
         html=options.html,
+        simulation=options.simulation,
         device=options.device,
     )
 
 
 def _simulation(options: argparse.Namespace) -> SimulationOptions | None:
     if options.simulate is None:
-        for name in ("learning_rates", "models", "simulate_steps", "simulation"):
+        for name in ("learning_rates", "models", "simulate_steps"):
             if getattr(options, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} without --simulate: name public data to simulate on.")
         if options.unaccounted_search:
             raise ConfigError("--unaccounted-search without --simulate: there is no search; leave it out.")
         return None
+    if options.simulation is not None:
+        raise ConfigError("--simulate with --simulation: the page shows one of them; leave out the older runs.")
     return SimulationOptions(
         data=options.simulate,
         rates=options.learning_rates,
         kinds=options.models if options.models is not None else (ModelKind(options.model),),
         steps=options.simulate_steps,
         seeds=options.seeds,
-        out=options.simulation,
         unaccounted=options.unaccounted_search,
     )
 

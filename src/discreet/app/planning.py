@@ -14,7 +14,7 @@ from pathlib import Path
 
 from discreet.app import models
 from discreet.app.data import Preprocessing
-from discreet.app.plan_page import write_page
+from discreet.app.plan_page import read_simulation, write_page
 from discreet.app.report.text import duration
 from discreet.app.stand_ins import measure_spec
 from discreet.app.training import DataOptions, open_data, pick_device, stand_in
@@ -56,6 +56,7 @@ class PlanOptions:
     choose: str | None = None
     out: Path | None = None
     html: Path | None = None
+    simulation: Path | None = None
     device: str = "auto"
 
 
@@ -110,6 +111,9 @@ def plan_data(data: DataOptions | None, options: PlanOptions) -> Planned:
         ConfigError: neither or both of data and a number of examples, or an argument is outside its range.
     """
     clipping = options.clipping if options.clipping is not None else Clipping.automatic()
+    if options.simulation is not None and options.html is None:
+        raise ConfigError("--simulation without --html: it is drawn on the page; name the page, e.g. --html plan.html.")
+    simulation = read_simulation(options.simulation) if options.simulation is not None else None
     if data is not None:
         proposal = _for_data(data, options, clipping)
     else:
@@ -118,7 +122,7 @@ def plan_data(data: DataOptions | None, options: PlanOptions) -> Planned:
     if options.out is not None:
         _save(chosen, options.out)
     if options.html is not None:
-        write_page(proposal, options.html)
+        write_page(proposal, options.html, simulation=simulation)
     return Planned(
         proposal=proposal,
         chosen=chosen,

@@ -19,6 +19,7 @@ from torch import nn
 from discreet.app import models
 from discreet.app.data import Prepared, Preprocessing
 from discreet.app.evaluation import evaluate
+from discreet.app.plan_page import read_simulation, write_page
 from discreet.app.planning import Planned
 from discreet.app.progress import Progress
 from discreet.app.training import DataOptions, open_data, pick_device
@@ -41,7 +42,6 @@ class SimulationOptions:
         data: public data of the same kind as the private ones.
         rates, kinds, steps: the declared grid; None: `USUAL_RATES`, the plan's model, the plan's steps.
         seeds: runs per setting.
-        out: where to write the simulation as JSON.
         unaccounted: simulate even if the data are the private ones.
     """
 
@@ -50,7 +50,6 @@ class SimulationOptions:
     kinds: tuple[models.ModelKind, ...] | None = None
     steps: tuple[int, ...] | None = None
     seeds: int = 3
-    out: Path | None = None
     unaccounted: bool = False
 
 
@@ -99,7 +98,7 @@ class Simulated:
 def simulate_plan(
     planned: Planned, private: DataOptions | None, data: DataOptions, options: SimulationOptions, *, device: str
 ) -> Simulated:
-    """Compare the grid, write the file, and save the plan again with a note of how its settings were chosen.
+    """Compare the grid, write file and page, and save the plan again with a note of how its settings were chosen.
 
     Args:
         planned: what `discreet plan` proposes. private: the data that it is for, where there are some.
@@ -135,10 +134,12 @@ def simulate_plan(
     plan = dataclasses.replace(candidate.plan, notes=(*candidate.plan.notes, found.note()))
     if planned.out is not None:
         plan.save(planned.out)
-    out = options.out if options.out is not None else _beside(planned.out)
+    out = _beside(planned.out or planned.html)
     result = Simulated(simulation=found, plan=plan, model=model, rate=rate, out=out)
     if out is not None:
         write_atomically(out, json.dumps(found.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    if out is not None and planned.html is not None:
+        write_page(planned.proposal, planned.html, simulation=read_simulation(out))
     return result
 
 
@@ -211,6 +212,7 @@ def _same_data(private: DataOptions, data: DataOptions, *, kind: models.ModelKin
 
 
 def _beside(plan: Path | None) -> Path | None:
+    """Where the simulation is written: beside the plan, or beside its page."""
     return None if plan is None else plan.with_name(f"{plan.stem}.simulation.json")
 
 

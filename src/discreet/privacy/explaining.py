@@ -13,11 +13,11 @@ from discreet.privacy.planner import SMALLEST_BATCH
 from discreet.privacy.proposal import Kind, Mode, Option, WhatIf
 
 _FOR = {
-    Kind.CHEAP: "r = 1.5: half as much noise again as full batches need, for a quarter of the knee's batch",
-    Kind.SMALL: "r = 1.5 with these passes: many small steps",
-    Kind.KNEE: "the knee, r = 1.05: a larger batch buys at most 5 % less noise",
-    Kind.MAXIMAL: "r = 1.02: a larger batch buys at most 2 % less noise",
-    Kind.LARGE: "r = 1.02 with these passes: few large steps",
+    Kind.CHEAP: "a quarter of the knee's batch and of its compute",
+    Kind.SMALL: "many small steps",
+    Kind.KNEE: "the knee, where larger batches begin to buy next to nothing",
+    Kind.MAXIMAL: "as good as full batches",
+    Kind.LARGE: "few large steps",
     Kind.BALANCED: "uses up the bound, split so that noise and few steps together cost least",
     Kind.GIVEN: "as you asked",
 }
@@ -40,7 +40,7 @@ def reasons(choice: Choice) -> Mapping[str, str]:
     """Number -> one sentence on why it is what it is."""
     plan = choice.plan
     found = {
-        "plan": _FOR[choice.kind] + ".",
+        "plan": f"{_FOR[choice.kind]}; full batches would have {_left(choice.overhead)} less noise per step.",
         "batch_size": _batch_reason(choice),
         "steps": _steps_reason(choice),
         "noise_multiplier": (
@@ -61,6 +61,11 @@ def reasons(choice: Choice) -> Mapping[str, str]:
             else "the whole batch at once."
         )
     return found
+
+
+def _left(overhead: float) -> str:
+    """What the step from here to full batches would still take off the noise."""
+    return f"{100 * (1 - 1 / overhead):.0f} %"
 
 
 def _batch_reason(choice: Choice) -> str:

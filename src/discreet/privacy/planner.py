@@ -55,7 +55,7 @@ MOST_SAMPLES = 20_000_000
 FREE_SAMPLES = 200_000
 """... but these always, since they take seconds. A `Bound` replaces all three."""
 
-HALF_STEPS = 300.0
+HALF_STEPS = 100.0
 """With so many steps, their small number costs as much as all the noise: see `score`. Measured (docs/lab-notes.md): on
 Adult, SMS and digits, at 1 to 60 passes, accuracy over S at fixed S B is flat from 300 to 1,000 and lower below."""
 

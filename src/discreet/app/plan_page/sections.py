@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from discreet.app.plan_page.figures import (
+    changes_figure,
+    knee_figure,
+    plane_figure,
+    simulation_figure,
+    wall_figure,
+)
+from discreet.app.plan_page.simulated import Simulation
 from discreet.app.report import parts
-from discreet.app.report.text import duration, plain, safe, scientific, upward
+from discreet.app.report.text import duration, percent, plain, safe, scientific, upward
 from discreet.privacy.proposal import Option, Proposal
 
 _REASONS = {
@@ -88,9 +96,78 @@ def reasons_section(proposal: Proposal) -> str:
     )
 
 
-def changes_section(proposal: Proposal, *, picture: str = "") -> str:
+def pictures_section(proposal: Proposal) -> str:
+    """The wall, the knee, and the plane of batch and steps."""
+    drawn = [
+        _picture(
+            "The wall",
+            wall_figure(proposal),
+            caption="Epsilon at constant noise per update: batch and noise multiplier shrink together, so every update "
+            "is as noisy and learning goes as before, for less compute. Epsilon stays where it was, until the wall.",
+        ),
+        _picture(
+            "The knee",
+            knee_figure(proposal),
+            caption="Noise per update at the same epsilon. Beyond the knee a larger batch costs compute and buys next "
+            "to nothing; at the wall noise is twice its floor. Curve and points are the accountant's; where knee "
+            "and wall lie is a closed form.",
+        ),
+        _picture(
+            "Batch and steps",
+            plane_figure(proposal),
+            caption="At this plan's noise per update. Solid lines: equal epsilon; dashed lines: equal "
+            f"{'time' if proposal.machine is not None else 'compute'}, each a factor of four apart. Where solid lines "
+            "stand upright, a smaller batch costs no privacy.",
+        ),
+    ]
+    note = (
+        "The lines of equal epsilon in the last picture are the closed form, μ = q √(S (exp(1/σ²) − 1)), scaled to "
+        "pass through this plan; all else is the accountant's. What a run has spent is told by its ledger alone."
+    )
+    if not any(drawn):
+        note = "Install the extra discreet[report] to see the pictures here."
+    return parts.section("The pictures", markup=[*drawn, parts.paragraph(parts.sentence(note), role="note")])
+
+
+def simulation_section(proposal: Proposal, simulation: Simulation | None) -> str:
+    """What simulated runs at small batches say about the real one; nothing without a simulation."""
+    if simulation is None:
+        return ""
+    sizes = sorted({batch for batch, _ in simulation.points})
+    text = (
+        f"{len(simulation.points)} runs at batches of {plain(sizes[0])} to {plain(sizes[-1])} and the same noise per "
+        f"update. Their line changes by {100 * simulation.slope:+.2f} points per doubling, and expects "
+        f"{percent(simulation.line(simulation.at_batch))} at the real batch of {plain(simulation.at_batch)}; a single "
+        f"run there should lie between {percent(simulation.low)} and {percent(simulation.high)}."
+    )
+    warning = (
+        "Small batches are optimistic, and these runs are not private: their noise is the real one's, their sampling "
+        "is not. They rank settings and draw this line; they are no result."
+    )
+    picture = parts.figure(simulation_figure(proposal, simulation), caption=warning)
+    stamp = ""
+    if simulation.stamp:
+        stamp = parts.paragraph(
+            f"<strong>{safe(simulation.stamp)}</strong>: these runs read private data, and no epsilon covers them.",
+            role="alarm",
+        )
+    return parts.section("Simulated at constant noise per update", markup=[stamp, parts.paragraph(text), picture])
+
+
+def _picture(title: str, drawn: str, *, caption: str) -> str:
+    if not drawn:
+        return ""
+    return f"<h3>{safe(title)}</h3>\n{parts.figure(drawn, caption=caption)}"
+
+
+def changes_section(proposal: Proposal) -> str:
     """What more data, more epsilon or more compute would buy."""
     rows = [(safe(item.change.capitalize()), parts.sentence(item.effect)) for item in proposal.what_if]
+    picture = parts.figure(
+        changes_figure(proposal),
+        caption="Noise summed over the run at a learning rate of 1 / S. Data and epsilon buy in proportion; compute "
+        "past the knee buys next to nothing.",
+    )
     return parts.section("What a change would do", markup=[picture, parts.table(("Change", "Effect"), rows=rows)])
 
 
