@@ -60,7 +60,17 @@ def test_private_data_are_refused_also_under_another_name(
 def test_private_data_with_the_flag_are_stamped_in_every_place(
     workplace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = (*PLAN, *QUICK, "--simulate", "people.csv", "--unaccounted-search", "--out", "plan.json", "--html", "p.html")
+    words = (
+        *PLAN,
+        *QUICK,
+        "--simulate",
+        "people.csv",
+        "--unaccounted-search",
+        "--out",
+        "plan.json",
+        "--html",
+        "p.html",
+    )
     code, out, err = _run(capsys, *words)
     assert code == 0, err
     assert "NON-PRIVATE" in out
@@ -83,9 +93,7 @@ def test_steps_are_compared_at_one_budget(workplace: Path, capsys: pytest.Captur
     assert 64 // 4 in {trial["batch"] for trial in trials if trial["steps"] == 48}
 
 
-@pytest.mark.parametrize(
-    "words", [("--learning-rates", "0.1"), ("--models", "mlp"), ("--unaccounted-search",)]
-)
+@pytest.mark.parametrize("words", [("--learning-rates", "0.1"), ("--models", "mlp"), ("--unaccounted-search",)])
 def test_options_of_a_simulation_without_one_are_refused(
     workplace: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:

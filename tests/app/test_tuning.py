@@ -59,6 +59,7 @@ def test_tune_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str])
     assert "best of a secret random number of runs" in json.loads(out)["statement"]
     page = (workplace / "run" / "release" / "report.html").read_text()
     assert "2.999" in page
+    assert "The search: 2 runs expected" in page
     kinds = [record.kind for record in Ledger.read(workplace / "run" / "ledger.jsonl").records]
     assert kinds == ["open", "query", "query", "query", "close"]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy import special
 
 from discreet.errors import ConfigError
 
@@ -116,7 +116,7 @@ def extrapolate(
     intercept = mean_y - slope * mean_x
     squares = math.fsum((y - intercept - slope * x) ** 2 for x, y in points)
     residual_sd = math.sqrt(squares / (n - 2))
-    quantile = float(stats.t.ppf((1 + confidence) / 2, n - 2))
+    quantile = float(special.stdtrit(n - 2, (1 + confidence) / 2))
     x0 = math.log2(at_batch)
     expected = intercept + slope * x0
     half = quantile * residual_sd * math.sqrt(1 + 1 / n + (x0 - mean_x) ** 2 / spread_x)

@@ -149,7 +149,7 @@ def simulation_section(proposal: Proposal, simulation: Simulation | None) -> str
     if simulation.stamp:
         stamp = parts.paragraph(
             f"<strong>{safe(simulation.stamp)}</strong>: these runs read private data, and no epsilon covers them.",
-            role="alarm",
+            role="stamp",
         )
     return parts.section("Simulated at constant noise per update", markup=[stamp, parts.paragraph(text), picture])
 
