@@ -95,6 +95,30 @@ def test_a_killed_search_resumes_at_no_cost(
     assert json.loads(out)["epsilon"] == spent
 
 
+def test_a_search_on_other_rows_is_refused_and_can_still_be_undone(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats = iter(range(5))
+    monkeypatch.setattr(tuning.Heartbeat, "beat", lambda self: next(beats))
+    (workplace / "schema.toml").write_text(
+        '[target]\nname = "income"\nclasses = ["low", "high"]\n'
+        '[column.age]\ntype = "number"\nmin = 0\nmax = 100\n'
+        '[column.job]\ntype = "category"\nvalues = ["clerk", "smith"]\n'
+    )
+    words = ("tune", *WORDS, "--schema", "schema.toml", "--test", "test.csv", "--out", "run")
+    _table(workplace / "test.csv", rows=100, seed=2)
+    assert _run(capsys, *words)[0] == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    rows = (workplace / "people.csv").read_text()
+    (workplace / "people.csv").write_text(rows.replace("\n30,", "\n31,"))
+    code, _, err = _run(capsys, *words, "--resume")
+    assert code == 2
+    assert "data: changed since the search began" in err
+    (workplace / "people.csv").write_text(rows)
+    assert _run(capsys, *words, "--resume")[0] == 0
+
+
 def test_the_heartbeat_tells_no_number_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
     heart = tuning.Heartbeat()
     heart._shown -= 100

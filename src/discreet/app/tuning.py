@@ -123,8 +123,14 @@ def tune_file(data: DataOptions, options: TuneOptions) -> TuneOutcome:
     preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
     before = source.queries(preprocessing)
     with _open_run(options, kinds, source, delta=delta, before=before) as run:
-        announce(run.plan)
-        run.adopt(describe_data(source.fingerprint()), stage=Stage.DATA)
+        described = describe_data(source.fingerprint())
+        changed = run.changed(described, stage=Stage.DATA)
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)}: changed since the search began; restore it, or start a new search, which "
+                "spends its own epsilon."
+            )
+        run.adopt(described, stage=Stage.DATA)
         for position, query in enumerate(before):
             run.reserve_query(f"preprocessing {position}", query)
         prepared = source.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing)
@@ -250,6 +256,7 @@ def _open_run(
         except ConfigError:
             run.close()
             raise
+        announce(run.plan)
         return run
     plan = plan_search(
         examples=source.examples,
@@ -263,6 +270,7 @@ def _open_run(
         clipping=(options.clipping if options.clipping is not None else Clipping.automatic()).describe(),
         before=before,
     )
+    announce(plan)
     return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
 
 

@@ -194,11 +194,20 @@ class Run:
         if known is None and self.charged(stage):
             self.renew_key(["the record of the environment is missing"], stage=stage)
         elif known is not None and known != dict(environment):
-            names = sorted({*known, *environment})
-            self.renew_key([name for name in names if known.get(name) != environment.get(name)], stage=stage)
+            self.renew_key(self.changed(environment, stage=stage), stage=stage)
         state = self._state()
         state["environment"][stage.value] = dict(environment)
         self._keep(state)
+
+    def changed(self, environment: Environment, *, stage: Stage) -> list[str]:
+        """What differs from the record of a stage, by name; nothing when there is no record yet.
+
+        For whoever must refuse to go on rather than `adopt`, and so keep the key.
+        """
+        known = self._state()["environment"].get(stage.value)
+        if known is None:
+            return []
+        return sorted(name for name in {*known, *environment} if known.get(name) != environment.get(name))
 
     def charged(self, stage: Stage) -> bool:
         """Whether a stage has drawn, or may have drawn, noise under the current key."""

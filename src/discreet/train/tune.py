@@ -403,6 +403,8 @@ def _check_choices(choices: Sequence[Choice]) -> None:
 def _check_plan(plan: Plan, *, score: PublicScore | PrivateScore, clipping: Clipping | None, examples: int) -> None:
     if plan.search is None:
         raise ConfigError("the plan is of a single run: a search needs its own; make it with plan_search().")
+    if plan.search.repetitions.stopping is Stopping.POISSON:
+        raise ConfigError("the plan's stopping is poisson: it may make no run at all; make it with plan_search().")
     if (plan.search.score_noise is None) != isinstance(score, PublicScore):
         kind = "public" if plan.search.score_noise is None else "private"
         raise ConfigError(
