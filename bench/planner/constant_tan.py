@@ -11,7 +11,8 @@ from typing import Any
 from scipy.stats import kendalltau
 
 from bench.planner.proxies import Setting, candidates_of, proxy_of
-from discreet.insight.simulation import Candidate, Proxy, Simulation, Trial, rank, run_simulated, simulate
+from discreet.insight.simulated_run import Candidate, Proxy, Trial, run_simulated
+from discreet.insight.simulation import Simulation, rank, simulate
 
 SEEDS = 3
 SCALES = (128.0, 64.0, 32.0)

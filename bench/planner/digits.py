@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from discreet.core.clipping import Clipping
-from discreet.insight.simulation import Candidate, Origin, Proxy, run_simulated
+from discreet.insight.simulated_run import Candidate, Origin, Proxy, run_simulated
 from discreet.privacy.plan import Plan
 from discreet.train.trial import Optimiser, Recipe
 

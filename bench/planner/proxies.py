@@ -13,7 +13,7 @@ from discreet.app.data import Prepared, Preprocessing, digits, open_source
 from discreet.app.evaluation import evaluate
 from discreet.core.clipping import Clipping
 from discreet.core.rng import NoiseSource
-from discreet.insight.simulation import Candidate, Origin, Proxy
+from discreet.insight.simulated_run import Candidate, Origin, Proxy
 from discreet.privacy.plan import Plan
 from discreet.train.trial import Recipe
 

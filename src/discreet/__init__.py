@@ -23,7 +23,8 @@ from discreet.errors import (
 )
 from discreet.insight.curves import measure_curves
 from discreet.insight.proxy_table import Curves, choose_under_compute
-from discreet.insight.simulation import Candidate, Origin, Proxy, Simulation, simulate
+from discreet.insight.simulated_run import Candidate, Origin, Proxy
+from discreet.insight.simulation import Simulation, simulate
 from discreet.privacy.accounting import Relation
 from discreet.privacy.certificate import verify
 from discreet.privacy.compute import Machine

@@ -175,7 +175,7 @@ def test_putting_a_model_into_eval_mode_is_no_finding():
 
 MAY_RUN_TRIALS = {
     "insight/curves.py": "on public data, or stamped",
-    "insight/simulation.py": "on public data, or stamped",
+    "insight/simulated_run.py": "on public data, or stamped",
     "train/tune.py": "all its trials are charged as one query before the first",
 }
 """File -> why it may train without a ledger of its own."""

@@ -12,7 +12,8 @@ from bench.planner.__main__ import main
 from bench.planner.proxies import RATES, SETTINGS, SHAPES, candidates_of
 
 from discreet.app.data import digits as load_digits
-from discreet.insight.simulation import Simulation, Trial, fit_of, rank
+from discreet.insight.simulated_run import Trial
+from discreet.insight.simulation import Simulation, fit_of, rank
 from discreet.privacy.accounting import SampledGaussian, epsilon
 
 

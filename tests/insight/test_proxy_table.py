@@ -19,7 +19,7 @@ from discreet.insight.proxy_table import (
     monotone,
     rolling_mean,
 )
-from discreet.insight.simulation import Candidate, Origin, Proxy
+from discreet.insight.simulated_run import Candidate, Origin, Proxy
 from discreet.privacy.accounting import Accountant
 from discreet.privacy.gdp import gdp_mu, seed_noise_multiplier
 from discreet.privacy.plan import Plan, default_delta

@@ -16,17 +16,8 @@ from discreet.core.gradient import clipped_gradient
 from discreet.core.noise import release
 from discreet.core.rng import NoiseSource, seed_key, subkey
 from discreet.errors import CheckFailed, ConfigError
-from discreet.insight.simulation import (
-    Candidate,
-    NonPrivateSimulation,
-    Origin,
-    Proxy,
-    Simulation,
-    run_simulated,
-    scaled,
-    simulate,
-    usual_scales,
-)
+from discreet.insight.simulated_run import Candidate, Origin, Proxy, run_simulated, scaled
+from discreet.insight.simulation import NonPrivateSimulation, Simulation, simulate, usual_scales
 from discreet.privacy.plan import Plan
 from discreet.train.examples import Examples
 from discreet.train.trial import Optimiser, Recipe, run_trial

@@ -12,7 +12,8 @@ from torch import nn
 from discreet.core.rng import seed_key, subkey
 from discreet.errors import ConfigError
 from discreet.insight.proxy_table import Curves, rolling_mean
-from discreet.insight.simulation import Candidate, OnProgress, Proxy, check_origin, checked_layout, fresh_model
+from discreet.insight.simulated_run import Candidate, Proxy, check_origin, checked_layout, fresh_model
+from discreet.insight.simulation import OnProgress
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.examples import Examples
 from discreet.train.setup import clipping_of

@@ -1,8 +1,8 @@
 """One trial: a whole training with clipping and noise, in memory, whose charge is its caller's business.
 
-A trial writes nothing, charges nothing and returns nothing but the trained model. So it has two callers only:
-`discreet.insight.simulation`, whose data are public, and `discreet.train.tune`, which charges all its trials as one
-query before the first of them begins. `tests/architecture` keeps the list.
+A trial writes nothing, charges nothing and returns nothing but the trained model. So it has few callers:
+`discreet.insight.simulated_run` and `curves`, whose data are public, and `discreet.train.tune`, which charges all its
+trials as one query before the first of them begins. `tests/architecture` keeps the list.
 
 A trial is a function of (key, data, numbers): batches, noise and dropout masks all follow from the key.
 """
