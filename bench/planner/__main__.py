@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.planner", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--data", nargs="*", choices=list(SETTINGS), default=["digits", "fashion_mnist"])
     parser.add_argument("--experiments", action="store_true", help="E4 to E7 on digits")
     parser.add_argument("--seeds", type=int, default=3, help="of the experiments")
     parser.add_argument("--threads", type=int, default=1)

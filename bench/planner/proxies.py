@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from discreet.app import models
@@ -37,16 +38,19 @@ class Setting:
     prepare: Callable[[], Prepared]
 
 
-def _fashion_mnist() -> Prepared:
+def _idx_folder(name: str) -> Prepared:
     root = os.environ.get("DISCREET_DATA", str(Path(__file__).resolve().parents[3] / "shared" / "data"))
-    source = open_source(Path(root) / "fashion_mnist", classes=10)
+    source = open_source(Path(root) / name, classes=10)
     public = Preprocessing(noise_multiplier=0.0, delta=0.0)
     return source.prepare(noise_source=NoiseSource.insecure_seed(0), preprocessing=public)
 
 
 SETTINGS = {
     "digits": Setting(name="digits", batch_size=1024, steps=400, epsilon=3.0, prepare=digits),
-    "fashion_mnist": Setting(name="fashion_mnist", batch_size=4096, steps=300, epsilon=1.0, prepare=_fashion_mnist),
+    "fashion_mnist": Setting(
+        name="fashion_mnist", batch_size=4096, steps=300, epsilon=1.0, prepare=partial(_idx_folder, "fashion_mnist")
+    ),
+    "mnist": Setting(name="mnist", batch_size=4096, steps=300, epsilon=1.0, prepare=partial(_idx_folder, "mnist")),
 }
 
 

@@ -149,9 +149,9 @@ def run_checked(
     """`run_simulated` for a caller that has checked the origin of the data and the candidate, for many runs at once."""
     examples = Examples(proxy.data)
     schedule = scaled(candidate.plan, factor=factor, examples=examples.count)
-    # The batch is part of the label: runs at different batches share nothing, as the interval of the fit assumes.
+    # A seed starts from the same weights at every batch; batches and noise differ with the batch.
     key = subkey(seed_key(seed), f"simulation|{schedule.sampling.batch_size}|{schedule.steps}")
-    model = fresh_model(candidate, key=key)
+    model = fresh_model(candidate, key=seed_key(seed))
     run_trial(
         model,
         examples,

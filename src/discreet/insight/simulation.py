@@ -165,7 +165,7 @@ def simulate(
     """Rank candidates at a small batch, then fit the best one against log2 batch and extrapolate to its real batch.
 
     All candidates meet the same batches, noise and initial weights at the same seed, so that their differences are
-    theirs. The three or more batch sizes of the fit share none of these.
+    theirs. Each run of the fit has a seed of its own, so that they share nothing, as the interval assumes.
 
     Args:
         candidates: a small grid, fixed before anything was looked at.
@@ -193,9 +193,8 @@ def simulate(
     ]
     ranking = rank(trials)
     best = by_name[ranking[0].candidate]
-    fitted = [
-        field.run(best, factor=factor, seed=first_seed + seeds + seed) for seed in range(seeds) for factor in factors
-    ]
+    again = [factor for _ in range(seeds) for factor in factors]
+    fitted = [field.run(best, factor=factor, seed=first_seed + seeds + place) for place, factor in enumerate(again)]
     found = NonPrivateSimulation if proxy.origin is Origin.PRIVATE else Simulation
     return found(
         ranking=ranking,
