@@ -37,9 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# Other people's models, which the tests compare with; the demo does without them.
+# Other people's models, which the tests compare with, and Triton's interpreter; the demo does without them.
 $(ZOO): $(STAMP)
-	$(PIP) install --constraint constraints.txt --editable '.[zoo]'
+	$(PIP) install --constraint constraints.txt --editable '.[zoo,gpu]'
 	@touch $@
 
 demo: $(STAMP)

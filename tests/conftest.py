@@ -11,6 +11,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its own functions, too, ask when they are made. PyTorch on a CPU uses none.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile("discreet", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("discreet")
 

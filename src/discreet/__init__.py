@@ -29,9 +29,9 @@ from discreet.privacy.accounting import Relation
 from discreet.privacy.certificate import verify
 from discreet.privacy.compute import Machine
 from discreet.privacy.ledger import Ledger
+from discreet.privacy.options import Proposal
 from discreet.privacy.plan import Plan
 from discreet.privacy.planning import plan
-from discreet.privacy.proposal import Proposal
 from discreet.train.check import CheckReport, check
 from discreet.train.loop import Private, Result, make_private, train
 from discreet.train.throughput import measure

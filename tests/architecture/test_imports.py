@@ -30,6 +30,7 @@ OPTIONAL = (
     "peft",
     "lightning",
     "opacus",
+    "triton",
 )
 
 

@@ -6,7 +6,9 @@ Numbers in brackets are those of the table of adversarial cases in the engine's 
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import CASES, B, D, Fn, T, frozen, loss, par, tokens
-from discreet.core.book import Axis, Layout
+from discreet.core.book import Axis, Book, Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle
 from discreet.core.parameter import DerivedParameter, PrivateParameter, guard
@@ -253,6 +255,36 @@ def test_more_uses_of_the_same_kind_than_the_check_saw_are_like_those():
     model = _model(lambda s, x: sum(s.cell(x[:, t]).tanh() for t in range(x.shape[1])), cell=nn.Linear(D, 2))
     layout = check(model, loss, _x(3, D)).layout
     _exact(model, _x(6, D), layout=layout)
+
+
+def _steps_and_anchors(self: nn.Module, x: Tensor) -> Tensor:
+    """One layer for every step of a sequence, and then for a constant that happens to have B rows."""
+    h = x[:, 0]
+    for t in range(x.shape[1]):
+        h = self.l(h + x[:, t]).tanh()
+    return h @ self.l(self.anchors).mT
+
+
+def test_a_layer_for_the_batch_and_for_a_constant_keeps_its_order():
+    """At fewer steps than were checked, the constant comes where activations were: 2.3 times the bound, unnoticed."""
+    model = _model(_steps_and_anchors, l=nn.Linear(D, D), anchors=torch.randn(B, D))
+    layout = check(model, loss, _x(4, D)).layout
+    _exact(model, _x(4, D), layout=layout)
+    for length in (3, 5):
+        _refused(model, _x(length, D), "l.weight", "self-check", layout=layout)
+
+
+def test_a_constant_in_the_place_of_an_activation_is_refused():
+    def swapped(self, x):
+        first, second = (self.anchors, self.a(x)) if self.turned else (self.a(x), self.anchors)
+        first, second = self.l(first), self.l(second)
+        return second @ first.mT if self.turned else first @ second.mT
+
+    model = _model(swapped, a=nn.Linear(D, D), l=nn.Linear(D, D), anchors=torch.randn(B, D), turned=False)
+    layout = check(model, loss, _x(D)).layout
+    _exact(model, _x(D), layout=layout)
+    model.turned = True
+    _refused(model, _x(D), "l.weight", layout=layout)
 
 
 def test_a_layout_that_contradicts_the_batch_is_refused():
@@ -499,6 +531,25 @@ def test_records_are_freed_when_settled():
     assert book._records
     settle(book, CLIP)
     assert not book._records
+
+
+def test_no_step_leaves_its_book_behind(monkeypatch):
+    """A book that held the graph, which holds the book, would stay for ever: no collector sees through the graph."""
+    books, plain_init = [], Book.__init__
+
+    def seen(self, *args, **options):
+        plain_init(self, *args, **options)
+        books.append(weakref.ref(self))
+
+    monkeypatch.setattr(Book, "__init__", seen)
+    good = _model(lambda s, x: s.b(s.a(x).tanh()), a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    clipped_gradient(good, loss, _x(T, D), clipping=CLIP)
+    bad = _model(lambda s, x: torch.cdist(s.a(x), s.w), a=nn.Linear(D, D), w=par(3, D))
+    with pytest.raises(UnsupportedUse):
+        clipped_gradient(bad, loss, _x(T, D), clipping=CLIP)
+    gc.collect()
+    assert len(books) >= 3
+    assert not any(book() is not None for book in books)
 
 
 # ---------------------------------------------------------------------------------------- checkpoints and autocast

@@ -237,7 +237,9 @@ def test_the_file_has_what_the_plan_page_takes():
     assert {"batch", "seed", "accuracy"} == set(record["points"][0])
     assert len(record["points"]) == 9
     assert {"slope", "intercept", "at_batch", "low", "high"} <= set(record["fit"])
-    line = record["fit"]["intercept"] + record["fit"]["slope"] * math.log2(record["fit"]["at_batch"])
+    at = record["fit"]["at_batch"]
+    x = {"log2 B": math.log2(at), "1 / B": 1 / at}[record["fit"]["law"]]
+    line = record["fit"]["intercept"] + record["fit"]["slope"] * x
     assert line == pytest.approx(record["fit"]["expected"])
     assert record["stamp"] == ""
 

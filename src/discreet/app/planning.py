@@ -22,9 +22,9 @@ from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Query
 from discreet.privacy.compute import Machine, parse_time
+from discreet.privacy.options import Option, Proposal
 from discreet.privacy.planning import checked_delta
 from discreet.privacy.planning import plan as propose
-from discreet.privacy.proposal import Option, Proposal
 
 _LABELS = {
     "batch_size": "batch size",

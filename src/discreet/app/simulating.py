@@ -87,7 +87,8 @@ class Simulated:
                 *(f"  {s.candidate.ljust(width)}  {s.mean:.4f} +- {s.sd:.4f}" for s in found.ranking),
                 f"Best: {found.chosen}. At the real batch of {fit.at_batch:,} one run should reach {fit.expected:.4f}, "
                 f"with {100 * fit.confidence:.0f} % confidence {fit.low:.4f} to {fit.high:.4f}",
-                f"({100 * fit.slope:+.2f} points per doubling of the batch; {fit.doublings:.1f} doublings beyond the "
+                f"({100 * fit.per_doubling:+.2f} points per doubling; law {fit.law.value}"
+                f"{', interval of both laws' if fit.both else ''}; {fit.doublings:.1f} doublings beyond the "
                 f"{fit.evidence:.1f} that were simulated). A figure about {found.data}, not about your data.",
                 *found.warnings(),
                 f"next  train with --model {self.model.value} --learning-rate {self.rate:g}",

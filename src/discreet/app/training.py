@@ -30,6 +30,8 @@ from discreet.train.run import PREPROCESSING, Run, Stage
 from discreet.train.setup import check_plan, default_clipping
 
 _STAND_IN_FEATURES = 24
+_FEATURES_PER_COLUMN = 12
+"""A column that is counted privately becomes about so many features: 13 on average for Adult."""
 _STAND_IN_CLASSES = 3
 
 EVALUATIONS = 10
@@ -157,7 +159,8 @@ def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
 
 def stand_in(source: Source, *, kind: models.ModelKind) -> models.ModelSpec:
     """The model for this data, as far as it is public: numbers that are private until released are stood in for."""
-    input_spec = TableInput(features=_STAND_IN_FEATURES) if source.input is None else source.input
+    features = max(_STAND_IN_FEATURES, _FEATURES_PER_COLUMN * len(source.statistics))
+    input_spec = TableInput(features=features) if source.input is None else source.input
     return models.specify(kind, input_spec=input_spec, classes=_STAND_IN_CLASSES)
 
 

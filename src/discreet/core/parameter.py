@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from discreet.core.book import Axis, Book
 from discreet.core.forms import Dense, Form
-from discreet.core.routing import Picking, trace
+from discreet.core.routing import Picking
 from discreet.core.uses import Derivation
 from discreet.errors import ConfigError, UnsupportedUse
 
@@ -227,6 +227,7 @@ def guard(book: Book) -> Iterator[None]:
         yield
     finally:
         _active = None
+        book.trail.forget()
         for hook in hooks:
             hook.remove()
         for name, original in classes.items():
@@ -266,7 +267,7 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = tuple(dict.fromkeys(name for leaf in guarded for name in _derivation(book, leaf).names))
         if func not in _rules and func not in _derivable and func not in _routed:
             raise _no_rule(func, names, guarded[0])
-        found = ((id(operand), trace(operand, book.examples)) for operand in operands)
+        found = ((id(operand), book.trail.trace(operand)) for operand in operands)
         pickings = {key: picking for key, picking in found if picking is not None}
         axes = book.classify(
             names,

@@ -4,25 +4,52 @@ A weight of I inputs and O outputs that meets S positions of each example costs,
 
     GRAM   S^2 (I + O) / 2 multiply-adds               ghost norm, arXiv:2110.05679 Eq. 3, upper half only
     KEEP   I O numbers, held until the factors are known   instantiate, then sum what was kept
+    DIRECT S I O multiply-adds                         instantiate for the norm, tile by tile, and hold nothing
 
-KEEP replaces the contraction that the weighted sum would do, so its price is memory and the time to move it; GRAM comes
-on top of that contraction. A convolution has two Gram routes: PIXELS multiplies input pixels with each other once and
-adds up shifted copies for the taps of the kernel; WINDOWS unfolds first. The third way of arXiv:2210.00038, to
-instantiate for the norm and again for the sum, is never best where KEEP may be had, and that is wherever GRAM is dear.
+KEEP replaces the contraction that the weighted sum would do, so its price is memory and the time to move it; GRAM and
+DIRECT come on top of that contraction. A convolution has two Gram routes: PIXELS multiplies input pixels with each
+other once and adds up shifted copies for the taps of the kernel; WINDOWS unfolds first. DIRECT needs a kernel that
+squares its tiles where they are made (`discreet.core.kernels`); without one KEEP is always better, and may be had
+wherever GRAM is dear.
 
-Every choice is made from shapes, never from data: it can be told to anyone (`Choice.reason`).
+Every choice is made from shapes, never from data: it can be told to anyone. So training may take another route than the
+self-check, whose batch is smaller: the check takes every route in turn (`forced`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-_MOVE = 60.0
-"""Multiply-adds in the time that one kept number is written and read again (measured on a CPU: 35 to 100)."""
-_ENTRY = 20.0
-"""Multiply-adds in the time of one entry of a Gram matrix: product, sum, shifted copy."""
+
+@dataclass(frozen=True)
+class Prices:
+    """What things cost on a device, in multiply-adds of the norm's own precision.
+
+    Attributes:
+        move: the time that one kept number is written and read again.
+        entry: the time of one entry of a Gram matrix: product, sum, shifted copy.
+        direct: whether DIRECT may be had.
+    """
+
+    move: float
+    entry: float
+    direct: bool = False
+
+
+CPU = Prices(move=60.0, entry=20.0)
+"""Measured on a CPU: 35 to 100 for ``move``."""
+
+# NOT MEASURED: computed from the data sheet of an H100 (3.35 TB/s; 67 and 990 TFLOP/s in float32 and bfloat16).
+ACCELERATOR = Prices(move=80.0, entry=150.0)
+"""Without kernels, float32: 8 bytes a kept number; 24 bytes for each entry that is computed, five eighths of them."""
+KERNELS = Prices(move=80.0, entry=4.0, direct=True)
+"""Kernels in float32, without TF32: an entry takes a few instructions and no memory."""
+TENSOR_CORES = Prices(move=600.0, entry=15.0, direct=True)
+"""Kernels on bfloat16 operands, if they reach half of what the tensor cores can do."""
 
 
 class Route(enum.Enum):
@@ -30,6 +57,7 @@ class Route(enum.Enum):
 
     PRODUCT = "product of norms"
     GRAM = "gram"
+    DIRECT = "instantiate twice"
     PIXELS = "gram of pixels"
     WINDOWS = "gram of windows"
     KEEP = "instantiate and keep"
@@ -43,6 +71,8 @@ class Choice:
         route: the way taken.
         gram, keep: what the best Gram route and KEEP cost per example, in multiply-adds.
         kept, booked: numbers held per example, by KEEP and by all other routes.
+        routes: all that it was chosen from.
+        direct: what DIRECT costs, where it may be had.
     """
 
     route: Route
@@ -50,23 +80,26 @@ class Choice:
     keep: float
     kept: int
     booked: int
+    routes: tuple[Route, ...]
+    direct: float | None = None
 
     def __str__(self) -> str:
         if self.route is Route.PRODUCT:
             return self.route.value
-        costs = f"gram {_short(self.gram)}, keep {_short(self.keep)} multiply-adds"
         why = f"; kept {_short(self.kept)} > booked {_short(self.booked)} numbers" if self.kept > self.booked else ""
-        return f"{self.route.value} ({costs}{why})"
+        direct = "" if self.direct is None else f", direct {_short(self.direct)}"
+        return f"{self.route.value} (gram {_short(self.gram)}{direct}, keep {_short(self.keep)} multiply-adds{why})"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Shape of one use per example and group: (positions, inputs, outputs), and the number of examples."""
+    """Shape of one use per example and group: (positions, inputs, outputs), the number of examples, and the prices."""
 
     positions: int
     inputs: int
     outputs: int
     examples: int = 2
+    prices: Prices = field(default=CPU, kw_only=True)
 
     @property
     def kept(self) -> int:
@@ -75,11 +108,13 @@ class Cost:
 
     def choose(self) -> Choice:
         """The cheapest route of a linear map whose kept gradients are no larger than what booking holds."""
-        if self.positions == 1:
-            return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs)
-        gram = self.positions**2 * ((self.inputs + self.outputs) / 2 + _ENTRY)
+        if self.positions == 1 and _forced is None:
+            routes = (Route.PRODUCT, Route.GRAM, Route.KEEP)
+            return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs, routes)
+        gram = self.positions**2 * ((self.inputs + self.outputs) / 2 + self.prices.entry)
+        direct = float(self.positions * self.inputs * self.outputs) if self.prices.direct else None
         booked = self.positions * (self.inputs + self.outputs)
-        return _cheaper(self, booked, {Route.GRAM: gram})
+        return _cheaper(self, booked, {Route.GRAM: gram}, direct=direct)
 
 
 @dataclass(frozen=True)
@@ -93,17 +128,61 @@ class WindowCost(Cost):
         """The cheapest route of a convolution."""
         channels = self.inputs // self.taps
         square = self.positions**2
-        pixels = self.pixels**2 * (channels + _ENTRY) + square * (self.outputs + self.taps * _ENTRY)
-        windows = square * (self.inputs + self.outputs + _ENTRY) + self.positions * self.inputs * _MOVE
+        pixels = self.pixels**2 * (channels + self.prices.entry) + square * (
+            self.outputs + self.taps * self.prices.entry
+        )
+        windows = square * (self.inputs + self.outputs + self.prices.entry)
+        windows += self.positions * self.inputs * self.prices.move
         booked = self.pixels * channels + self.positions * self.outputs
         return _cheaper(self, booked, {Route.PIXELS: pixels, Route.WINDOWS: windows})
 
 
-def _cheaper(cost: Cost, booked: int, grams: dict[Route, float]) -> Choice:
+def _cheaper(cost: Cost, booked: int, grams: dict[Route, float], *, direct: float | None = None) -> Choice:
     best = min(grams, key=grams.__getitem__)
-    keep = _MOVE * cost.kept
-    taken = Route.KEEP if cost.kept <= booked and keep <= grams[best] else best
-    return Choice(taken, grams[best], keep, cost.kept, booked)
+    others = grams if direct is None else {**grams, Route.DIRECT: direct}
+    taken = min(others, key=others.__getitem__)
+    keep = cost.prices.move * cost.kept
+    if cost.kept <= booked and keep <= others[taken]:
+        taken = Route.KEEP
+    if _forced is not None and _forced.takes(cost, others):
+        taken = _forced.route
+    return Choice(taken, grams[best], keep, cost.kept, booked, (*others, Route.KEEP), direct)
+
+
+_FORCED_WORK, _FORCED_NUMBERS = 1 << 28, 1 << 22
+"""Multiply-adds per example, and kept numbers in all, that the self-check may spend on a route it would not choose."""
+
+
+class _Forced:
+    """A route to be taken wherever it exists, within what it may cost."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self._left = _FORCED_NUMBERS
+
+    def takes(self, cost: Cost, grams: dict[Route, float]) -> bool:
+        """Whether this use takes the route; one that keeps uses up what may be kept."""
+        if self.route is not Route.KEEP:
+            return self.route in grams and grams[self.route] <= _FORCED_WORK
+        numbers = cost.kept * cost.examples
+        if numbers > self._left:
+            return False
+        self._left -= numbers
+        return True
+
+
+_forced: _Forced | None = None
+
+
+@contextlib.contextmanager
+def forced(route: Route) -> Iterator[None]:
+    """Take this route inside, wherever it exists and is not far too dear: norms must be the same."""
+    global _forced
+    _forced = _Forced(route)
+    try:
+        yield
+    finally:
+        _forced = None
 
 
 def _short(number: float) -> str:

@@ -7,6 +7,7 @@ Shape legend: B = examples.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, backward, batch_size_of, check_losses, settle, trainable
 from discreet.core.layout import SEED, frozen_state, other_rows, recomputes, take
 from discreet.core.parameter import guard
+from discreet.core.route import Route, forced
 from discreet.core.uses import zeros_like_sums
 
 
@@ -67,7 +69,7 @@ class IsolationVerdict:
 def compare_with_brute_force(
     model: nn.Module, loss: LossFunction, batch: Any, *, clipping: Clipping, examples: int | None = None
 ) -> NormVerdict:
-    """Compare norms and clipped sum with autograd, one example at a time, for B and B - 1 examples.
+    """Compare norms and clipped sum with autograd, one example at a time, for B and B - 1 examples and by every route.
 
     Raises:
         UnsupportedUse: a use without a rule.
@@ -80,24 +82,29 @@ def compare_with_brute_force(
     layout, functions = Layout({}), {name: {} for name in parameters}
     for part, count in parts:
         first = _booked(model, loss, part, count, layout=None)
-        layout = layout.merged(Layout(first.axes))
+        layout = layout.merged(first.layout())
         first.discard()
     agree, sum_agrees = dict.fromkeys(parameters, True), True
     routes: dict[str, dict[str, None]] = {name: {} for name in parameters}
     for part, count in parts:
         with frozen_state(model):
             expected = _brute_force(model, loss, part, parameters, count, clipping)
-        book = _booked(model, loss, part, count, layout=layout)
-        found = book.parameter_norms()
         noise = _rounding(expected.norms, parameters, tolerance)
-        for name in parameters:
-            wanted = expected.norms[name]
-            agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance, noise=noise)
-            routes[name].update(dict.fromkeys(book.routes().get(name, ())))
-        for names, function, _ in book.axes:
-            for name in names:
-                functions[name][function] = None
-        sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
+        todo: list[Route | None] = [None]
+        for route in todo:
+            with contextlib.nullcontext() if route is None else forced(route):
+                book = _booked(model, loss, part, count, layout=layout)
+                if route is None:
+                    todo += book.open_routes()
+                    for name, taken in book.routes().items():
+                        routes[name].update(dict.fromkeys(taken))
+                    for names, function, _ in book.axes:
+                        for name in names:
+                            functions[name][function] = None
+                found = book.parameter_norms()
+                for name, wanted in expected.norms.items():
+                    agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance, noise=noise)
+                sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
     verdicts = tuple(
         ParameterVerdict(name, tuple(value.shape), tuple(functions[name]), tuple(routes[name]), agree[name])
         for name, value in parameters.items()
@@ -152,8 +159,8 @@ class _BruteForce:
     scale: float
 
     def sum_agrees(self, found: Mapping[str, Tensor], tolerance: float) -> bool:
-        """Whether a clipped sum is this one, relative to all that was added up; this one is used up."""
-        gaps = [(value.sub_(found[name])).norm().double() for name, value in self.sums.items()]
+        """Whether a clipped sum is this one, relative to all that was added up."""
+        gaps = [(value - found[name]).norm().double() for name, value in self.sums.items()]
         return float(torch.stack(gaps).norm()) <= tolerance * max(self.scale, tolerance)
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from discreet.privacy.compute import Bound, Machine
 from discreet.privacy.gdp import gdp_epsilon, gdp_mu, seed_noise_multiplier, step_mu
+from discreet.privacy.options import Kind, Mode, Option, WhatIf
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.planner import SMALLEST_BATCH
-from discreet.privacy.proposal import Kind, Mode, Option, WhatIf
 
 _FOR = {
     Kind.CHEAP: "a quarter of the knee's batch and of its compute",

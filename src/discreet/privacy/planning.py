@@ -19,6 +19,7 @@ from discreet.errors import ConfigError
 from discreet.privacy.accounting import Accountant, Query, Relation, solve_noise_multiplier
 from discreet.privacy.compute import Bound, Machine, parse_time
 from discreet.privacy.explaining import Choice, reasons, warnings_about, what_if
+from discreet.privacy.options import Kind, Mode, Option, Proposal
 from discreet.privacy.plan import DEFAULT_CLIPPING, Plan, default_delta
 from discreet.privacy.planner import (
     FEWEST_BOUND_STEPS,
@@ -32,7 +33,6 @@ from discreet.privacy.planner import (
     mu_for_training,
     wanted_batch,
 )
-from discreet.privacy.proposal import Kind, Mode, Option, Proposal
 
 CHEAP_OVERHEAD = 1.5
 MAXIMAL_OVERHEAD = 1.02

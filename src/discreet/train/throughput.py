@@ -38,7 +38,7 @@ GPU_MICROBATCH = 4096
 
 CHECK_EXAMPLES = 4
 _SMALL = 16
-_REPEATS = 3
+_REPEATS = 5
 _SECONDS = 1.5
 """One large microbatch may take this long; else it is made smaller."""
 _SEED = 20_778
@@ -75,9 +75,9 @@ def measure_stand_ins(model: nn.Module, *, loss: LossFunction, batch: Any, clipp
         report = check(model, loss, _rows(batch, CHECK_EXAMPLES, size), examples=CHECK_EXAMPLES)
         report.raise_if_failed()
         step = _Step(model=model, loss=loss, clipping=rule, layout=report.layout, batch=batch, size=size)
-        large, slow, bytes_per_example = _largest(step)
+        large, bytes_per_example = _largest(step)
         small = min(_SMALL, max(1, large // 2))
-        quick = step.seconds(small)
+        quick, slow = _two_sizes(step, small, large)
         update, held = _update(step, small)
     per_example = max((slow - quick) / (large - small), 1e-3 * slow / large) if large > small else slow / large
     return Machine(
@@ -114,15 +114,22 @@ class _Step:
             self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=count
         )
 
-    def seconds(self, count: int) -> float:
-        """Median time of a microbatch, after one that warms up."""
-        return _median_seconds(lambda: self.run(count), self.device)
+
+def _two_sizes(step: _Step, small: int, large: int) -> tuple[float, float]:
+    """Median seconds of a small and of a large microbatch, taken in turns: other work then slows both down alike."""
+    step.run(small)
+    pairs = [
+        (_seconds(lambda: step.run(small), step.device), _seconds(lambda: step.run(large), step.device))
+        for _ in range(_REPEATS)
+    ]
+    quick, slow = zip(*pairs, strict=True)
+    return statistics.median(quick), statistics.median(slow)
 
 
-def _largest(step: _Step) -> tuple[int, float, float | None]:
-    """(microbatch, its seconds, bytes per example): the largest that is fast enough to be measured and fits."""
+def _largest(step: _Step) -> tuple[int, float | None]:
+    """(microbatch, bytes per example): the largest that is fast enough to be measured and fits."""
     size = GPU_MICROBATCH if step.device.type == "cuda" else CPU_MICROBATCH
-    once = _seconds(lambda: step.run(_SMALL), step.device)
+    step.run(_SMALL)
     once = _seconds(lambda: step.run(_SMALL), step.device)
     while size > _SMALL and once / _SMALL * size > _SECONDS:
         size //= 2
@@ -131,7 +138,6 @@ def _largest(step: _Step) -> tuple[int, float, float | None]:
             before = _restart_peak(step.device)
             step.run(size)
             held = _peak(step.device)
-            seconds = step.seconds(size)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size == 1:
                 raise
@@ -139,7 +145,7 @@ def _largest(step: _Step) -> tuple[int, float, float | None]:
             size //= 2
             continue
         grown = None if held is None or before is None else max(0.0, held - before)
-        return size, seconds, None if grown is None else grown / size
+        return size, None if grown is None else grown / size
 
 
 def _update(step: _Step, count: int) -> tuple[float, float]:

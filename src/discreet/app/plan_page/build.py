@@ -18,7 +18,7 @@ from discreet.app.plan_page.sections import (
 from discreet.app.plan_page.simulated import Simulation
 from discreet.app.report import parts
 from discreet.errors import ConfigError
-from discreet.privacy.proposal import Proposal
+from discreet.privacy.options import Proposal
 
 
 def render_page(proposal: Proposal, *, simulation: Simulation | None = None) -> str:

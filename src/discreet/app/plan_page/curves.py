@@ -13,8 +13,8 @@ from scipy.interpolate import PchipInterpolator
 
 from discreet.privacy.accounting import Relation, SampledGaussian, epsilon, solve_noise_multiplier
 from discreet.privacy.gdp import gdp_epsilon, step_mu
+from discreet.privacy.options import Proposal
 from discreet.privacy.plan import Plan
-from discreet.privacy.proposal import Proposal
 
 CERTIFIED_POINTS = 9
 

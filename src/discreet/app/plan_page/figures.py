@@ -18,9 +18,9 @@ from discreet.app.plan_page.curves import (
 from discreet.app.plan_page.simulated import Simulation
 from discreet.app.report.plots import ACCENT, ACCENT2, ACCENT3, ALARM, INK, LINE, SOFT, can_draw, canvas, for_page
 from discreet.app.report.text import duration
+from discreet.privacy.options import Proposal
 from discreet.privacy.planner import KNEE_OVERHEAD, knee_batch, knee_noise_multiplier
 from discreet.privacy.planning import WALL_OVERHEAD
-from discreet.privacy.proposal import Proposal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,82 @@
+"""The one place where it is decided whether a kernel is used: by device, dtype, shape and whether Triton is installed.
+
+Never by data. What kernels replace is PyTorch's own arithmetic in `discreet.core.outer`. Triton is imported when it is
+first used, so `import discreet` needs none.
+
+Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from discreet.core.kernels.results import GramProducts, Squares
+from discreet.core.route import ACCELERATOR, CPU, KERNELS, TENSOR_CORES, Prices
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+_RUN = 16
+"""Positions of one example below which most of a tensor core's step would be spent on nothing."""
+
+
+def suit(*operands: Tensor) -> bool:
+    """Whether norms of these operands are taken by the kernels; decided from device, dtype and shape alone."""
+    return all(_on_accelerator(value) and value.dtype in _STORED and value.numel() for value in operands) and _found()
+
+
+def suit_sums(*operands: Tensor) -> bool:
+    """Whether gradients are added up by the kernels: bfloat16, which would first be copied to float32, in long runs."""
+    return all(value.dtype is torch.bfloat16 and value.shape[2] >= _RUN for value in operands) and suit(*operands)
+
+
+def prices(*operands: Tensor) -> Prices:
+    """What the routes to a norm cost where these operands are."""
+    if suit(*operands):
+        return TENSOR_CORES if suit_sums(*operands) else KERNELS
+    return plain_prices(*operands)
+
+
+def plain_prices(*operands: Tensor) -> Prices:
+    """The same without kernels."""
+    return ACCELERATOR if any(_on_accelerator(value) for value in operands) else CPU
+
+
+def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
+    """``<input input^T, grad grad^T>`` per example; several operands stand for all their pairs."""
+    from discreet.core.kernels import gram
+
+    return gram.gram_products(inputs_BKSI, grads_BKSO)
+
+
+def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
+    """``|grad^T input|^2`` per example."""
+    from discreet.core.kernels import direct
+
+    return direct.product_squares(input_BKSI, grad_BKSO)
+
+
+def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
+    """``grad^T input`` per example, (B, K, O, I), float32."""
+    from discreet.core.kernels import direct
+
+    return direct.products(input_BKSI, grad_BKSO)
+
+
+def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Tensor:
+    """``sum_b factor_b grad_b^T input_b``, (K, O, I), float32."""
+    from discreet.core.kernels import direct
+
+    return direct.weighted_sum(input_BKSI, grad_BKSO, factor_B)
+
+
+def _on_accelerator(value: Tensor) -> bool:
+    return value.is_cuda
+
+
+@functools.cache
+def _found() -> bool:
+    return importlib.util.find_spec("triton") is not None

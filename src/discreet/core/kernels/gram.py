@@ -1,0 +1,134 @@
+"""The symmetric Gram product of arXiv:2110.05679, Eq. 3, in tiles: a program holds one pair of tiles of positions.
+
+A tile of ``input input^T`` and the same tile of ``grad grad^T`` are made in registers, multiplied and summed, and one
+number is written. Of the pairs (i, j) and (j, i) one is computed. No atomic addition: the numbers are summed in one
+fixed order.
+
+Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from discreet.core.kernels.operands import chain, depth_of, flat_strides, on_device_of, tile_of, warps_of, widened
+from discreet.core.kernels.results import GramProducts
+
+
+def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
+    """``sum_kst <input_s, input_t> <grad_s, grad_t>`` per example, and the squared norms of the positions.
+
+    Entries are summed in float32, never in TF32; those of half precision are products of exact factors. Rows of a tile
+    are summed in float32, everything beyond them in float64.
+
+    Args:
+        inputs_BKSI, grads_BKSO: operands of one (B, K, S) in float32, bfloat16 or float16, with any strides. Several
+            stand for all their pairs.
+    """
+    examples, groups, positions, _ = inputs_BKSI[0].shape
+    tile = tile_of(positions)
+    tiles = triton.cdiv(positions, tile)
+    like = inputs_BKSI[0]
+    sums = torch.empty(examples, groups * (tiles // 2 + 1) * tiles, dtype=torch.float64, device=like.device)
+    input2, grad2 = torch.empty(2, examples, groups, positions, dtype=torch.float32, device=like.device)
+    widths = [tuple(value.shape[3] for value in operands) for operands in (inputs_BKSI, grads_BKSO)]
+    inputs_depth, grads_depth = depth_of(inputs_BKSI), depth_of(grads_BKSO)
+    with on_device_of(like):
+        _gram_kernel[(examples * groups * tiles, tiles // 2 + 1)](
+            *(tuple(inputs_BKSI), flat_strides(inputs_BKSI), widths[0]),
+            *(tuple(grads_BKSO), flat_strides(grads_BKSO), widths[1]),
+            *(sums, input2, grad2, groups, positions, tiles),
+            TILE=tile,
+            INPUT_DEPTH=inputs_depth,
+            GRAD_DEPTH=grads_depth,
+            INPUT_WIDE=widened(inputs_BKSI),
+            GRAD_WIDE=widened(grads_BKSO),
+            num_warps=warps_of(tile),
+        )
+    spacings = chain(widths[0], inputs_depth) + chain(widths[1], grads_depth) + (tile + 2) / 2
+    return GramProducts(sums.sum(1), input2, grad2, spacings)
+
+
+@triton.jit
+def _gram_kernel(
+    inputs,
+    input_strides,
+    input_widths,
+    grads,
+    grad_strides,
+    grad_widths,
+    sums,
+    input2,
+    grad2,
+    groups,
+    positions,
+    tiles,
+    TILE: tl.constexpr,
+    INPUT_DEPTH: tl.constexpr,
+    GRAD_DEPTH: tl.constexpr,
+    INPUT_WIDE: tl.constexpr,
+    GRAD_WIDE: tl.constexpr,
+):
+    # Tile i meets tile i + d of the ring, d = 0 ... tiles // 2: each unordered pair once, but for d = tiles / 2.
+    place = tl.program_id(0)
+    distance = tl.program_id(1)
+    tile = place % tiles
+    owner = (place // tiles).to(tl.int64)
+    example = owner // groups
+    group = owner % groups
+    rows = tile * TILE + tl.arange(0, TILE)
+    columns = (tile + distance) % tiles * TILE + tl.arange(0, TILE)
+    total = tl.full((), 0.0, tl.float64)
+    if (2 * distance < tiles) | (tile < distance) | (distance == 0):
+        left = _entries(
+            inputs, input_strides, input_widths, example, group, rows, columns, positions, TILE, INPUT_DEPTH, INPUT_WIDE
+        )
+        right = _entries(
+            grads, grad_strides, grad_widths, example, group, rows, columns, positions, TILE, GRAD_DEPTH, GRAD_WIDE
+        )
+        total = tl.sum(tl.sum(left * right, axis=1).to(tl.float64), axis=0) * tl.where(distance == 0, 1.0, 2.0)
+        if distance == 0:
+            diagonal = rows[:, None] == columns[None, :]
+            at = owner * positions + rows
+            tl.store(input2 + at, tl.sum(tl.where(diagonal, left, 0.0), axis=1), mask=rows < positions)
+            tl.store(grad2 + at, tl.sum(tl.where(diagonal, right, 0.0), axis=1), mask=rows < positions)
+    tl.store(sums + (owner * (tiles // 2 + 1) + distance) * tiles + tile, total)
+
+
+@triton.jit
+def _entries(
+    operands,
+    strides,
+    widths,
+    example,
+    group,
+    rows,
+    columns,
+    positions,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """(TILE, TILE) inner products between two runs of positions, added up over the operands, float32."""
+    total = tl.full((TILE, TILE), 0.0, tl.float32)
+    for n in tl.static_range(len(operands)):
+        base = operands[n] + example * strides[4 * n] + group * strides[4 * n + 1]
+        above = base + rows.to(tl.int64)[:, None] * strides[4 * n + 2]
+        below = base + columns.to(tl.int64)[:, None] * strides[4 * n + 2]
+        for start in range(0, widths[n], DEPTH):
+            depth = start + tl.arange(0, DEPTH)
+            step = depth.to(tl.int64)[None, :] * strides[4 * n + 3]
+            inside = (depth < widths[n])[None, :]
+            one = tl.load(above + step, mask=inside & (rows < positions)[:, None], other=0.0)
+            two = tl.load(below + step, mask=inside & (columns < positions)[:, None], other=0.0)
+            if WIDE:
+                one = one.to(tl.float32)
+                two = two.to(tl.float32)
+            # Its own accumulator for each run: a chain as long as the operand is wide would hide half a norm.
+            total += tl.dot(one, tl.trans(two), input_precision="ieee", max_num_imprecise_acc=DEPTH)
+    return total
