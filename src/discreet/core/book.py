@@ -109,6 +109,9 @@ class Book:
         self.parameters = dict(parameters)
         self.examples = examples
         self.axes: dict[UseKey, tuple[Axis, ...]] = {}
+        self.kind = ""
+        self.compiled = self.as_written = False
+        self.holds: list[object] = []
         self._layout = layout
         self._trust_folds = trust_folds
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -179,6 +182,10 @@ class Book:
                     with full_precision():
                         self._settle_group(group)
 
+    def kept(self, constant: object) -> object:
+        """What to remember of an argument that a derivation will be replayed with: itself."""
+        return constant
+
     def discard(self) -> None:
         """Forget what was booked."""
         self._records.clear()
@@ -201,10 +208,7 @@ class Book:
             UnsupportedUse: an activation whose dimension 0 is neither B nor a verified multiple of B, or a use that
                 the self-check saw in another layout.
         """
-        ordinal = self._meetings[names, function]
-        self._meetings[names, function] += 1
-        key = (names, function, ordinal)
-        expected = self._layout.of(key, examples=self.examples) if self._layout is not None else None
+        key, expected = self.next_use(names, function)
         found = []
         for index, operand in enumerate(operands):
             known = expected[index] if expected and index < len(expected) else None
@@ -217,6 +221,42 @@ class Book:
             )
         self.axes[key] = tuple(found)
         return found
+
+    def next_use(self, names: tuple[str, ...], function: str) -> tuple[UseKey, tuple[Axis, ...] | None]:
+        """The key of the use that comes now, and how the self-check saw it. Compiled uses are counted by themselves."""
+        function = self.kind + function
+        ordinal = self._meetings[names, function]
+        self._meetings[names, function] += 1
+        key = (names, function, ordinal)
+        return key, self._layout.of(key, examples=self.examples) if self._layout is not None else None
+
+    @contextlib.contextmanager
+    def of_kind(self, kind: str) -> Iterator[None]:
+        """Count the uses inside under keys of their own."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def meets_again(
+        self, uses: Sequence[tuple[tuple[str, ...], str, tuple[Axis, ...] | None, tuple[Axis, ...]]]
+    ) -> bool:
+        """Count uses that were classified before, in a trace, if the layout sees each of them as it did then.
+
+        Args:
+            uses: of each, the parameters, the function, how the layout saw it in the trace, and how it was taken.
+        """
+        ordinals = self._meetings.copy()
+        found = {}
+        for names, function, known, taken in uses:
+            key, now = self.next_use(names, function)
+            if now != known:
+                self._meetings = ordinals
+                return False
+            found[key] = taken
+        self.axes.update(found)
+        return True
 
     def _is_routed(self, picking: Picking, *, known: Axis | None, key: UseKey, allowed: bool) -> bool:
         """Whether picked rows are to be met by their owners; rows picked in the batch's own order need not be.
@@ -259,6 +299,7 @@ class Book:
 
     def classify_size(self, names: tuple[str, ...], function: str, size: int) -> bool:
         """Whether the leading size of the use that was classified last (``expand``, ``repeat``) is the batch."""
+        function = self.kind + function
         key = (names, function, self._meetings[names, function] - 1)
         known = self._layout.of(key, examples=self.examples) if self._layout is not None else None
         is_batch = size == self.examples and (known is None or known[0] is Axis.BATCH)
