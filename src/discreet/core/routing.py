@@ -56,9 +56,9 @@ class Picking:
 
 def trace(operand: Tensor, examples: int) -> Picking | None:
     """The examples behind the rows of an activation, or None when no picking is in sight."""
-    if operand.dim() < 2 or operand.grad_fn is None or len(operand) == 0:
+    if operand.dim() < 2 or operand.grad_fn is None or operand.shape[0] == 0:
         return None
-    return _Walk(examples).back(operand.grad_fn, len(operand))
+    return _Walk(examples).back(operand.grad_fn, operand.shape[0])
 
 
 class _Walk:
