@@ -112,8 +112,8 @@ class Book:
         self.kind = ""
         self.compiled = self.as_written = False
         self.holds: list[object] = []
-        self._layout = layout
-        self._trust_folds = trust_folds
+        self.layout = layout
+        self.trusts = trust_folds
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._meetings: dict[tuple[tuple[str, ...], str], int] = defaultdict(int)
         self._records: dict[str, list[tuple[int, Record]]] = defaultdict(list)
@@ -228,7 +228,7 @@ class Book:
         ordinal = self._meetings[names, function]
         self._meetings[names, function] += 1
         key = (names, function, ordinal)
-        return key, self._layout.of(key, examples=self.examples) if self._layout is not None else None
+        return key, self.layout.of(key, examples=self.examples) if self.layout is not None else None
 
     @contextlib.contextmanager
     def of_kind(self, kind: str) -> Iterator[None]:
@@ -269,7 +269,7 @@ class Book:
         if in_order and known is not Axis.ROUTED and (from_batch or not allowed):
             return False
         verified = known in (Axis.ROUTED, Axis.FOLDED) or (from_batch and known in (None, Axis.BATCH))
-        guessed = known is None and (self._trust_folds or self.examples == 1)
+        guessed = known is None and (self.trusts or self.examples == 1)
         if allowed and picking.owner is not None and (verified or guessed):
             return True
         raise UnsupportedUse(
@@ -281,14 +281,14 @@ class Book:
     def _axis(self, operand: Tensor, *, known: Axis | None, key: UseKey, may_be_second: bool) -> Axis:
         rows = operand.shape[0] if operand.dim() else 0
         if may_be_second and operand.dim() >= 2 + operand.is_floating_point() and operand.shape[1] == self.examples:
-            guessed = known is None and self._trust_folds and self.examples not in (1, rows)
+            guessed = known is None and self.trusts and self.examples not in (1, rows)
             if known is Axis.SECOND or guessed:
                 return Axis.SECOND
         if not operand.requires_grad and (known is Axis.SHARED or rows != self.examples):
             return Axis.SHARED  # always exact: nothing is split by its rows
         if known in (None, Axis.BATCH) and rows == self.examples:
             return Axis.BATCH
-        may_fold = known is Axis.FOLDED or (known is None and (self._trust_folds or self.examples == 1))
+        may_fold = known is Axis.FOLDED or (known is None and (self.trusts or self.examples == 1))
         if may_fold and rows > 0 and rows % self.examples == 0:
             return Axis.FOLDED
         raise UnsupportedUse(
@@ -301,7 +301,7 @@ class Book:
         """Whether the leading size of the use that was classified last (``expand``, ``repeat``) is the batch."""
         function = self.kind + function
         key = (names, function, self._meetings[names, function] - 1)
-        known = self._layout.of(key, examples=self.examples) if self._layout is not None else None
+        known = self.layout.of(key, examples=self.examples) if self.layout is not None else None
         is_batch = size == self.examples and (known is None or known[0] is Axis.BATCH)
         found = Axis.BATCH if is_batch else Axis.SHARED
         self.axes[key] = (found,)

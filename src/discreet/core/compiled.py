@@ -49,7 +49,7 @@ Compiler = Callable[[Graph, Sequence[Any], "Region"], Callable[..., Any]]
 _tickets = itertools.count(1)
 _calls: weakref.WeakValueDictionary[int, _Call] = weakref.WeakValueDictionary()
 _backends: dict[frozenset[Any], Backend] = {}
-_MOST_LAYOUTS = 64
+_MOST_LAYOUTS = _MOST_GRAPHS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,11 @@ class Backend:
         self._layout = layout
 
     def __call__(self, graph: Graph, inputs: Sequence[Any]) -> Callable[..., Any]:
-        region = Region(graph)
-        book = active()
+        region, book = Region(graph), active()
+        guarded = any(isinstance(value, Guarded) for value in inputs)
+        if not torch.is_grad_enabled() and not guarded and not _switches_gradients(graph):
+            with _settings():
+                return compiler(graph, inputs, None)  # another model's evaluation
         if self._layout is not None and book is not None and torch.is_grad_enabled():
             region.compile(book, inputs)
         return region
@@ -86,7 +89,7 @@ class Region:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._run: Callable[..., Any] | None = None
-        self._book: TracedBook | None = None
+        self._books: list[TracedBook] = []
         self._slots: dict[int, str] = {}
         self._batch: int | None = None
         self._examples = 0
@@ -94,29 +97,28 @@ class Region:
 
     def compile(self, book: Book, inputs: Sequence[Any]) -> None:
         """Trace and compile; on any obstacle the graph stays, and says so once."""
-        placeholders = self._graph.graph.find_nodes(op="placeholder")
-        reals = [node.meta["grapharg"].example for node in placeholders]
-        shapes = [node.meta["example_value"] for node in placeholders]
-        if not any(isinstance(real, PrivateParameter) for real in reals):
-            self._run = compile_plain(self._graph, inputs)
-            return
         try:
-            if any(isinstance(real, DerivedParameter) for real in reals):
-                raise NotImplementedError("a value made of parameters comes in from outside of it")
-            self._slots = {at: book.name_of(real) for at, real in enumerate(reals) if isinstance(real, PrivateParameter)}
-            self._trusted = book._trust_folds
-            self._examples = book.examples
-            sized = [at for at, value in enumerate(shapes) if self._is_batch(at, value, book.examples)]
-            self._batch = sized[0] if sized else None
+            self._prepare(book, inputs)
             self._run = compile_traced(self, book, inputs)
         # Compilers raise errors of every kind; the recorded graph is exact, whatever stopped them.
         except Exception as error:  # noqa: BLE001
-            if __import__("os").environ.get("RAISE"): raise
+            self._run = None
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(
                 f"a compiled region of {len(self._slots)} parameters runs call by call, exact and slower: {reason}",
                 stacklevel=2,
             )
+
+    def _prepare(self, book: Book, inputs: Sequence[Any]) -> None:
+        if any(isinstance(value, DerivedParameter) for value in inputs):
+            raise NotImplementedError("a value made of parameters comes in from outside of it")
+        if any(parameter.requires_grad for parameter in self._graph.parameters()):
+            raise NotImplementedError("the compiler took a parameter for a constant")
+        self._slots = {at: book.name_of(value) for at, value in enumerate(inputs) if isinstance(value, PrivateParameter)}
+        self._trusted, self._examples = book.trusts, book.examples
+        shapes = [node.meta["example_value"] for node in self._graph.graph.find_nodes(op="placeholder")]
+        sized = (at for at, value in enumerate(shapes) if self._is_batch(at, value, book.examples))
+        self._batch = next(sized, None)
 
     def _is_batch(self, at: int, value: Any, examples: int) -> bool:
         if at in self._slots or not isinstance(value, Tensor) or value.dim() == 0:
@@ -129,8 +131,9 @@ class Region:
         names = self._slots
         examples = self._examples if self._batch is None else inputs[self._batch].shape[0]
         traced = TracedBook(
-            book, {name: inputs[at] for at, name in names.items()}, examples=examples, ticket=ticket
-        )
+            book, {name: inputs[at] for at, name in names.items()}, examples=examples, ticket=ticket,
+            serial=len(self._books),
+        )  # fmt: skip
         traced.open(sink)
         given = [
             TracedParameter.of(value, Derivation.of(names[at], value)) if at in names else value
@@ -143,18 +146,16 @@ class Region:
                 raise NotImplementedError("it returns a value made of parameters alone")
             if isinstance(output, Tensor) and output.requires_grad and trace(output, examples) is not None:
                 raise NotImplementedError("rows picked from the batch leave it")
-        self._book = traced
+        self._books.append(traced)
         return outputs
 
     def __call__(self, *args: Any) -> Any:
         book = active()
-        if self._run is not None and not self._slots:
-            return self._run(*args)
         if book is None or not torch.is_grad_enabled():
             return self._graph(*(plain(arg) for arg in args))
         book.compiled = True
         names = {name: book.name_of(args[at]) for at, name in self._slots.items() if isinstance(args[at], PrivateParameter)}
-        if self._run is None or self._book is None or not self._fits(book, args, names):
+        if self._run is None or not self._fits(book, args, names):
             # The compiler's own code switches off what guards the parameters.
             with book.of_kind(KIND), torch._C._EnableTorchFunction():
                 return self._graph(*args)
@@ -162,18 +163,17 @@ class Region:
         call, ticket = _Call(book, names, values), next(_tickets)
         _calls[ticket] = call
         book.holds.append(call)
-        for expected in self._book.expected:
+        for expected in self._books[-1].expected:
             book.expect(_named(expected, call))
         given = [values[names[self._slots[at]]] if at in self._slots else arg for at, arg in enumerate(args)]
         return self._run(book.sink[0], torch.tensor(ticket), *given)
 
     def _fits(self, book: Book, args: Sequence[Any], names: Mapping[str, str]) -> bool:
         """Whether this call is one that the trace was made for: same batch, same layout, no rows picked outside."""
-        assert self._book is not None
         examples = self._examples if self._batch is None else args[self._batch].shape[0]
         if len(names) < len(self._slots) or examples != book.examples or (examples == 1) != (self._examples == 1):
             return False
-        if self._trusted != book._trust_folds and any(use.known is None for use in self._book.uses):
+        if self._trusted != book.trusts and any(use.known is None for use in self._books[-1].uses):
             return False
         if any(
             isinstance(arg, Guarded) != (at in self._slots)
@@ -183,19 +183,28 @@ class Region:
             return False
         uses = [
             (tuple(names[name] for name in use.names), KIND + use.function, use.known, use.found)
-            for use in self._book.uses
+            for use in self._books[-1].uses
         ]
         return book.meets_again(uses)
 
-    def deliver(self, results: Sequence[Any], places: Mapping[int, int]) -> None:
-        """Book what a compiled backward returned; ``places`` says where each tensor and size is among the results."""
-        assert self._book is not None
+    def deliver(self, results: Sequence[Any], places: Mapping[int, int], serial: int) -> None:
+        """Book what a compiled backward returned.
+
+        Args:
+            results: what it returned beyond the input gradients.
+            places: where each tensor and size of the trace is among the results.
+            serial: the trace that it was compiled from.
+        """
         call = _calls.get(int(results[places[0]]))
         if call is None:
             return  # its book is gone: a backward that trains nothing
-        for derivation, form in self._book.templates:
+        for derivation, form in self._books[serial].templates:
             derivation, form = mapped((derivation, form), lambda at: results[places[at.index]])
             call.book.record(_sourced(derivation, call), form)
+
+
+def _switches_gradients(graph: Graph) -> bool:
+    return any(node.target is torch._C._set_grad_enabled for node in graph.graph.nodes)
 
 
 def _named(names: tuple[str, ...], call: _Call) -> Derivation:
@@ -234,11 +243,6 @@ def compile_traced(region: Region, book: Book, inputs: Sequence[Any]) -> Callabl
         return compiler(fx.GraphModule({}, graph), [sink, ticket, *values], region)
 
 
-def compile_plain(graph: Graph, inputs: Sequence[Any]) -> Callable[..., Any]:
-    with _settings():
-        return compiler(graph, inputs, None)
-
-
 def by_inductor(graph: Graph, inputs: Sequence[Any], region: Region | None) -> Callable[..., Any]:
     """PyTorch's own compiler."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -274,7 +278,7 @@ def _delivering(backward: Graph, region: Region, finish: Callable[[Graph], Any])
     (booked,) = backward.graph.find_nodes(op="call_function", target=BOOKED)
     end = next(iter(backward.graph.find_nodes(op="output")))
     before = tuple(end.args[0])
-    tensors, sizes = booked.args
+    tensors, (serial, *sizes) = booked.args
     wanted = {at: node for at, node in enumerate(tensors)} | {-1 - at: node for at, node in enumerate(sizes)}
     nodes = list(dict.fromkeys(node for node in wanted.values()))
     places = {at: nodes.index(node) for at, node in wanted.items()}
@@ -293,7 +297,7 @@ def _delivering(backward: Graph, region: Region, finish: Callable[[Graph], Any])
 
     def run(args: list[Any]) -> Any:
         results = compiled(args)
-        region.deliver(results[len(before) :], places)
+        region.deliver(results[len(before) :], places, serial)
         return results[: len(before)]
 
     run._boxed_call = True  # type: ignore[attr-defined]
@@ -321,7 +325,11 @@ def _through_rules(book: Book) -> Iterator[None]:
         with uncompiled():
             yield
     else:
-        with torch.compiler.set_stance("default", force_backend=_backend(book._layout)):
+        import torch._dynamo.config as recording
+
+        # One graph for each of: batch of one, any batch, a batch as large as another axis; first unverified, then verified.
+        limit = max(_MOST_GRAPHS, recording.recompile_limit)
+        with recording.patch(recompile_limit=limit), torch.compiler.set_stance("default", force_backend=_backend(book.layout)):
             yield
 
 

@@ -97,17 +97,19 @@ class TracedBook(Book):
         templates: the records, with an `At` for every tensor and size.
     """
 
-    def __init__(self, real: Book, values: Mapping[str, Tensor], *, examples: int, ticket: Tensor) -> None:
-        super().__init__(values, examples=real.examples)
+    def __init__(
+        self, real: Book, values: Mapping[str, Tensor], *, examples: int, ticket: Tensor, serial: int
+    ) -> None:
+        super().__init__(values or real.parameters, examples=real.examples)
         self.examples = examples
         self.kind = KIND
-        self._layout, self._trust_folds = real._layout, real._trust_folds
+        self.layout, self.trusts = real.layout, real.trusts
         self._meetings.update(real._meetings)
         self.uses: list[TracedUse] = []
         self.expected: list[tuple[str, ...]] = []
         self.templates: list[tuple[Derivation, Form]] = []
         self._tensors: list[Tensor] = [ticket]
-        self._sizes: list[torch.SymInt] = []
+        self._sizes: list[int | torch.SymInt] = [serial]
 
     def open(self, sink: Tensor) -> None:
         """Begin with the input that stands for the sink; its gradient will be everything that was booked."""
@@ -132,7 +134,7 @@ class TracedBook(Book):
     def _note(self, names: tuple[str, ...], function: str, found: tuple[Axis, ...]) -> None:
         ordinal = self._meetings[names, KIND + function] - 1
         key = (names, KIND + function, ordinal)
-        known = self._layout.of(key, examples=self.examples) if self._layout is not None else None
+        known = self.layout.of(key, examples=self.examples) if self.layout is not None else None
         self.uses.append(TracedUse(names, function, known, found))
 
     def expect(self, derivation: Derivation) -> None:
@@ -156,7 +158,7 @@ class TracedBook(Book):
             self._tensors.append(leaf.detach())
             return At(len(self._tensors) - 1)
         self._sizes.append(leaf)
-        return At(-len(self._sizes))
+        return At(1 - len(self._sizes))
 
 
 class _Close(torch.autograd.Function):
