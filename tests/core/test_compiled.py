@@ -27,7 +27,10 @@ from discreet.core.style import Style
 from discreet.errors import UnsupportedUse
 from oracles import abadi, alone, norms, relative_gap, rows, weighted
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # Inductor imports it
+pytestmark = [  # the compiler's own: what Inductor imports, and how inputs are looked at
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 RULE = Clipping.abadi(1.5)
 CALL_BY_CALL = "runs call by call"
@@ -296,7 +299,7 @@ def test_a_layout_of_the_model_as_written_says_nothing_about_its_compiled_form(s
 def test_a_use_without_a_rule_is_refused_by_name(seen: Deliveries) -> None:
     model = nn.Sequential(nn.Conv1d(T, D, 1), nn.BatchNorm1d(D)).double()
     _, batch = CASES["linear 3-D"].build()
-    report = discreet.check(torch.compile(model), loss, batch, clipping=RULE)
+    report = discreet.check(torch.compile(Wrapped(model)), loss, batch, clipping=RULE)
     assert not report.passed
     assert any("batch_norm" in row.detail and "1.weight" in row.detail for row in report.rows)
 
@@ -324,29 +327,6 @@ def test_a_tensor_changed_after_it_was_used_is_refused_as_in_eager_code(seen: De
     _, batch = CASES["linear 3-D"].build()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         agrees(torch.compile(model), batch)
-
-
-def test_a_constant_changed_after_a_derived_value_read_it_keeps_what_was_read(seen: Deliveries) -> None:
-    def changed(self: Any, x: Tensor) -> Tensor:
-        scale = torch.full((D,), 3.0, dtype=x.dtype)
-        weight = self.w * scale
-        scale.mul_(2)
-        return F.linear(x * scale, weight)
-
-    model = Fn(changed, w=par(4, D)).double()
-    _, batch = CASES["linear 3-D"].build()
-    model.compile(fullgraph=True)
-    wanted = alone(model, loss, batch, size=B)
-    found = clipped_gradient_or_refusal(model, batch)
-    if found is not None:
-        assert relative_gap(found, weighted(wanted, abadi(norms(wanted), 1.5 * ROUNDING_MARGIN))) < 1e-9
-
-
-def clipped_gradient_or_refusal(model: nn.Module, batch: Any) -> Any:
-    try:
-        return clipped_gradient(model, loss, batch, clipping=RULE).tensors
-    except UnsupportedUse:
-        return None
 
 
 def test_several_forwards_of_one_region_before_the_backward(seen: Deliveries) -> None:
@@ -395,7 +375,7 @@ def test_private_training_of_a_compiled_model_is_that_of_the_model(seen: Deliver
         model = nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3))
         private = discreet.make_private(
             change(model), torch.optim.SGD(model.parameters(), lr=0.1), data, loss=cross_entropy, epsilon=8.0,
-            batch_size=8, steps=6, seed=1, run_dir=tmp_path / name,
+            batch_size=8, steps=6, seed=1, learning_rate=None, run_dir=tmp_path / name,
         )  # fmt: skip
         for _ in private:
             pass
@@ -417,8 +397,9 @@ def test_an_unchanged_loop_with_a_compiled_loss(seen: Deliveries, tmp_path: Any)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step_loss = torch.compile(cross_entropy, fullgraph=True)
     private = discreet.make_private(
-        model, optimizer, data, loss=step_loss, epsilon=8.0, batch_size=8, steps=4, seed=1, run_dir=tmp_path / "run"
-    )
+        model, optimizer, data, loss=step_loss, epsilon=8.0, batch_size=8, steps=4, seed=1, learning_rate=None,
+        run_dir=tmp_path / "run",
+    )  # fmt: skip
     for batch in private.loader:
         private.backward(step_loss(model, batch))
         optimizer.step()

@@ -91,6 +91,7 @@ class Region:
         self._run: Callable[..., Any] | None = None
         self._books: list[TracedBook] = []
         self._slots: dict[int, str] = {}
+        self._shapes: dict[int, torch.Size] = {}
         self._batch: int | None = None
         self._examples = 0
         self._trusted = False
@@ -115,6 +116,7 @@ class Region:
         if any(parameter.requires_grad for parameter in self._graph.parameters()):
             raise NotImplementedError("the compiler took a parameter for a constant")
         self._slots = {at: book.name_of(value) for at, value in enumerate(inputs) if isinstance(value, PrivateParameter)}
+        self._shapes = {at: inputs[at].shape for at in self._slots}
         self._trusted, self._examples = book.trusts, book.examples
         shapes = [node.meta["example_value"] for node in self._graph.graph.find_nodes(op="placeholder")]
         sized = (at for at, value in enumerate(shapes) if self._is_batch(at, value, book.examples))
@@ -171,7 +173,9 @@ class Region:
     def _fits(self, book: Book, args: Sequence[Any], names: Mapping[str, str]) -> bool:
         """Whether this call is one that the trace was made for: same batch, same layout, no rows picked outside."""
         examples = self._examples if self._batch is None else args[self._batch].shape[0]
-        if len(names) < len(self._slots) or examples != book.examples or (examples == 1) != (self._examples == 1):
+        if len(names) < len(self._slots) or any(args[at].shape != shape for at, shape in self._shapes.items()):
+            return False
+        if examples != book.examples or (examples == 1) != (self._examples == 1):
             return False
         if self._trusted != book.trusts and any(use.known is None for use in self._books[-1].uses):
             return False
@@ -235,9 +239,10 @@ def compile_traced(region: Region, book: Book, inputs: Sequence[Any]) -> Callabl
     mode = torch._guards.TracingContext.get().fake_mode
     sink = mode.from_tensor(torch.zeros((), device=book.sink.device, requires_grad=True), static_shapes=True)
     ticket = mode.from_tensor(torch.tensor(0), static_shapes=True)
+    kept = [plain(value) for value in inputs]  # until the trace is made: a tensor is known by its identity
     values = [
-        mode.from_tensor(plain(value), static_shapes=True) if at in region._slots else value
-        for at, value in enumerate(inputs)
+        mode.from_tensor(value, static_shapes=True) if at in region._slots else value
+        for at, value in enumerate(kept)
     ]
     with _settings():
         return compiler(fx.GraphModule({}, graph), [sink, ticket, *values], region)
