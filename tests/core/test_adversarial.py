@@ -255,6 +255,36 @@ def test_more_uses_of_the_same_kind_than_the_check_saw_are_like_those():
     _exact(model, _x(6, D), layout=layout)
 
 
+def _steps_and_anchors(self: nn.Module, x: Tensor) -> Tensor:
+    """One layer for every step of a sequence, and then for a constant that happens to have B rows."""
+    h = x[:, 0]
+    for t in range(x.shape[1]):
+        h = self.l(h + x[:, t]).tanh()
+    return h @ self.l(self.anchors).mT
+
+
+def test_a_layer_for_the_batch_and_for_a_constant_keeps_its_order():
+    """At fewer steps than were checked, the constant comes where activations were: 2.3 times the bound, unnoticed."""
+    model = _model(_steps_and_anchors, l=nn.Linear(D, D), anchors=torch.randn(B, D))
+    layout = check(model, loss, _x(4, D)).layout
+    _exact(model, _x(4, D), layout=layout)
+    for length in (3, 5):
+        _refused(model, _x(length, D), "l.weight", "self-check", layout=layout)
+
+
+def test_a_constant_in_the_place_of_an_activation_is_refused():
+    def swapped(self, x):
+        first, second = (self.anchors, self.a(x)) if self.turned else (self.a(x), self.anchors)
+        first, second = self.l(first), self.l(second)
+        return second @ first.mT if self.turned else first @ second.mT
+
+    model = _model(swapped, a=nn.Linear(D, D), l=nn.Linear(D, D), anchors=torch.randn(B, D), turned=False)
+    layout = check(model, loss, _x(D)).layout
+    _exact(model, _x(D), layout=layout)
+    model.turned = True
+    _refused(model, _x(D), "l.weight", layout=layout)
+
+
 def test_a_layout_that_contradicts_the_batch_is_refused():
     model, batch = CASES["linear 3-D"].build()
     shared = Layout({(("0.weight", "0.bias"), "linear", 0): (Axis.SHARED,)})

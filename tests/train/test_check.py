@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -210,6 +211,34 @@ def test_a_rule_with_a_wrong_norm_is_caught(monkeypatch):
 
     monkeypatch.setattr(rules.linear.Linear, "weight_form", wrong)
     _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "l.weight")
+
+
+_WRONG = {
+    "gram": ("discreet.core.outer.gram_norm2", lambda: _model(lambda s, x: s.l(x), l=nn.Linear(D, 3)), (40, D)),
+    "gram of two layers": (
+        "discreet.core.uses.gram_norm2",
+        lambda: _model(lambda s, x: s.k(x) * s.l(x), k=nn.Linear(D, 3), l=nn.Linear(D, 3)),
+        (40, D),
+    ),
+    "gram of pixels": (
+        "discreet.core.windows.sum_of_products",
+        lambda: _model(lambda s, x: s.c(x), c=nn.Conv1d(2, 3, 3)),
+        (2, 30),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(_WRONG))
+def test_a_route_that_these_sizes_would_not_take_is_tried(name, monkeypatch):
+    """Training has more examples and longer ones than the check, so it may go where the check would not."""
+    target, make, shape = _WRONG[name]
+    model, batch = make(), _features(*shape)
+    assert check(model, loss, batch).passed
+    assert all("instantiate" in row.detail for row in check(model, loss, batch).rows if row.name.endswith("weight"))
+    module, _, function = target.rpartition(".")
+    honest = getattr(importlib.import_module(module), function)
+    monkeypatch.setattr(target, lambda *args, **options: honest(*args, **options) * 0.5)
+    _failed(model, batch, "")
 
 
 def test_a_missed_use_is_caught(monkeypatch):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from discreet.core.clipping import Clipping
 from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.route import Route
-from discreet.core.routing import Picking
+from discreet.core.routing import Picking, Trail
 from discreet.core.uses import Derivation, Part, Record, Uses, arranged, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
 
@@ -53,6 +54,13 @@ class Layout:
 
     axes: Mapping[UseKey, tuple[Axis, ...]]
 
+    @functools.cached_property
+    def _seen(self) -> Mapping[tuple[tuple[str, ...], str], list[tuple[Axis, ...]]]:
+        seen: dict[tuple[tuple[str, ...], str], list[tuple[Axis, ...]]] = defaultdict(list)
+        for (names, function, _), axes in self.axes.items():
+            seen[names, function].append(axes)
+        return seen
+
     def of(self, key: UseKey, *, examples: int) -> tuple[Axis, ...] | None:
         """How this use carries the examples; one more of a kind is taken to be like all those that were seen.
 
@@ -62,7 +70,7 @@ class Layout:
         if key in self.axes:
             return self.axes[key]
         names, function, _ = key
-        alike = {axes for (n, f, _), axes in self.axes.items() if (n, f) == (names, function)}
+        alike = set(self._seen.get((names, function), ()))
         if len(alike) == 1:
             return alike.pop()
         if examples == 1:
@@ -71,6 +79,27 @@ class Layout:
             f"{function} on {', '.join(names)}: the self-check never saw this use, so its layout is unknown; pass "
             "layout=discreet.check(...).layout of examples that take every path through the model."
         )
+
+    def _is_mixed(self, names: tuple[str, ...], function: str) -> bool:
+        """Whether such uses met the batch at one time and a constant at another: only their order tells them apart."""
+        seen = self._seen.get((names, function), [])
+        return len({len(axes) for axes in seen}) > 1 or any(
+            Axis.SHARED in column and set(column) != {Axis.SHARED} for column in zip(*seen, strict=False)
+        )
+
+    def check_counts(self, met: Mapping[tuple[tuple[str, ...], str], int]) -> None:
+        """Refuse mixed uses that met another number of times than they were seen to: a constant may have B rows.
+
+        Raises:
+            UnsupportedUse: there are some.
+        """
+        for (names, function), seen in self._seen.items():
+            count = met.get((names, function), 0)
+            if count not in (0, len(seen)) and self._is_mixed(names, function):
+                raise UnsupportedUse(
+                    f"{function} on {', '.join(names)}: met {count} times, and {len(seen)} times in the self-check, "
+                    "which told the batch from a constant by their order; meet them equally often in every step."
+                )
 
     def merged(self, other: Layout) -> Layout:
         """One layout from two batch sizes: what looked like the batch at one size only was a coincidence."""
@@ -112,8 +141,9 @@ class Book:
         self.kind = ""
         self.compiled = self.as_written = False
         self.holds: list[object] = []
-        self.layout = layout
+        self.verified = layout
         self.trusts = trust_folds
+        self.trail = Trail(examples)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._meetings: dict[tuple[tuple[str, ...], str], int] = defaultdict(int)
         self._records: dict[str, list[tuple[int, Record]]] = defaultdict(list)
@@ -141,6 +171,7 @@ class Book:
     def collecting(self) -> Iterator[None]:
         """Book what backward passes inside report; others (``autograd.grad`` within a forward) train nothing."""
         self._collecting = True
+        self.trail.forget()  # the backward frees the graph as it goes
         try:
             yield
         finally:
@@ -189,6 +220,11 @@ class Book:
     def discard(self) -> None:
         """Forget what was booked."""
         self._records.clear()
+        self.trail.forget()
+
+    def layout(self) -> Layout:
+        """How the uses so far carry the examples."""
+        return Layout(dict(self.axes))
 
     def classify(
         self,
@@ -228,7 +264,7 @@ class Book:
         ordinal = self._meetings[names, function]
         self._meetings[names, function] += 1
         key = (names, function, ordinal)
-        return key, self.layout.of(key, examples=self.examples) if self.layout is not None else None
+        return key, self.verified.of(key, examples=self.examples) if self.verified is not None else None
 
     @contextlib.contextmanager
     def of_kind(self, kind: str) -> Iterator[None]:
@@ -301,7 +337,7 @@ class Book:
         """Whether the leading size of the use that was classified last (``expand``, ``repeat``) is the batch."""
         function = self.kind + function
         key = (names, function, self._meetings[names, function] - 1)
-        known = self.layout.of(key, examples=self.examples) if self.layout is not None else None
+        known = self.verified.of(key, examples=self.examples) if self.verified is not None else None
         is_batch = size == self.examples and (known is None or known[0] is Axis.BATCH)
         found = Axis.BATCH if is_batch else Axis.SHARED
         self.axes[key] = (found,)
@@ -313,6 +349,8 @@ class Book:
         Parameters that this microbatch did not use get zeros: they are part of every sum.
         """
         assert self._clipping in (None, clipping)
+        if self.verified is not None:
+            self.verified.check_counts(self._meetings)
         groups = clipping.style.split(self.parameters)
         self._rule = clipping.share(len(groups))
         with full_precision():
@@ -320,7 +358,7 @@ class Book:
                 if group[0] not in self._sums:
                     self._settle_group(group)
         sums, self._sums = self._sums, {}
-        self._records.clear()
+        self.discard()
         return {name: sums[name] for name in self.parameters}
 
     def _settle_group(self, group: tuple[str, ...]) -> None:
@@ -361,11 +399,14 @@ class Book:
 
     def parameter_norms(self) -> dict[str, Tensor]:
         """Per-example norms of each used parameter as training takes them, name -> (B,). For the self-check."""
+        norms = {}
         with full_precision():
-            return {
-                name: self._norm2([Uses.of(name, records, self.examples)]).sqrt()
-                for name, records in self._records.items()
-            }
+            for name, records in self._records.items():
+                uses = Uses.of(name, records, self.examples)
+                if uses.joined is not None:
+                    self._records[name] = [(0, uses.joined)]  # joining may overwrite what it joins: once, and no more
+                norms[name] = self._norm2([uses]).sqrt()
+        return norms
 
     def routes(self) -> dict[str, tuple[str, ...]]:
         """For each used parameter, how its norms are taken and why, from shapes alone: name -> one line a use."""
@@ -374,3 +415,8 @@ class Book:
             for name in self.parameters
             if name in self._records
         }
+
+    def open_routes(self) -> tuple[Route, ...]:
+        """All routes that some norm of this book could have taken at other sizes."""
+        choices = [record.choice for records in self._records.values() for _, record in records]
+        return tuple(dict.fromkeys(route for choice in choices if choice is not None for route in choice.routes))

@@ -36,10 +36,10 @@ from discreet.core.parameter import (
     PrivateParameter,
     active,
     compiled_through,
+    hide_from_compiler,
     instead,
     plain,
 )
-from discreet.core.routing import trace
 from discreet.core.traced import BOOKED, KIND, At, TracedBook, TracedParameter, mapped
 from discreet.core.uses import Derivation
 
@@ -146,7 +146,7 @@ class Region:
         for output in tree_leaves(outputs):
             if isinstance(output, Guarded):
                 raise NotImplementedError("it returns a value made of parameters alone")
-            if isinstance(output, Tensor) and output.requires_grad and trace(output, examples) is not None:
+            if isinstance(output, Tensor) and output.requires_grad and traced.trail.trace(output) is not None:
                 raise NotImplementedError("rows picked from the batch leave it")
         self._books.append(traced)
         return outputs
@@ -181,7 +181,7 @@ class Region:
             return False
         if any(
             isinstance(arg, Guarded) != (at in self._slots)
-            or (isinstance(arg, Tensor) and at not in self._slots and trace(arg, book.examples) is not None)
+            or (isinstance(arg, Tensor) and at not in self._slots and book.trail.trace(arg) is not None)
             for at, arg in enumerate(args)
         ):
             return False
@@ -331,10 +331,13 @@ def _through_rules(book: Book) -> Iterator[None]:
             yield
     else:
         import torch._dynamo.config as recording
+        from torch._dynamo.eval_frame import skip_code
+
+        hide_from_compiler(skip_code, torch.compiler.disable)
 
         # One graph for each of: batch of one, any batch, a batch as large as another axis; first unverified, then verified.
         limit = max(_MOST_GRAPHS, recording.recompile_limit)
-        with recording.patch(recompile_limit=limit), torch.compiler.set_stance("default", force_backend=_backend(book.layout)):
+        with recording.patch(recompile_limit=limit), torch.compiler.set_stance("default", force_backend=_backend(book.verified)):
             yield
 
 

@@ -239,12 +239,9 @@ def wide(value: Tensor) -> Tensor:
     return value if value.dtype in (torch.float32, torch.float64) else value.to(torch.float32)
 
 
-def drop_vanishing(factor_B: Tensor, *, scale_B: Tensor | float = 1.0) -> Tensor:
-    """Factors with those set to 0 that come near the subnormal numbers, alone or times a scale.
-
-    Subnormals keep only a few bits: against an input of 1e38 their rounding would pass the bound. Nothing is within it.
-    """
-    return torch.where(factor_B * scale_B < _VANISHING, torch.zeros_like(factor_B), factor_B)
+def drop_vanishing(factor_B: Tensor) -> Tensor:
+    """Factors with those set to 0 that come near the subnormal numbers, which keep only a few bits."""
+    return torch.where(factor_B < _VANISHING, torch.zeros_like(factor_B), factor_B)
 
 
 def square_sum(value: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def observed_layout(
         losses_B = loss(model, take(batch, rows, size))
         if recomputes(losses_B):
             losses_B.sum().backward()
-    return Layout(book.axes)
+    return book.layout()
 
 
 def recomputes(losses_B: Tensor) -> bool:

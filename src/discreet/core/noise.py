@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -71,29 +72,44 @@ def release(
             torch.div(value, divisor, out=targets[name])
         return Released(tensors=targets, noise_std=0.0, private=False)
     noise_std = noise_multiplier * total.sensitivity
-    pieces = [
-        _Piece(name, value, targets[name], start)
-        for name, value in total.tensors.items()
-        for start in range(0, value.numel(), PIECE)
-    ]
-    threads = max(1, min(torch.get_num_threads(), len(pieces)))
-    add = partial(_add_noise, source=source, position=position, noise_std=noise_std, divisor=divisor)
-    if threads == 1:
-        add(pieces)
+    shares = _shares(total.tensors, targets, threads=torch.get_num_threads())
+    add = partial(_add_noise, source=source, position=position, scale=noise_std / divisor, share=1.0 / divisor)
+    first, *others = shares
+    if not others:
+        add(first)
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(add, [pieces[first::threads] for first in range(threads)]))
+        with ThreadPoolExecutor(len(others)) as pool:
+            running = [pool.submit(add, share) for share in others]
+            add(first)
+            for each in running:
+                each.result()
     return Released(tensors=targets, noise_std=noise_std / divisor, private=source.private)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """`PIECE` entries of one tensor, from ``start`` on."""
+class _Stretch:
+    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`."""
 
     name: str
     value: Tensor
     target: Tensor
     start: int
+
+
+def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, threads: int) -> list[list[_Stretch]]:
+    """All entries of all tensors, cut at multiples of `PIECE` into about equal shares, one for each thread."""
+    pieces = [(name, start) for name, value in values.items() for start in range(0, value.numel(), PIECE)]
+    count = max(1, min(threads, len(pieces)))
+    shares = []
+    for number in range(count):
+        mine = pieces[number * len(pieces) // count : (number + 1) * len(pieces) // count]
+        stretches = []
+        for name, group in itertools.groupby(mine, key=lambda piece: piece[0]):
+            starts = [start for _, start in group]
+            rows = slice(starts[0], starts[-1] + PIECE)
+            stretches.append(_Stretch(name, values[name].reshape(-1)[rows], targets[name].view(-1)[rows], starts[0]))
+        shares.append(stretches)
+    return shares
 
 
 def _target(value: Tensor, offered: Tensor | None) -> Tensor:
@@ -103,28 +119,33 @@ def _target(value: Tensor, offered: Tensor | None) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-def _add_noise(pieces: list[_Piece], *, source: NoiseSource, position: int, noise_std: float, divisor: float) -> None:
-    """``target = (value + noise_std * noise) / divisor``, piece by piece in one worker's memory."""
+def _add_noise(stretches: list[_Stretch], *, source: NoiseSource, position: int, scale: float, share: float) -> None:
+    """``target = value * share + draw * scale``, in one worker's memory."""
     with source.scratch() as scratch:
-        for piece in pieces:
-            _add_to_piece(piece, scratch, source=source, position=position, noise_std=noise_std, divisor=divisor)
+        for stretch in stretches:
+            if stretch.value.device.type == "cpu" and stretch.value.dtype is torch.float32:
+                # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
+                value, target = stretch.value.numpy(), stretch.target.numpy()
+                where = {"position": position, "name": stretch.name, "start": stretch.start}
+                source.add(value, target, scratch, **where, scale=scale, share=share)
+            else:
+                _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
 
 
-def _add_to_piece(
-    piece: _Piece, scratch: Scratch, *, source: NoiseSource, position: int, noise_std: float, divisor: float
+def _add_by_pieces(
+    stretch: _Stretch, scratch: Scratch, *, source: NoiseSource, position: int, scale: float, share: float
 ) -> None:
-    value = piece.value.reshape(-1)[piece.start : piece.start + PIECE]
-    target = piece.target.view(-1)[piece.start : piece.start + PIECE]
-    where = {"position": position, "name": piece.name, "start": piece.start}
-    noise = source.piece(len(value), scratch, **where)
-    if value.dtype is torch.float64:
-        first = noise.copy()
-        noise = source.piece(len(value), scratch, **where, layer=1)
-        np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
-    np.multiply(noise, noise_std, out=noise)
-    if value.device.type == "cpu":
-        # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
-        np.divide(np.add(noise, value.numpy(), out=noise), divisor, out=noise)
-        target.numpy()[:] = noise
-    else:
-        target.copy_(torch.from_numpy(noise).to(value.device).add_(value).div_(divisor))
+    """The same for float64, whose noise is the normalised sum of two draws, and for other devices."""
+    for start in range(0, len(stretch.value), PIECE):
+        value, target = stretch.value[start : start + PIECE], stretch.target[start : start + PIECE]
+        where = {"position": position, "name": stretch.name, "start": stretch.start + start}
+        noise = source.piece(len(value), scratch, **where)
+        if value.dtype is torch.float64:
+            first = noise.copy()
+            noise = source.piece(len(value), scratch, **where, layer=1)
+            np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
+        np.multiply(noise, scale, out=noise)
+        if value.device.type == "cpu":
+            np.add(noise, np.multiply(value.numpy(), share), out=target.numpy())
+        else:
+            target.copy_(value.to(torch.float64).mul_(share).add_(torch.from_numpy(noise).to(value.device)))

@@ -26,7 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from discreet.core.book import Axis, Book
 from discreet.core.forms import Dense, Form
-from discreet.core.routing import Picking, trace
+from discreet.core.routing import Picking
 from discreet.core.uses import Derivation
 from discreet.errors import ConfigError, UnsupportedUse
 
@@ -48,7 +48,7 @@ def _hand_over(
         # The compiler records the plain call; its graph meets the rules in `discreet.core.compiled`, or a hook refuses.
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
-    return _meet(func, args, kwargs or {})
+    return _answer(func, args, kwargs or {})
 
 
 class PrivateParameter(nn.Parameter):
@@ -261,6 +261,19 @@ def compiled_through(compiler: Callable[[Book], contextlib.AbstractContextManage
     _compiler = compiler
 
 
+def hide_from_compiler(skip: Function, disable: Function) -> None:
+    """Keep the compiler from eager meetings: it may see the call that meets a parameter, and nothing behind it.
+
+    Args:
+        skip: marks code whose own frame is not compiled.
+        disable: wraps a function in which nothing is compiled.
+    """
+    global _answer
+    if _answer is _meet:
+        skip(_hand_over.__code__)
+        _answer = disable(_meet)
+
+
 def active() -> Book | None:
     """The book of the model that is guarded now."""
     return _active
@@ -310,7 +323,7 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = tuple(dict.fromkeys(name for leaf in guarded for name in _derivation(book, leaf).names))
         if func not in _rules and func not in _derivable and func not in _routed:
             raise _no_rule(func, names, guarded[0])
-        found = ((id(operand), trace(operand, book.examples)) for operand in operands)
+        found = ((id(operand), book.trail.trace(operand)) for operand in operands)
         pickings = {key: picking for key, picking in found if picking is not None}
         axes = book.classify(
             names,
@@ -337,6 +350,9 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not batched and func in _derivable:
             return derive(use, args, kwargs, isometric=_derivable[func])
         raise _no_rule(func, names, guarded[0])
+
+
+_answer = _meet
 
 
 def _leaves(value: Any) -> list[Any]:

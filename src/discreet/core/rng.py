@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import math
 import secrets
 import sys
 from collections.abc import Iterator
@@ -20,13 +19,13 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+from discreet.core import normal
 from discreet.errors import ConfigError, DiscreetError
 
 KEY_BYTES = 32
 PIECE = 1 << 16
 """Draws made at once: few enough for a core's cache, enough to make little of the calls around them."""
 _BLOCK_BYTES = 16
-_ONE = np.float64(1.0).view(np.uint64)
 
 
 class NoiseSource:
@@ -117,9 +116,43 @@ class NoiseSource:
     ) -> np.ndarray:
         """At most `PIECE` draws of the same stream, in the scratch memory: valid until that is used again."""
         assert count <= PIECE
+        key = self._stream_key(position=position, name=name, start=start, layer=layer)
+        draws = scratch.draws[:count]
+        normal.fill(_keystream(scratch, key, start, _words_of(count)), draws)
+        return draws
+
+    def add(
+        self,
+        value: np.ndarray,
+        target: np.ndarray,
+        scratch: Scratch,
+        *,
+        position: int,
+        name: str,
+        start: int,
+        scale: float,
+        share: float,
+    ) -> None:
+        """``target = value * share + draw * scale`` with the draws of `normal`, from ``start`` on; rounded once.
+
+        Args:
+            value, target: float32, of one size; they may be the same.
+            scratch: this worker's memory.
+            position, name, start: as in `normal`.
+            scale, share: public constants.
+        """
+        key = self._stream_key(position=position, name=name, start=start, layer=0)
+        if normal.add_keyed(key, start, value, target, piece=PIECE, scale=scale, share=share):
+            return
+        for at in range(0, len(target), PIECE):
+            some = slice(at, at + PIECE)
+            words = _keystream(scratch, key, start + at, _words_of(len(target[some])))
+            normal.add(words, value[some], target[some], scale=scale, share=share)
+
+    def _stream_key(self, *, position: int, name: str, start: int, layer: int) -> bytes:
+        """The key of the stream of (position, name, layer); ``start`` is where in it a piece begins."""
         assert start % PIECE == 0
-        key = subkey(self._key, f"noise|{layer}|{position}|{name}")
-        return _standard_normal(scratch, key, start, count)
+        return subkey(self._key, f"noise|{layer}|{position}|{name}")
 
 
 def seed_key(seed: int) -> bytes:
@@ -139,34 +172,16 @@ class Scratch:
         self.zeros = bytes(8 * PIECE)
         self.stream = bytearray(8 * PIECE + _BLOCK_BYTES - 1)
         self.words = np.frombuffer(self.stream, dtype=np.uint64, count=PIECE)
-        self.uniform = self.words.view(np.float64)
-        self.diameter, self.scaled = np.empty(PIECE // 2), np.empty(PIECE // 2)
         self.draws = np.empty(PIECE)
 
 
-def _standard_normal(scratch: Scratch, key: bytes, start: int, count: int) -> np.ndarray:
-    """Draws ``start`` to ``start + count`` by Box-Muller pairs: sines first, then cosines.
-
-    With t the tangent of half the angle, ``sin = 2 t / (1 + t^2)`` and ``cos = 2 / (1 + t^2) - 1``: one tangent costs a
-    fifth of a sine and a cosine.
-    """
-    pairs = (count + 1) // 2
-    uniform = _uniform(scratch, key, start, 2 * pairs)
-    diameter, scaled = scratch.diameter[:pairs], scratch.scaled[:pairs]
-    np.subtract(2.0, uniform[:pairs], out=diameter)  # 2 - [1, 2) is (0, 1]: its logarithm is finite
-    np.multiply(np.log(diameter, out=diameter), -8.0, out=diameter)
-    np.sqrt(diameter, out=diameter)
-    tangent = np.subtract(uniform[pairs:], 1.5, out=uniform[pairs:])
-    np.tan(np.multiply(tangent, math.pi, out=tangent), out=tangent)
-    np.add(np.multiply(tangent, tangent, out=scaled), 1.0, out=scaled)
-    np.divide(diameter, scaled, out=scaled)
-    np.multiply(scaled, tangent, out=scratch.draws[:pairs])
-    np.subtract(scaled, np.multiply(diameter, 0.5, out=diameter), out=scratch.draws[pairs : 2 * pairs])
-    return scratch.draws[:count]
+def _words_of(draws: int) -> int:
+    """How many words so many draws take: two for each pair."""
+    return (draws + 1) // 2 * 2
 
 
-def _uniform(scratch: Scratch, key: bytes, start: int, count: int) -> np.ndarray:
-    """Words ``start`` to ``start + count`` of the AES-256-CTR keystream as uniforms on the 2^52 steps of [1, 2).
+def _keystream(scratch: Scratch, key: bytes, start: int, count: int) -> np.ndarray:
+    """Words ``start`` to ``start + count`` of the AES-256-CTR keystream.
 
     The key serves this stream alone, so its counter begins at zero; ``start`` is even (two words a block).
     """
@@ -176,5 +191,4 @@ def _uniform(scratch: Scratch, key: bytes, start: int, count: int) -> np.ndarray
     words = scratch.words[:count]
     if sys.byteorder == "big":
         words.byteswap(inplace=True)
-    np.bitwise_or(np.right_shift(words, 12, out=words), _ONE, out=words)
-    return scratch.uniform[:count]
+    return words

@@ -10,13 +10,16 @@ on top of that contraction. A convolution has two Gram routes: PIXELS multiplies
 adds up shifted copies for the taps of the kernel; WINDOWS unfolds first. The third way of arXiv:2210.00038, to
 instantiate for the norm and again for the sum, is never best where KEEP may be had, and that is wherever GRAM is dear.
 
-Every choice is made from shapes, never from data: it can be told to anyone (`Choice.reason`).
+Every choice is made from shapes, never from data: it can be told to anyone. So training may take another route than the
+self-check, whose batch is smaller: the check takes every route in turn (`forced`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _MOVE = 60.0
@@ -43,6 +46,7 @@ class Choice:
         route: the way taken.
         gram, keep: what the best Gram route and KEEP cost per example, in multiply-adds.
         kept, booked: numbers held per example, by KEEP and by all other routes.
+        routes: all that it was chosen from.
     """
 
     route: Route
@@ -50,6 +54,7 @@ class Choice:
     keep: float
     kept: int
     booked: int
+    routes: tuple[Route, ...]
 
     def __str__(self) -> str:
         if self.route is Route.PRODUCT:
@@ -75,8 +80,9 @@ class Cost:
 
     def choose(self) -> Choice:
         """The cheapest route of a linear map whose kept gradients are no larger than what booking holds."""
-        if self.positions == 1:
-            return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs)
+        if self.positions == 1 and _forced is None:
+            routes = (Route.PRODUCT, Route.GRAM, Route.KEEP)
+            return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs, routes)
         gram = self.positions**2 * ((self.inputs + self.outputs) / 2 + _ENTRY)
         booked = self.positions * (self.inputs + self.outputs)
         return _cheaper(self, booked, {Route.GRAM: gram})
@@ -103,7 +109,25 @@ def _cheaper(cost: Cost, booked: int, grams: dict[Route, float]) -> Choice:
     best = min(grams, key=grams.__getitem__)
     keep = _MOVE * cost.kept
     taken = Route.KEEP if cost.kept <= booked and keep <= grams[best] else best
-    return Choice(taken, grams[best], keep, cost.kept, booked)
+    if _forced in grams or (_forced is Route.KEEP and cost.kept * cost.examples <= _FORCED_NUMBERS):
+        taken = _forced
+    return Choice(taken, grams[best], keep, cost.kept, booked, (*grams, Route.KEEP))
+
+
+_forced: Route | None = None
+_FORCED_NUMBERS = 1 << 26
+"""Gradients that the self-check may hold in order to try KEEP where it would not be chosen."""
+
+
+@contextlib.contextmanager
+def forced(route: Route) -> Iterator[None]:
+    """Take this route inside, wherever it exists: norms must be the same."""
+    global _forced
+    _forced = route
+    try:
+        yield
+    finally:
+        _forced = None
 
 
 def _short(number: float) -> str:

@@ -54,28 +54,41 @@ class Picking:
         return bool(torch.equal(self.owner, straight))
 
 
-def trace(operand: Tensor, examples: int) -> Picking | None:
-    """The examples behind the rows of an activation, or None when no picking is in sight."""
-    if operand.dim() < 2 or operand.grad_fn is None or operand.shape[0] == 0:
-        return None
-    return _Walk(examples).back(operand.grad_fn, operand.shape[0])
+class Trail:
+    """Walks back through the graph of one forward: what an earlier walk found is not looked for again.
 
-
-class _Walk:
-    """One walk back through the graph; bounded, because most activations were never picked."""
+    Each walk is bounded, because most activations were never picked.
+    """
 
     def __init__(self, examples: int) -> None:
         self.examples = examples
-        self.known: dict[Any, Picking | None] = {}
+        self._known: dict[Any, Picking | None] = {}
+        self._new: list[Any] = []
+
+    def trace(self, operand: Tensor) -> Picking | None:
+        """The examples behind the rows of an activation, or None when no picking is in sight."""
+        if operand.dim() < 2 or operand.grad_fn is None or operand.shape[0] == 0:
+            return None
+        self._new = []
+        found = self.back(operand.grad_fn, operand.shape[0])
+        if len(self._new) >= _NODES:  # cut short: a walk that begins further back would see further
+            for node in self._new:
+                del self._known[node]
+        return found
+
+    def forget(self) -> None:
+        """Let go of the graph."""
+        self._known.clear()
 
     def back(self, node: Any, rows: int) -> Picking | None:
         """What the graph says about the rows of this node's output; a node of ours names the input that has them."""
-        if node not in self.known:
-            if node is None or len(self.known) >= _NODES:
+        if node not in self._known:
+            if node is None or len(self._new) >= _NODES:
                 return None
-            self.known[node] = None
-            self.known[node] = self._through(node, rows)
-        return self.known[node]
+            self._new.append(node)
+            self._known[node] = None
+            self._known[node] = self._through(node, rows)
+        return self._known[node]
 
     def _through(self, node: Any, rows: int) -> Picking | None:
         name = node.name()

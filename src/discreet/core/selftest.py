@@ -7,6 +7,7 @@ Shape legend: B = examples.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, backward, batch_size_of, check_losses, settle, trainable
 from discreet.core.layout import SEED, frozen_state, other_rows, recomputes, take
 from discreet.core.parameter import guard
+from discreet.core.route import Route, forced
 from discreet.core.uses import zeros_like_sums
 
 
@@ -69,7 +71,7 @@ class IsolationVerdict:
 def compare_with_brute_force(
     model: nn.Module, loss: LossFunction, batch: Any, *, clipping: Clipping, examples: int | None = None
 ) -> NormVerdict:
-    """Compare norms and clipped sum with autograd, one example at a time, for B and B - 1 examples.
+    """Compare norms and clipped sum with autograd, one example at a time, for B and B - 1 examples and by every route.
 
     What `torch.compile` was asked to compile is compared as it will be trained, and as it is written.
 
@@ -85,12 +87,12 @@ def compare_with_brute_force(
     ways = [False]
     for part, count in parts:
         first = _booked(model, loss, part, count, layout=None)
-        layout = layout.merged(Layout(first.axes))
+        layout = layout.merged(first.layout())
         first.discard()
         if first.compiled:
             ways = [False, True]
             written = _booked(model, loss, part, count, layout=None, as_written=True)
-            layout = layout.merged(Layout(written.axes))
+            layout = layout.merged(written.layout())
             written.discard()
     agree, sum_agrees = dict.fromkeys(parameters, True), True
     routes: dict[str, dict[str, None]] = {name: {} for name in parameters}
@@ -99,16 +101,21 @@ def compare_with_brute_force(
             expected = _brute_force(model, loss, part, parameters, count, clipping)
         noise = _rounding(expected.norms, parameters, tolerance)
         for as_written in ways:
-            book = _booked(model, loss, part, count, layout=layout, as_written=as_written)
-            found = book.parameter_norms()
-            for name in parameters:
-                wanted = expected.norms[name]
-                agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance, noise=noise)
-                routes[name].update(dict.fromkeys(book.routes().get(name, ())))
-            for names, function, _ in book.axes:
-                for name in names:
-                    functions[name][function] = None
-            sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
+            todo: list[Route | None] = [None]
+            for route in todo:
+                with contextlib.nullcontext() if route is None else forced(route):
+                    book = _booked(model, loss, part, count, layout=layout, as_written=as_written)
+                    if route is None:
+                        todo += book.open_routes()
+                        for name, taken in book.routes().items():
+                            routes[name].update(dict.fromkeys(taken))
+                        for names, function, _ in book.axes:
+                            for name in names:
+                                functions[name][function] = None
+                    found = book.parameter_norms()
+                    for name, wanted in expected.norms.items():
+                        agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance, noise=noise)
+                    sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
     verdicts = tuple(
         ParameterVerdict(name, tuple(value.shape), tuple(functions[name]), tuple(routes[name]), agree[name])
         for name, value in parameters.items()

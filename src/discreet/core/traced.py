@@ -19,7 +19,7 @@ from torch import Tensor
 from discreet.core.book import Axis, Book
 from discreet.core.forms import Form
 from discreet.core.parameter import DerivedParameter, Replay, _meet
-from discreet.core.routing import Picking
+from discreet.core.routing import Picking, Trail
 from discreet.core.uses import Derivation
 from discreet.errors import UnsupportedUse
 
@@ -103,7 +103,7 @@ class TracedBook(Book):
         super().__init__(values or real.parameters, examples=real.examples)
         self.examples = examples
         self.kind = KIND
-        self.layout, self.trusts = real.layout, real.trusts
+        self.verified, self.trusts, self.trail = real.verified, real.trusts, Trail(examples)
         self._meetings.update(real._meetings)
         self.uses: list[TracedUse] = []
         self.expected: list[tuple[str, ...]] = []
@@ -134,7 +134,7 @@ class TracedBook(Book):
     def _note(self, names: tuple[str, ...], function: str, found: tuple[Axis, ...]) -> None:
         ordinal = self._meetings[names, KIND + function] - 1
         key = (names, KIND + function, ordinal)
-        known = self.layout.of(key, examples=self.examples) if self.layout is not None else None
+        known = self.verified.of(key, examples=self.examples) if self.verified is not None else None
         self.uses.append(TracedUse(names, function, known, found))
 
     def expect(self, derivation: Derivation) -> None:

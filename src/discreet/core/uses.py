@@ -1,7 +1,8 @@
 """How the uses of parameters in one microbatch are brought together: norms first, weighted sums once factors are known.
 
-A part is one parameter with all its uses (`Uses`), many small parameters at once (`SmallUses`), or the parameters of
-linear maps that share an operand (`Crossed`). Parts give squared norms, which add up, and one weighted sum a parameter.
+A part is one parameter with all its uses (`Uses`), many small parameters at once (`SmallUses`), the weights that meet
+one position (`ProductUses`), or the parameters of linear maps that share an operand (`Crossed`). Parts give squared
+norms, which add up, and one weighted sum a parameter.
 
 Shape legend: B = examples of the microbatch, K = groups, S = positions, I = inputs, O = outputs.
 """
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide
-from discreet.core.outer import Outer, Tied, gram_norm2
+from discreet.core.outer import Outer, Tied, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
 
-_SMALL = 4096
-"""Numbers of a parameter that is settled together with others of its kind."""
+_SMALL, _SMALL_TOGETHER = 4096, 1 << 16
+"""Numbers of a parameter that is settled together with others of its kind, and of all its per-example gradients."""
 
 Records = Sequence[tuple[int, "Record"]]
 """Records of one parameter, each with the position that the parameter has among the record's sources."""
@@ -99,12 +100,15 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
     """The parts that these parameters make; those without a record are left out."""
     every = [Uses.of(name, records[name], examples) for name in names if name in records]
     small: dict[torch.dtype, list[Uses]] = defaultdict(list)
+    products: dict[torch.dtype, list[Uses]] = defaultdict(list)
     by_input: dict[object, list[Uses]] = defaultdict(list)
     by_grad: dict[object, list[Uses]] = defaultdict(list)
     rest: list[Part] = []
     for use in every:
         if use.is_small:
             small[use.small_grad.dtype].append(use)
+        elif (outer := use.by_product) is not None:
+            products[wide(outer.grad).dtype].append(use)
         elif (outer := use.by_gram) is not None:
             by_input[_identity_of(outer.input)].append(use)
         else:
@@ -116,6 +120,7 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
         by_grad[_identity_of(outer.grad)] += group
     shared = [*by_input.values(), *by_grad.values()]
     rest += [Crossed(tuple(group)) if len(group) > 1 else group[0] for group in shared]
+    rest += [ProductUses(tuple(group)) for group in products.values()]
     return [*rest, *(SmallUses(tuple(group)) for group in small.values())]
 
 
@@ -151,10 +156,21 @@ class Uses(Part):
     @property
     def by_gram(self) -> Outer | None:
         """The operands, when the norm of this parameter alone would be taken from two Gram matrices."""
+        outer = self._outer
+        return outer if outer is not None and outer.choice.route is Route.GRAM and outer.input.shape[1] == 1 else None
+
+    @property
+    def by_product(self) -> Outer | None:
+        """The operands, when there is one position: the norm is a product of norms."""
+        outer = self._outer
+        return outer if outer is not None and outer.choice.route is Route.PRODUCT else None
+
+    @property
+    def _outer(self) -> Outer | None:
         joined = self.joined
         if joined is None or not joined.derivation.identity or not isinstance(joined.form, Outer):
             return None
-        return joined.form if joined.form.choice.route is Route.GRAM and joined.form.input.shape[1] == 1 else None
+        return joined.form
 
     def quick_norm2(self) -> Tensor:
         return self.norm2() if self.joined is None else self.joined.form.quick_norm2()
@@ -170,7 +186,7 @@ class Uses(Part):
         joined = self.joined
         if joined is None or not joined.derivation.identity or not isinstance(joined.form, Dense):
             return False
-        return joined.form.grad.numel() <= self.examples * _SMALL
+        return joined.form.grad.numel() <= min(self.examples * _SMALL, _SMALL_TOGETHER)
 
     @property
     def small_grad(self) -> Tensor:
@@ -232,6 +248,26 @@ class SmallUses(Part):
 
 
 @dataclass(frozen=True)
+class ProductUses(Part):
+    """Many linear maps with one position each: the numbers of all their norms at once."""
+
+    uses: tuple[Uses, ...]
+
+    def quick_norm2(self) -> Tensor:
+        outers = [outer for use in self.uses if (outer := use.by_product) is not None]
+        inputs = [wide(outer.input.squeeze(2)) for outer in outers]
+        grads = [wide(outer.grad.squeeze(2)) for outer in outers]
+        return norm2_of_products(inputs, grads, summed=grads[0].dtype)
+
+    def norm2(self) -> Tensor:
+        return functools.reduce(torch.add, (use.norm2() for use in self.uses))
+
+    def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        for use in self.uses:
+            yield from use.weighted_sums(factor_B, bad_B)
+
+
+@dataclass(frozen=True)
 class Crossed(Part):
     """Linear maps of one input, such as query, key and value, or with one output gradient, such as an LSTM's two.
 
@@ -255,13 +291,14 @@ class Crossed(Part):
 
     def _norm2(self, convert: Callable[[Tensor], Tensor]) -> Tensor:
         inputs, grads = self._operands()
-        eps = torch.finfo(wide(grads[0]).dtype).eps
+        summed = wide(grads[0]).dtype
         examples, _, positions, _ = inputs[0].shape
         chunk = examples_at_a_time(2 * positions**2)
         parts = []
         for start in range(0, examples, chunk):
-            rows = slice(start, start + chunk)
-            parts.append(gram_norm2([convert(x[rows]) for x in inputs], [convert(g[rows]) for g in grads], eps=eps))
+            some = slice(start, start + chunk)
+            operands = ([convert(value[some]) for value in values] for values in (inputs, grads))
+            parts.append(gram_norm2(*operands, summed=summed))
         return torch.cat(parts)
 
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:

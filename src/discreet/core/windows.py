@@ -10,7 +10,6 @@ S = output positions, T = taps of the kernel, I = C / K times T, O = outputs per
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
-from discreet.core.outer import Outer, rounded_up, scaled_by, sum_of_products
+from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
 
 Sizes = tuple[int, ...]
@@ -119,7 +118,7 @@ class Windows(Form):
         """``<windows windows^T, grad grad^T>`` without unfolding.
 
         Two windows' inner product is the sum over taps of the inner products of the pixels under that tap. So pixels
-        are multiplied once, and shifted copies of that matrix are added up.
+        are multiplied once, and shifted copies of that matrix are added up, axis by axis of the kernel.
         """
         pixels, groups = self._padded(), self.geometry.groups
         examples, folds, channels, *image = pixels.shape
@@ -127,26 +126,22 @@ class Windows(Form):
         by_group = pixels.reshape(examples, folds, groups, channels // groups, -1).transpose(1, 2)
         pixels_BKPC = by_group.transpose(3, 4).flatten(2, 3)
         products = (pixels_BKPC @ pixels_BKPC.mT).reshape(examples, groups, folds, *image, folds, *image)
-        windows = torch.zeros((), dtype=products.dtype, device=products.device)
-        for tap in itertools.product(*(range(size) for size in self.value_shape[2:])):
-            steps = [
-                slice(at * gap, at * gap + (count - 1) * stride + 1, stride)
-                for at, gap, count, stride in zip(
-                    tap, self.geometry.dilation, output, self.geometry.stride, strict=True
-                )
-            ]
-            windows = windows + products[(slice(None), slice(None), slice(None), *steps, slice(None), *steps)]
+        windows, axes = products, len(image)
+        for axis, (taps, size) in enumerate(zip(self.value_shape[2:], output, strict=True)):
+            gap, stride = self.geometry.dilation[axis], self.geometry.stride[axis]
+            steps = [slice(tap * gap, tap * gap + (size - 1) * stride + 1, stride) for tap in range(taps)]
+            windows = _summed_along(windows, 3 + axis, 4 + axes + axis, steps)
         positions = folds * math.prod(output)
         windows_BKSS = windows.reshape(examples, groups, positions, positions)
         grad = wide(self.grad).reshape(examples, folds, groups, self.value_shape[0] // groups, -1)
         grad_BKSO = grad.permute(0, 2, 1, 4, 3).flatten(2, 3)
         grads_BKSS = grad_BKSO @ grad_BKSO.mT
+        inputs, outputs = math.prod(self.value_shape[1:]), grad_BKSO.shape[3]
         return rounded_up(
             sum_of_products(windows_BKSS, grads_BKSS),
             windows_BKSS.diagonal(dim1=2, dim2=3),
             grads_BKSS.diagonal(dim1=2, dim2=3),
-            (math.prod(self.value_shape[1:]), grad_BKSO.shape[3]),
-            eps=torch.finfo(windows_BKSS.dtype).eps,
+            Sums(inputs, outputs, inputs + outputs, taken=windows_BKSS.dtype, summed=windows_BKSS.dtype),
         )
 
     def _padded(self) -> Tensor:
@@ -198,6 +193,21 @@ class Windows(Form):
         if self.choice.route is Route.KEEP:
             return Dense(self.per_example(), scratch=True)
         return self
+
+
+def _summed_along(products: Tensor, one: int, other: int, steps: list[slice]) -> Tensor:
+    """The sum of the parts that each step cuts out of two axes at once."""
+    parts = []
+    for step in steps:
+        index = [slice(None)] * products.dim()
+        index[one] = index[other] = step
+        parts.append(products[tuple(index)])
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
+        total += part
+    return total
 
 
 def _weight_grad(input: Tensor, grad: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:

@@ -62,7 +62,7 @@ def describe_data(fingerprint: str) -> dict[str, str]:
 def _own_code(folders: tuple[str, ...] = ("core", "privacy", "train")) -> str:
     """Hash of every source file of this package that a step runs through."""
     root = Path(__file__).resolve().parents[1]
-    files = sorted(file for folder in folders for file in (root / folder).rglob("*.py"))
+    files = sorted(file for folder in folders for kind in ("*.py", "*.c") for file in (root / folder).rglob(kind))
     return _digest(*(f"{file.relative_to(root)}\n{file.read_text(encoding='utf-8')}" for file in files))
 
 
