@@ -27,7 +27,9 @@ from discreet.core.style import Style
 from discreet.errors import UnsupportedUse
 from oracles import abadi, alone, norms, relative_gap, rows, weighted
 
-pytestmark = [  # the compiler's own: what Inductor imports, and how inputs are looked at
+pytestmark = [  # PyTorch's own: what Inductor imports, how inputs are looked at, what is slow
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
@@ -133,6 +135,24 @@ def test_kernels_of_strided_views_agree_with_brute_force(
     model, batch = CASES[name].build(dtype)
     agrees(torch.compile(model, fullgraph=True), batch, tolerance=1e-9 if dtype is torch.float64 else 1e-4)
     assert seen.delivered > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*(jit|Inductor|inductor).*")  # of Inductor itself
+def test_memory_read_by_strides_is_not_compiled(seen: Deliveries, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor stores what a convolution puts out in another order than the trace says, and as_strided does not know."""
+
+    def read(self: Any, x: Tensor) -> Tensor:
+        h = F.pad(self.c(x), (1, 1, 1, 1)).contiguous()
+        one, channel, row, column = h.stride()
+        return h.as_strided((len(x), D, 3, 3), (one, channel, 2 * row, column)).square() 
+
+    monkeypatch.setattr(compiled, "compiler", compiled.by_inductor)
+    model = Fn(read, c=nn.Conv2d(3, D, 3)).double()
+    batch = {"x": torch.randn(B, 3, 6, 6).double(), "target": torch.randn(B).double()}
+    model.compile(fullgraph=True)
+    with pytest.warns(UserWarning, match="as_strided"):
+        agrees(model, batch)
+    assert seen.delivered == 0
 
 
 def test_ragged_batches_are_compiled_at_most_three_times(seen: Deliveries) -> None:

@@ -1,13 +1,13 @@
 """torch.compile: a region that the compiler recorded is traced through the rules, or run call by call.
 
-While a model is guarded, whatever `torch.compile` compiles in it (the model, a block, the loss) is handed to a backend of
-ours. What it receives is a graph of plain calls, with the guarded parameters among its inputs. There are two ways to
-run it, and both are exact:
+While a model is guarded, whatever `torch.compile` compiles in it (the model, a block, the loss) is handed to a backend
+of ours. What it receives is a graph of plain calls, with the guarded parameters among its inputs. There are two ways
+to run it, and both are exact:
 
 - **traced**: forward and backward are compiled with the rules inside (`discreet.core.traced`). The compiled backward
-  returns the input gradients, and behind them all that the rules book; norms, factors and sums are taken from it as ever.
-- **call by call**: every call of the graph meets the rules as in eager code. This is how the layout is found out, how a
-  region is run in which the trace met something it cannot know (rows picked by data), or that a call does not fit.
+  returns the input gradients, and behind them all that the rules book; norms and sums are taken from it as ever.
+- **call by call**: every call of the graph meets the rules as in eager code. So the layout is found out, and so a
+  region runs whose trace met something that only data tell (rows picked by them), or a call that does not fit a trace.
 
 Nothing else can happen: a use of a parameter outside of such a graph is eager code, which is guarded itself, and a
 gradient that came to a parameter by any other way meets the hook that refuses it.
@@ -40,7 +40,7 @@ from discreet.core.parameter import (
     instead,
     plain,
 )
-from discreet.core.traced import BOOKED, KIND, At, TracedBook, TracedParameter, mapped
+from discreet.core.traced import BOOKED, KIND, TracedBook, TracedParameter, mapped
 from discreet.core.uses import Derivation
 
 Graph = fx.GraphModule
@@ -115,7 +115,9 @@ class Region:
             raise NotImplementedError("a value made of parameters comes in from outside of it")
         if any(parameter.requires_grad for parameter in self._graph.parameters()):
             raise NotImplementedError("the compiler took a parameter for a constant")
-        self._slots = {at: book.name_of(value) for at, value in enumerate(inputs) if isinstance(value, PrivateParameter)}
+        self._slots = {
+            at: book.name_of(value) for at, value in enumerate(inputs) if isinstance(value, PrivateParameter)
+        }
         self._shapes = {at: inputs[at].shape for at in self._slots}
         self._trusted, self._examples = book.trusts, book.examples
         shapes = [node.meta["example_value"] for node in self._graph.graph.find_nodes(op="placeholder")]
@@ -156,7 +158,9 @@ class Region:
         if book is None or not torch.is_grad_enabled():
             return self._graph(*(plain(arg) for arg in args))
         book.compiled = True
-        names = {name: book.name_of(args[at]) for at, name in self._slots.items() if isinstance(args[at], PrivateParameter)}
+        names = {
+            name: book.name_of(args[at]) for at, name in self._slots.items() if isinstance(args[at], PrivateParameter)
+        }
         if self._run is None or not self._fits(book, args, names):
             # The compiler's own code switches off what guards the parameters.
             with book.of_kind(KIND), torch._C._EnableTorchFunction():
@@ -241,8 +245,7 @@ def compile_traced(region: Region, book: Book, inputs: Sequence[Any]) -> Callabl
     ticket = mode.from_tensor(torch.tensor(0), static_shapes=True)
     kept = [plain(value) for value in inputs]  # until the trace is made: a tensor is known by its identity
     values = [
-        mode.from_tensor(value, static_shapes=True) if at in region._slots else value
-        for at, value in enumerate(kept)
+        mode.from_tensor(value, static_shapes=True) if at in region._slots else value for at, value in enumerate(kept)
     ]
     with _settings():
         return compiler(fx.GraphModule({}, graph), [sink, ticket, *values], region)
@@ -253,6 +256,9 @@ def by_inductor(graph: Graph, inputs: Sequence[Any], region: Region | None) -> C
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(part: Graph, given: Sequence[Any], **options: Any) -> Any:
+        # Such a view reads memory by the strides of the trace, and Inductor lays convolutions out in another order.
+        if region is not None and part.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
+            raise NotImplementedError("it reads memory by strides (as_strided), which the compiler may have changed")
         if region is None or not options.get("is_backward"):
             return compile_fx_inner(part, given, **options)
         return _delivering(part, region, lambda changed: compile_fx_inner(changed, given, **options))
@@ -282,9 +288,8 @@ def _delivering(backward: Graph, region: Region, finish: Callable[[Graph], Any])
     """Compile a backward whose booked tensors are outputs of its own, and deliver them whenever it has run."""
     (booked,) = backward.graph.find_nodes(op="call_function", target=BOOKED)
     end = next(iter(backward.graph.find_nodes(op="output")))
-    before = tuple(end.args[0])
     tensors, (serial, *sizes) = booked.args
-    wanted = {at: node for at, node in enumerate(tensors)} | {-1 - at: node for at, node in enumerate(sizes)}
+    wanted = dict(enumerate(tensors)) | {-1 - at: node for at, node in enumerate(sizes)}
     nodes = list(dict.fromkeys(node for node in wanted.values()))
     places = {at: nodes.index(node) for at, node in wanted.items()}
     with backward.graph.inserting_before(booked):
@@ -335,9 +340,12 @@ def _through_rules(book: Book) -> Iterator[None]:
 
         hide_from_compiler(skip_code, torch.compiler.disable)
 
-        # One graph for each of: batch of one, any batch, a batch as large as another axis; first unverified, then verified.
+        # A graph for a batch of one, any batch, a batch as long as another axis; without a layout, and with it.
         limit = max(_MOST_GRAPHS, recording.recompile_limit)
-        with recording.patch(recompile_limit=limit), torch.compiler.set_stance("default", force_backend=_backend(book.verified)):
+        with (
+            recording.patch(recompile_limit=limit),
+            torch.compiler.set_stance("default", force_backend=_backend(book.verified)),
+        ):
             yield
 
 

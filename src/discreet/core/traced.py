@@ -97,9 +97,7 @@ class TracedBook(Book):
         templates: the records, with an `At` for every tensor and size.
     """
 
-    def __init__(
-        self, real: Book, values: Mapping[str, Tensor], *, examples: int, ticket: Tensor, serial: int
-    ) -> None:
+    def __init__(self, real: Book, values: Mapping[str, Tensor], *, examples: int, ticket: Tensor, serial: int) -> None:
         super().__init__(values or real.parameters, examples=real.examples)
         self.examples = examples
         self.kind = KIND
@@ -184,9 +182,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Replay):
         constants = tuple(mapped(leaf, change) for leaf, _ in value.constants)
         versions = (leaf._version if isinstance(leaf, Tensor) else 0 for leaf in constants)
-        return replace(
-            value, parts=mapped(value.parts, change), constants=tuple(zip(constants, versions, strict=True))
-        )
+        return replace(value, parts=mapped(value.parts, change), constants=tuple(zip(constants, versions, strict=True)))
     if isinstance(value, (Derivation, Form)) and is_dataclass(value):
         return replace(value, **{field.name: mapped(getattr(value, field.name), change) for field in fields(value)})
     return value
