@@ -144,7 +144,7 @@ def test_memory_read_by_strides_is_not_compiled(seen: Deliveries, monkeypatch: p
     def read(self: Any, x: Tensor) -> Tensor:
         h = F.pad(self.c(x), (1, 1, 1, 1)).contiguous()
         one, channel, row, column = h.stride()
-        return h.as_strided((len(x), D, 3, 3), (one, channel, 2 * row, column)).square() 
+        return h.as_strided((len(x), D, 3, 3), (one, channel, 2 * row, column)).square()
 
     monkeypatch.setattr(compiled, "compiler", compiled.by_inductor)
     model = Fn(read, c=nn.Conv2d(3, D, 3)).double()
