@@ -31,13 +31,25 @@ MAY_DRAW = {
 """File -> why it may draw random numbers. Everything else asks one of these."""
 
 MAY_PIN = {
+    "core/compiled.py": {
+        "args": "the output node of a graph that is being compiled gets more results",
+        "_boxed_call": "how the compiler knows that a function frees its arguments",
+        "compiled": "the engine's own book notes that a compiled region ran",
+    },
+    "core/traced.py": {
+        "inner": "on this file's own tensor subclass, which stands for a parameter in a trace",
+        "derivation": "the same",
+    },
     "core/parameter.py": {
         "__class__": "guarding a parameter is exactly this: its class, and nothing else",
         "derivation": "on this file's own tensor subclass, which holds a value computed from a parameter",
     },
     "core/precision.py": {"fp32_precision": "torch's own setting for float32 products; put back afterwards"},
     "core/score.py": {"training": "puts a module's mode back as it was"},
-    "core/selftest.py": {"training": "puts a module's mode back as it was"},
+    "core/selftest.py": {
+        "training": "puts a module's mode back as it was",
+        "as_written": "the engine's own book: compare compiled code with the code as it is written",
+    },
     "privacy/files.py": {"_size": "a class method fills in the file object that it has just made"},
     "train/loop.py": {"step": "gates the user's optimizer, so that an unfinished batch can never be stepped on"},
     "train/step.py": {"grad": "the one place that hands a released gradient to the optimizer"},
