@@ -115,6 +115,9 @@ class Region:
             raise NotImplementedError("a value made of parameters comes in from outside of it")
         if any(parameter.requires_grad for parameter in self._graph.parameters()):
             raise NotImplementedError("the compiler took a parameter for a constant")
+        if any(node.target in ("as_strided", torch.as_strided) for node in self._graph.graph.nodes):
+            # It reads by the strides of the trace, and Inductor lays out what a convolution returns in another order.
+            raise NotImplementedError("it reads memory by strides (as_strided), which the compiler may change")
         self._slots = {
             at: book.name_of(value) for at, value in enumerate(inputs) if isinstance(value, PrivateParameter)
         }
@@ -256,9 +259,6 @@ def by_inductor(graph: Graph, inputs: Sequence[Any], region: Region | None) -> C
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(part: Graph, given: Sequence[Any], **options: Any) -> Any:
-        # Such a view reads memory by the strides of the trace, and Inductor lays convolutions out in another order.
-        if region is not None and part.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
-            raise NotImplementedError("it reads memory by strides (as_strided), which the compiler may have changed")
         if region is None or not options.get("is_backward"):
             return compile_fx_inner(part, given, **options)
         return _delivering(part, region, lambda changed: compile_fx_inner(changed, given, **options))

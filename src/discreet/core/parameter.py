@@ -47,8 +47,12 @@ def _hand_over(
     if torch.compiler.is_dynamo_compiling() or torch._guards.TracingContext.try_get() is not None:
         # The compiler records the plain call; its graph meets the rules in `discreet.core.compiled`, or a hook refuses.
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return _PLAINLY.get(func, func)(*args, **(kwargs or {}))
     return _answer(func, args, kwargs or {})
+
+
+_PLAINLY: dict[Function, Function] = {torch.nn.functional.rms_norm: torch.rms_norm}
+"""Functions written in Python that look at the class of their arguments even where it is to be ignored."""
 
 
 class PrivateParameter(nn.Parameter):

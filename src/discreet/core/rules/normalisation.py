@@ -45,7 +45,7 @@ def layer_norm(
     return _affine(use, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, trailing=True)
 
 
-@rule(F.rms_norm)
+@rule(F.rms_norm, torch.rms_norm)
 def rms_norm(
     use: Use, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
