@@ -3,8 +3,8 @@
     {"points": [{"batch": 64, "seed": 0, "accuracy": 0.93}, ...],
      "fit": {"slope": -0.004, "intercept": 0.95, "at_batch": 4096, "low": 0.89, "high": 0.92}}
 
-``accuracy = intercept + slope log2(batch)``, or ``intercept + slope / batch`` where the fit says ``"law": "1 / B"``; low
-and high are the prediction interval of one run at ``at_batch``. Other fields are ignored.
+``accuracy = intercept + slope log2(batch)``, or ``intercept + slope / batch`` where the fit says ``"law": "1 / B"``;
+low and high are the prediction interval of one run at ``at_batch``. Other fields are ignored.
 """
 
 from __future__ import annotations
