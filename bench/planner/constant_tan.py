@@ -77,18 +77,19 @@ def over_batches(chosen: Candidate, proxy: Proxy, *, known: list[Trial]) -> dict
 
 
 def band(by_batch: dict[int, list[float]], *, at_batch: int) -> dict[str, Any]:
-    """Spread of the means over a 64-fold range of batches; whether each is within two seed sds of the real batch."""
+    """Whether the means over a 64-fold range of batches stay within 1.3 points, and two seed sds of the real batch."""
     means = {batch: statistics.fmean(values) for batch, values in by_batch.items()}
     sd = math.sqrt(statistics.fmean(statistics.variance(values) for values in by_batch.values()))
     farthest = max(abs(mean - means[at_batch]) for mean in means.values())
+    spread = max(means.values()) - min(means.values())
     return {
         "means": {str(batch): mean for batch, mean in means.items()},
         "sds": {str(batch): statistics.stdev(values) for batch, values in by_batch.items()},
         "seed_sd": sd,
-        "spread": max(means.values()) - min(means.values()),
+        "spread": spread,
         "farthest": farthest,
         "within_sds": farthest < BAND_SDS * sd,
-        "met": max(means.values()) - min(means.values()) <= BAND_SPREAD,
+        "met": spread <= BAND_SPREAD and farthest < BAND_SDS * sd,
     }
 
 

@@ -61,7 +61,10 @@ def test_a_real_run_inside_the_interval_holds_and_one_outside_does_not():
     assert lower["runs_inside"] == 0
 
 
-def test_the_band_is_two_seed_deviations():
+def test_the_band_is_two_seed_deviations_and_a_spread():
+    steady = {64: [0.820, 0.821, 0.819], 4096: [0.826, 0.827, 0.825]}  # little apart, and seeds less
+    assert constant_tan.band(steady, at_batch=4096)["spread"] < 0.013
+    assert not constant_tan.band(steady, at_batch=4096)["met"]
     inside = {16: [0.89, 0.90, 0.91], 1024: [0.90, 0.91, 0.92]}
     assert constant_tan.band(inside, at_batch=1024)["met"]
     outside = {16: [0.86, 0.87, 0.88], 1024: [0.90, 0.91, 0.92]}
