@@ -208,7 +208,7 @@ class GramContract(ProductContract):
         wanted = sum(each(x, g).square().flatten(1).sum(1) for x in inputs for g in grads)
         torch.testing.assert_close(found.total_B, wanted, rtol=1e-5, atol=0.0)
         lengths = sum(g.square().sum(-1) for g in grads)
-        torch.testing.assert_close(found.grad2_BKS, lengths, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(found.grad2_BKS.float(), lengths, rtol=1e-5, atol=0.0)
         assert (self.norm2_of(inputs, grads) >= wanted).all()
 
 

@@ -324,10 +324,10 @@ class Book:
         """Norms over these parameters, factors, and their sums."""
         assert self._rule is not None
         parts = arranged(group, self._records, self.examples)
-        norm_B = self._norm2(parts).sqrt()
+        norm2_B, all_finite = self._norm2(parts)
+        norm_B = norm2_B.sqrt()
         factor_B = drop_vanishing(self._rule.factor(norm_B)) * self._summing_margin()
-        bad_B = ~torch.isfinite(norm_B)
-        bad = bad_B if bool(bad_B.any()) else None
+        bad = None if all_finite else ~torch.isfinite(norm_B)
         while parts:
             for name, total in parts.pop().weighted_sums(factor_B, bad):
                 self._sums[name] = total.to(sum_dtype(self.parameters[name]))
@@ -348,13 +348,17 @@ class Book:
             return 1.0
         return 1.0 - (256 + self.examples) * torch.finfo(torch.float32).eps
 
-    def _norm2(self, parts: Sequence[Part]) -> Tensor:
-        """Squared norms over these parts, (B,), float64: the fast way first, the sure way where that has a doubt."""
+    def _norm2(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
+        """Squared norms over these parts, (B,), float64, and whether all are known to be finite.
+
+        The fast way first, the sure way where that has a doubt. The doubt is all that is ever asked of the data: an
+        accelerator is waited for once a group.
+        """
         zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
         norm2_B = sum((part.quick_norm2() for part in parts), zeros_B)
-        if bool(torch.isfinite(norm2_B).all()):
-            return norm2_B
-        return sum((part.norm2() for part in parts), zeros_B)
+        if bool(((norm2_B >= 0) & (norm2_B < torch.inf)).all()):
+            return norm2_B, True
+        return sum((part.norm2() for part in parts), zeros_B), False
 
     def parameter_norms(self) -> dict[str, Tensor]:
         """Per-example norms of each used parameter as training takes them, name -> (B,). For the self-check."""
@@ -364,7 +368,7 @@ class Book:
                 uses = Uses.of(name, records, self.examples)
                 if uses.joined is not None:
                     self._records[name] = [(0, uses.joined)]  # joining may overwrite what it joins: once, and no more
-                norms[name] = self._norm2([uses]).sqrt()
+                norms[name] = self._norm2([uses])[0].sqrt()
         return norms
 
     def routes(self) -> dict[str, tuple[str, ...]]:
