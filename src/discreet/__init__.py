@@ -23,11 +23,14 @@ from discreet.errors import (
 )
 from discreet.privacy.accounting import Relation
 from discreet.privacy.certificate import verify
+from discreet.privacy.compute import Machine
 from discreet.privacy.ledger import Ledger
+from discreet.privacy.options import Proposal
 from discreet.privacy.plan import Plan
-from discreet.privacy.planner import plan
+from discreet.privacy.planning import plan
 from discreet.train.check import CheckReport, check
 from discreet.train.loop import Private, Result, make_private, train
+from discreet.train.throughput import measure
 from discreet.train.updates import Step
 
 __all__ = [
@@ -41,9 +44,11 @@ __all__ = [
     "DiscreetError",
     "Ledger",
     "LedgerError",
+    "Machine",
     "NoiseSource",
     "Plan",
     "Private",
+    "Proposal",
     "Relation",
     "Released",
     "Result",
@@ -54,6 +59,7 @@ __all__ = [
     "check_rule",
     "clipped_gradient",
     "make_private",
+    "measure",
     "plan",
     "register_rule",
     "release",

@@ -16,12 +16,13 @@ from architecture.checkers import (
 )
 
 MAY_DRAW = {
-    "app/selfcheck.py": "random stand-ins for examples, so that a check reads no private value",
+    "app/stand_ins.py": "random stand-ins for examples, so that checking and measuring read no private value",
     "app/training.py": "starting weights, before any example is seen",
     "core/rng.py": "the noise source itself",
     "core/layout.py": "fixes dropout masks while a forward pass is repeated; puts the state back",
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
     "train/loop.py": "the random suffix of a new run folder's name",
+    "train/throughput.py": "random numbers of the right shapes to measure on; puts the caller's state back",
     "train/run.py": "makes the run's secret key, with the operating system's generator",
     "train/updates.py": "seeds dropout inside one step, from the run's key; puts the caller's state back",
 }

@@ -72,6 +72,7 @@ class ProductContract(abc.ABC):
     """Inherit one of the two below, and say how to compute it."""
 
     dtypes: Sequence[torch.dtype] = DTYPES
+    is_kernel = True
 
     @abc.abstractmethod
     def total(self, input: Tensor, grad: Tensor) -> tuple[Tensor, float]:
@@ -98,9 +99,10 @@ class ProductContract(abc.ABC):
     @pytest.mark.parametrize("kind", ["transposed", "time first", "sliced", "expanded"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_strides_change_no_bit(self, kind, dtype):
+        """Of a kernel. PyTorch hands other strides to other products, which round otherwise."""
         input, grad = (strided(value, kind) for value in pair((2, 2, 35, 18, 21), dtype))
-        found = self.total(input, grad)[0]
-        assert torch.equal(found, self.total(input.contiguous(), grad.contiguous())[0])
+        found, wanted = self.total(input, grad)[0], self.total(input.contiguous(), grad.contiguous())[0]
+        torch.testing.assert_close(found, wanted, rtol=0.0 if self.is_kernel else 1e-6, atol=0.0)
 
     def test_runs_do_not_differ(self):
         input, grad = pair((2, 2, 67, 18, 70), torch.float32)

@@ -27,6 +27,8 @@ def _quiet_interpreter():
 
 
 class TestGramInTorch(GramContract):
+    is_kernel = False
+
     def products(self, inputs, grads):
         return gram_products([wide(x) for x in inputs], [wide(g) for g in grads])
 
@@ -74,6 +76,8 @@ class TestSquaresKernel(SquaresContract):
 
 
 class TestSquaresInTorch(SquaresContract):
+    is_kernel = False
+
     def squares(self, input, grad):
         # Half a spacing for each position, and the square of an entry errs with twice that entry.
         return Squares(square_sum(wide(grad).mT @ wide(input)), input.shape[2] / 2 + 1)

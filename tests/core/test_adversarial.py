@@ -6,7 +6,9 @@ Numbers in brackets are those of the table of adversarial cases in the engine's 
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import CASES, B, D, Fn, T, frozen, loss, par, tokens
-from discreet.core.book import Axis, Layout
+from discreet.core.book import Axis, Book, Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle
 from discreet.core.parameter import DerivedParameter, PrivateParameter, guard
@@ -529,6 +531,25 @@ def test_records_are_freed_when_settled():
     assert book._records
     settle(book, CLIP)
     assert not book._records
+
+
+def test_no_step_leaves_its_book_behind(monkeypatch):
+    """A book that held the graph, which holds the book, would stay for ever: no collector sees through the graph."""
+    books, plain_init = [], Book.__init__
+
+    def seen(self, *args, **options):
+        plain_init(self, *args, **options)
+        books.append(weakref.ref(self))
+
+    monkeypatch.setattr(Book, "__init__", seen)
+    good = _model(lambda s, x: s.b(s.a(x).tanh()), a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    clipped_gradient(good, loss, _x(T, D), clipping=CLIP)
+    bad = _model(lambda s, x: torch.cdist(s.a(x), s.w), a=nn.Linear(D, D), w=par(3, D))
+    with pytest.raises(UnsupportedUse):
+        clipped_gradient(bad, loss, _x(T, D), clipping=CLIP)
+    gc.collect()
+    assert len(books) >= 3
+    assert not any(book() is not None for book in books)
 
 
 # ---------------------------------------------------------------------------------------- checkpoints and autocast

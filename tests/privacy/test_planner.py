@@ -9,17 +9,22 @@ import pytest
 
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.accounting import Gaussian, Relation, Selection
+from discreet.privacy.compute import Bound
 from discreet.privacy.gdp import gdp_mu
 from discreet.privacy.planner import (
     FEWEST_STEPS,
     FREE_SAMPLES,
+    HALF_STEPS,
     MOST_EPOCHS,
     MOST_SAMPLES,
     MOST_STEPS,
+    balance,
+    default_bound,
     default_steps,
     knee_batch,
     knee_noise_multiplier,
     plan,
+    score,
     wall_overhead,
 )
 
@@ -73,9 +78,11 @@ def test_the_accountant_agrees_that_the_knee_costs_five_percent():
 def test_defaults_are_sensible(examples, epsilon):
     chosen = plan(examples=examples, epsilon=epsilon)
     samples = chosen.batch_size * chosen.steps
+    limit = default_bound(examples).samples
     assert 1 <= chosen.batch_size <= examples
-    assert FEWEST_STEPS <= chosen.steps <= MOST_STEPS
-    assert samples <= max(FREE_SAMPLES, min(MOST_EPOCHS * examples, MOST_SAMPLES))
+    assert limit == max(FREE_SAMPLES, min(MOST_EPOCHS * examples, MOST_SAMPLES))
+    assert samples <= limit
+    assert FEWEST_STEPS <= chosen.steps <= MOST_STEPS or samples >= 0.99 * limit
     assert chosen.epsilon == epsilon
     if math.isinf(epsilon):
         assert chosen.noise_multiplier == 0.0
@@ -106,12 +113,49 @@ def test_given_small_batch_gets_more_steps_and_a_large_one_no_fewer():
     assert plan(examples=60_000, epsilon=3.0, batch_size=3_500).steps == default_steps(60_000)
 
 
-@pytest.mark.parametrize("max_samples", [1, 1_000, 50_000, 1_000_000])
-def test_compute_cap_is_kept(max_samples):
-    chosen = plan(examples=60_000, epsilon=3.0, max_samples=max_samples)
-    assert chosen.batch_size * chosen.steps <= max_samples
-    given = plan(examples=60_000, epsilon=3.0, max_samples=max_samples, batch_size=1)
-    assert given.steps <= max_samples
+@pytest.mark.parametrize("samples", [100, 1_000, 50_000, 1_000_000])
+@pytest.mark.parametrize("overhead", [0.0, 3.0, 200.0])
+def test_a_bound_is_kept_and_used(samples, overhead):
+    bound = Bound(samples=samples + 20 * overhead, overhead=overhead)
+    chosen = plan(examples=60_000, epsilon=3.0, bound=bound)
+    cost = bound.cost(batch_size=chosen.batch_size, steps=chosen.steps)
+    # The batch is rounded down, which wastes up to one example a step.
+    assert bound.samples - chosen.steps <= cost <= bound.samples
+    given = plan(examples=60_000, epsilon=3.0, bound=bound, batch_size=1)
+    assert bound.cost(batch_size=1, steps=given.steps) <= bound.samples
+
+
+def test_a_bound_that_the_knee_keeps_changes_nothing():
+    free = plan(examples=60_000, epsilon=3.0)
+    room = Bound(samples=free.batch_size * free.steps)
+    assert plan(examples=60_000, epsilon=3.0, bound=room).batch_size == free.batch_size
+    tight = plan(examples=60_000, epsilon=3.0, bound=Bound(samples=room.samples / 2))
+    assert tight.batch_size < free.batch_size
+
+
+def test_the_balance_is_the_best_split_of_the_bound():
+    """Against every number of steps, by the same score: no other split does more than its rounding better."""
+    mu, bound = gdp_mu(3.0, delta=1e-5), Bound(samples=100_000, overhead=10.0)
+    batch, steps = balance(60_000, mu=mu, bound=bound, most_steps=1_000)
+    best = min(
+        score(60_000, mu=mu, batch_size=bound.batch(other), steps=other)
+        for other in range(10, 1_001)
+        if bound.batch(other) >= 1
+    )
+    assert score(60_000, mu=mu, batch_size=batch, steps=steps) <= best * 1.01
+
+
+def test_the_score_is_the_closed_form():
+    """r (1 + H / S) where the seed is exact: at the knee r = 1.05, so 1.05 (1 + 100 / 600)."""
+    mu = gdp_mu(3.0, delta=1e-5)
+    batch = knee_batch(examples=60_000, mu=mu, steps=600)
+    assert score(60_000, mu=mu, batch_size=batch, steps=600) == pytest.approx(1.05 * (1 + HALF_STEPS / 600), rel=1e-6)
+
+
+def test_fixed_passes_are_used_up():
+    bound = Bound(samples=600_000)
+    batch, steps = balance(60_000, mu=0.7, bound=bound, most_steps=4_000, use_all=True)
+    assert 600_000 - steps <= batch * steps <= 600_000
 
 
 def test_earlier_queries_lower_the_batch():
@@ -137,7 +181,9 @@ def test_replace_one_is_accounted():
         ({"batch_size": 0}, ConfigError, "batch_size=0"),
         ({"batch_size": 70_000}, ConfigError, "batch_size=70000"),
         ({"steps": 0}, ConfigError, "steps=0"),
-        ({"max_samples": 0}, ConfigError, "max_samples=0"),
+        ({"bound": Bound(samples=79)}, ConfigError, "10 steps of 8 need 80"),
+        ({"bound": Bound(samples=99), "steps": 100}, ConfigError, "less than one example a step"),
+        ({"bound": Bound(samples=99), "batch_size": 100}, ConfigError, "not even one step"),
         ({"before": (Selection(0.5),)}, BudgetExceeded, "released names"),
         ({"before": (Gaussian(0.5),)}, BudgetExceeded, "already spend"),
         ({"before": (Gaussian(0.0),)}, BudgetExceeded, "already spend inf"),

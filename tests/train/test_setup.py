@@ -9,6 +9,7 @@ from torch import nn
 from discreet.core.clipping import Clipping
 from discreet.core.style import Style
 from discreet.errors import ConfigError
+from discreet.privacy.compute import Machine
 from discreet.privacy.plan import Plan
 from discreet.train.setup import check_plan, clipping_of, covered_parameters, default_clipping, solve_plan
 from train import toys
@@ -19,6 +20,8 @@ NOTHING = {
     "noise_multiplier": None,
     "batch_size": None,
     "steps": None,
+    "compute": None,
+    "machine": lambda _: Machine(seconds_per_example=1e-3, seconds_per_step=1e-2),
     "clipping": None,
 }
 
@@ -72,8 +75,26 @@ def test_what_is_given_is_kept_and_the_rest_is_planned() -> None:
     assert (fixed.noise_multiplier, fixed.steps, fixed.batch_size) == (1.5, 10, 50)
 
 
-@pytest.mark.parametrize("given", [{}, {"epsilon": 1.0, "noise_multiplier": 1.0}, {"noise_multiplier": 1.0}])
-def test_contradictions_are_refused(given: dict[str, float]) -> None:
+def test_a_bound_on_compute_is_kept_and_noted() -> None:
+    free = solve_plan(10_000, **(NOTHING | {"epsilon": 2.0}))
+    plan = solve_plan(10_000, **(NOTHING | {"epsilon": 2.0, "compute": "10s"}))
+    assert plan.steps * (1e-3 * plan.batch_size + 1e-2) <= 10.0
+    assert plan.steps * plan.batch_size < free.steps * free.batch_size
+    assert plan.notes == ("compute: 10s, 1,000 examples a second (as told)",)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"epsilon": 1.0, "noise_multiplier": 1.0},
+        {"noise_multiplier": 1.0},
+        {"epsilon": 1.0, "compute": "5m", "batch_size": 10, "steps": 10},
+        {"epsilon": 1.0, "compute": "5 minutes"},
+        {"epsilon": 1.0, "compute": "0.01s"},
+    ],
+)
+def test_contradictions_are_refused(given: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         solve_plan(1000, **(NOTHING | given))
 

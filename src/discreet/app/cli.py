@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from discreet.app import commands
+from discreet.app.account import add_arguments as add_account_arguments
 from discreet.app.models import ModelKind
 from discreet.core.clipping import Clipping
 from discreet.core.style import Style
 from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError
-from discreet.privacy.accounting import Accountant
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET = 0, 1, 2, 3
 
@@ -113,19 +113,22 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     train = _command(verbs, "train", "train a model on a private file or folder")
     _add_data(train)
-    _add_training(train, epsilon_required=True)
+    _add_training(train)
+    plan = _command(verbs, "plan", "batch, steps and noise for a data file or a number of examples, and what they cost")
+    _add_data(plan, required=False)
+    _add_planning(plan)
     check = _command(verbs, "check", "check model and loss for the shape of a data file, reading no private value")
     _add_data(check)
     _add_model(check)
-    account = _command(verbs, "account", "epsilon of a training run, or the noise for an epsilon")
-    _add_account(account)
+    account = _command(verbs, "account", "of epsilon, delta, noise, steps and batch size, the one that is left out")
+    add_account_arguments(account)
     for name, text in (
         ("verify", "re-derive epsilon and delta of a run from its ledger"),
         ("report", "write report.html"),
     ):
         _command(verbs, name, text).add_argument("run", type=Path, metavar="RUN", help="a run directory")
     demo = _command(verbs, "demo", "train on scikit-learn's digits")
-    _add_training(demo, epsilon_required=False)
+    _add_training(demo)
     return top
 
 
@@ -135,9 +138,13 @@ def _command(verbs: argparse._SubParsersAction[_Parser], name: str, text: str) -
     return command
 
 
-def _add_data(command: _Parser) -> None:
+def _add_data(command: _Parser, *, required: bool = True) -> None:
     command.add_argument(
-        "data", type=Path, metavar="DATA", help="CSV, TSV, Parquet or text file; folder of IDX files or images"
+        "data",
+        type=Path,
+        nargs=None if required else "?",
+        metavar="DATA",
+        help="CSV, TSV, Parquet or text file; folder of IDX files or images",
     )
     command.add_argument("--target", metavar="NAME", help="the label column")
     command.add_argument(
@@ -157,15 +164,11 @@ def _add_model(command: _Parser) -> None:
     command.add_argument("--model", choices=kinds, default=ModelKind.AUTO.value, help="default: by kind of data")
 
 
-def _add_training(command: _Parser, *, epsilon_required: bool) -> None:
-    command.add_argument(
-        "--epsilon",
-        type=float,
-        required=epsilon_required,
-        default=3.0,
-        help="privacy budget; inf trains without noise and clipping" + ("" if epsilon_required else " (default 3)"),
-    )
+def _add_training(command: _Parser) -> None:
+    command.add_argument("--epsilon", type=float, help="privacy budget; inf trains without noise and clipping")
     command.add_argument("--delta", type=float, help="default: 1 / examples^1.1")
+    command.add_argument("--plan", type=Path, metavar="FILE", help="a plan of `discreet plan`, followed exactly")
+    command.add_argument("--compute", metavar="TIME", help="90s, 5m, 2h: what training may take, measured first")
     _add_model(command)
     command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
     command.add_argument(
@@ -185,16 +188,28 @@ def _add_training(command: _Parser, *, epsilon_required: bool) -> None:
     command.add_argument("--seed", type=int, metavar="N", help="test mode: reproducible and NOT PRIVATE")
 
 
-def _add_account(command: _Parser) -> None:
-    command.add_argument("--examples", type=int, required=True, metavar="N")
-    command.add_argument("--batch-size", type=int, required=True, metavar="B")
-    command.add_argument("--steps", type=int, required=True, metavar="S")
-    command.add_argument("--delta", type=float, metavar="D", help="default: 1 / examples^1.1")
-    known = command.add_mutually_exclusive_group(required=True)
-    known.add_argument("--noise-multiplier", type=float, metavar="SIGMA", help="gives epsilon")
-    known.add_argument("--epsilon", type=float, metavar="E", help="gives the noise multiplier")
-    accountants = [accountant.value for accountant in Accountant]
-    command.add_argument("--accountant", choices=accountants, default=Accountant.PLD.value)
+def _add_planning(command: _Parser) -> None:
+    command.add_argument("--examples", type=int, metavar="N", help="instead of DATA: its number of rows")
+    command.add_argument("--epsilon", type=float, required=True, help="privacy budget")
+    command.add_argument("--delta", type=float, help="default: 1 / examples^1.1")
+    _add_model(command)
+    command.add_argument("--compute", metavar="TIME", help="90s, 5m, 2h: what training may take")
+    command.add_argument("--samples", type=int, metavar="M", help="examples that training may process in all")
+    command.add_argument("--money", type=float, metavar="X", help="what training may cost, with --price-per-hour")
+    command.add_argument("--price-per-hour", type=float, metavar="P", help="of the machine; plans then show their cost")
+    command.add_argument("--epochs", type=float, metavar="E", help="passes over the data, the same in every plan")
+    command.add_argument("--steps", type=int, metavar="S", help="updates; default: the planner's")
+    command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
+    command.add_argument("--clipping", type=_clipping, metavar="RULE", help='as for train; default "automatic"')
+    command.add_argument(
+        "--throughput", type=float, metavar="R", help="examples a second of private training; default: measured on DATA"
+    )
+    command.add_argument("--parameters", type=int, metavar="D", help="trainable numbers of the model, without DATA")
+    command.add_argument("--choose", metavar="KIND", help="which plan --out saves; default: the recommended one")
+    command.add_argument("--out", type=Path, metavar="FILE", help="save the chosen plan for `discreet train --plan`")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
+    command.add_argument("--simulation", type=Path, metavar="FILE", help="simulated runs, to be drawn on the page")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
 def _names(text: str) -> tuple[str, ...]:

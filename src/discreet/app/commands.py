@@ -8,14 +8,18 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from discreet.app.account import answer
 from discreet.app.models import ModelKind
+from discreet.app.planning import PlanOptions, plan_data
 from discreet.app.report import write_report
 from discreet.app.selfcheck import check_data
 from discreet.app.training import DataOptions, Outcome, TrainOptions, train_digits, train_file
 from discreet.errors import ConfigError
-from discreet.privacy.accounting import Accountant
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
+from discreet.train.setup import clipping_of
+
+DEMO_EPSILON = 3.0
 
 
 def train(options: argparse.Namespace) -> None:
@@ -38,29 +42,27 @@ def check(options: argparse.Namespace) -> None:
     report.raise_if_failed()
 
 
+def plan(options: argparse.Namespace) -> None:
+    """`discreet plan`."""
+    planned = plan_data(_data(options) if options.data is not None else None, _planning(options))
+    if options.json:
+        _print_json(planned.to_json())
+    else:
+        print(planned.text())
+
+
 def account(options: argparse.Namespace) -> None:
     """`discreet account`."""
-    plan = Plan.solve(
-        examples=options.examples,
-        batch_size=options.batch_size,
-        steps=options.steps,
-        delta=options.delta,
-        epsilon=options.epsilon,
-        noise_multiplier=options.noise_multiplier,
-        accountant=Accountant(options.accountant),
-    )
-    facts = {
-        "epsilon": _number(plan.spent()),
-        "delta": plan.delta,
-        "noise_multiplier": plan.noise_multiplier,
-        "sample_rate": plan.sample_rate,
-        "batch_size": plan.batch_size,
-        "steps": plan.steps,
-        "examples": plan.examples,
-        "relation": plan.relation.value,
-        "accountant": plan.accountant.value,
-    }
-    _print_json(facts) if options.json else _print_table(facts)
+    found = answer(options)
+    if options.json:
+        _print_json({**found.facts, "curve": found.curve} if found.curve else found.facts)
+        return
+    _print_table({name: value for name, value in found.facts.items() if name != "attack"})
+    if found.curve:
+        print("\nfalse alarms  members found, at most")
+        for rate, power in found.curve:
+            print(f"{rate:<12g}  {power:.6g}")
+    print("\n" + "\n".join(found.words))
 
 
 def verify_run(options: argparse.Namespace) -> None:
@@ -93,6 +95,7 @@ def report(options: argparse.Namespace) -> None:
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "train": train,
+    "plan": plan,
     "check": check,
     "account": account,
     "verify": verify_run,
@@ -115,18 +118,22 @@ def _data(options: argparse.Namespace) -> DataOptions:
 
 
 def _training(options: argparse.Namespace) -> TrainOptions:
-    if not options.epsilon > 0:
-        raise ConfigError(f"--epsilon {options.epsilon}: must be above 0; the usual range is 1 to 8.")
-    if options.delta is not None and not 0 < options.delta < 1:
-        raise ConfigError(f"--delta {options.delta}: must be above 0 and below 1; the default is 1 / examples^1.1.")
+    _check_numbers(options)
     if options.microbatch is not None and options.microbatch < 1:
         raise ConfigError(f"--microbatch {options.microbatch}: must be at least 1; leave it out for the default.")
+    if options.plan is not None:
+        return _planned_training(options)
+    if options.epsilon is None and options.command != "demo":
+        raise ConfigError("--epsilon: is missing; say how much may be revealed, e.g. --epsilon 3, or pass a --plan.")
+    if options.compute is not None and options.batch_size is not None and options.steps is not None:
+        raise ConfigError("--compute with --batch-size and --steps: leaves nothing to choose; leave one of them out.")
     return TrainOptions(
-        epsilon=options.epsilon,
+        epsilon=DEMO_EPSILON if options.epsilon is None else options.epsilon,
         delta=options.delta,
         model=ModelKind(options.model),
         batch_size=options.batch_size,
         steps=options.steps,
+        compute=options.compute,
         learning_rate=_learning_rate(options.learning_rate),
         clipping=options.clipping,
         microbatch=options.microbatch,
@@ -135,6 +142,64 @@ def _training(options: argparse.Namespace) -> TrainOptions:
         device=options.device,
         seed=options.seed,
     )
+
+
+def _planned_training(options: argparse.Namespace) -> TrainOptions:
+    """Training by a saved plan, which nothing on the command line may contradict."""
+    for name in ("epsilon", "delta", "batch_size", "steps", "clipping", "compute"):
+        value = getattr(options, name)
+        if value is not None:
+            shown = name.replace("_", "-")
+            raise ConfigError(f"--{shown} with --plan: the plan says it already; leave it out, or make another plan.")
+    plan = Plan.load(options.plan)
+    plan.check()
+    return TrainOptions(
+        epsilon=plan.epsilon,
+        delta=plan.delta,
+        model=ModelKind(options.model),
+        batch_size=plan.batch_size,
+        steps=plan.steps,
+        clipping=clipping_of(plan),
+        plan=plan,
+        learning_rate=_learning_rate(options.learning_rate),
+        microbatch=options.microbatch,
+        out=options.out,
+        resume=options.resume,
+        device=options.device,
+        seed=options.seed,
+    )
+
+
+def _planning(options: argparse.Namespace) -> PlanOptions:
+    _check_numbers(options)
+    return PlanOptions(
+        epsilon=options.epsilon,
+        delta=options.delta,
+        examples=options.examples,
+        model=ModelKind(options.model),
+        compute=options.compute,
+        samples=options.samples,
+        money=options.money,
+        price_per_hour=options.price_per_hour,
+        epochs=options.epochs,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        clipping=options.clipping,
+        throughput=options.throughput,
+        parameters=options.parameters,
+        choose=options.choose,
+        out=options.out,
+        html=options.html,
+        simulation=options.simulation,
+        device=options.device,
+    )
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    if options.epsilon is not None and not options.epsilon > 0:
+        raise ConfigError(f"--epsilon {options.epsilon}: must be above 0; the usual range is 1 to 8.")
+    if options.delta is not None and not 0 < options.delta < 1:
+        raise ConfigError(f"--delta {options.delta}: must be above 0 and below 1; the default is 1 / examples^1.1.")
 
 
 def _learning_rate(text: str) -> float | None:

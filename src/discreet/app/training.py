@@ -15,18 +15,23 @@ from discreet.app.data import Prepared, Preprocessing, Source, TableInput, digit
 from discreet.app.evaluation import Evaluation, evaluate
 from discreet.app.progress import Progress
 from discreet.app.report import write_report
+from discreet.app.stand_ins import measure_spec
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
-from discreet.privacy.accounting import Query
+from discreet.privacy.accounting import Query, query_to_json
 from discreet.privacy.certificate import verify
+from discreet.privacy.compute import parse_time
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.planner import plan as make_plan
+from discreet.privacy.planning import bound_of
 from discreet.train.environment import describe_data
 from discreet.train.loop import Private, make_private, new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
-from discreet.train.setup import default_clipping
+from discreet.train.setup import check_plan, default_clipping
 
 _STAND_IN_FEATURES = 24
+_FEATURES_PER_COLUMN = 12
+"""A column that is counted privately becomes about so many features: 13 on average for Adult."""
 _STAND_IN_CLASSES = 3
 
 EVALUATIONS = 10
@@ -49,7 +54,10 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a user may say about training; None leaves it to the planner or to the defaults of the model."""
+    """What a user may say about training; None leaves it to the planner or to the defaults of the model.
+
+    With a ``plan``, epsilon, delta, batch, steps and clipping are the plan's.
+    """
 
     epsilon: float
     delta: float | None = None
@@ -58,6 +66,8 @@ class TrainOptions:
     steps: int | None = None
     learning_rate: float | None = None
     clipping: Clipping | None = None
+    plan: Plan | None = None
+    compute: str | None = None
     microbatch: int | None = None
     out: Path | None = None
     resume: bool = False
@@ -108,8 +118,9 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
     before = source.queries(preprocessing)
     kind = models.kind_for(options.model, source.kind)
-    _refuse_unknown_groups(options, stand_in(source, kind=kind))
-    with _open_run(options, kind, examples=source.examples, delta=delta, before=before) as run:
+    spec = stand_in(source, kind=kind)
+    _refuse_unknown_groups(options, spec)
+    with _open_run(options, spec, device=device, examples=source.examples, delta=delta, before=before) as run:
         run.adopt(describe_data(source.fingerprint()), stage=Stage.DATA)
         for position, query in enumerate(before):
             run.reserve_query(f"preprocessing {position}", query)
@@ -125,8 +136,9 @@ def train_digits(options: TrainOptions) -> Outcome:
     examples = len(prepared.train)
     delta = default_delta(examples) if options.delta is None else options.delta
     kind = models.resolve(options.model, prepared.input)
-    _refuse_unknown_groups(options, models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes)))
-    with _open_run(options, kind, examples=examples, delta=delta, before=()) as run:
+    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes))
+    _refuse_unknown_groups(options, spec)
+    with _open_run(options, spec, device=device, examples=examples, delta=delta, before=()) as run:
         return _train(prepared, run, options, kind, device=device, started=started)
 
 
@@ -147,7 +159,8 @@ def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
 
 def stand_in(source: Source, *, kind: models.ModelKind) -> models.ModelSpec:
     """The model for this data, as far as it is public: numbers that are private until released are stood in for."""
-    input_spec = TableInput(features=_STAND_IN_FEATURES) if source.input is None else source.input
+    features = max(_STAND_IN_FEATURES, _FEATURES_PER_COLUMN * len(source.statistics))
+    input_spec = TableInput(features=features) if source.input is None else source.input
     return models.specify(kind, input_spec=input_spec, classes=_STAND_IN_CLASSES)
 
 
@@ -173,7 +186,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def _open_run(
-    options: TrainOptions, kind: models.ModelKind, *, examples: int, delta: float, before: tuple[Query, ...]
+    options: TrainOptions,
+    spec: models.ModelSpec,
+    *,
+    device: torch.device,
+    examples: int,
+    delta: float,
+    before: tuple[Query, ...],
 ) -> Run:
     """Resume the run, or plan and create one."""
     if options.resume:
@@ -186,20 +205,62 @@ def _open_run(
             run.close()
             raise
         return run
-    defaults = models.defaults(kind)
+    plan = options.plan
+    if plan is None:
+        plan = _new_plan(options, spec, device=device, examples=examples, delta=delta, before=before)
+    else:
+        refuse_other_data(plan, examples=examples, before=before)
+    return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
+
+
+def _new_plan(
+    options: TrainOptions,
+    spec: models.ModelSpec,
+    *,
+    device: torch.device,
+    examples: int,
+    delta: float,
+    before: tuple[Query, ...],
+) -> Plan:
+    """The planner's choice for what was left open, within ``--compute`` if there is one."""
     clipping = options.clipping if options.clipping is not None else default_clipping(options.epsilon)
     if math.isinf(options.epsilon):
         clipping = Clipping.none()
-    plan = make_plan(
+    bound = None
+    if options.compute is not None:
+        parse_time(options.compute)
+        machine = measure_spec(spec, device=device, clipping=clipping)
+        bound = bound_of(examples, compute=options.compute, machine=machine)[1]
+    return make_plan(
         examples=examples,
         epsilon=options.epsilon,
         delta=delta,
         batch_size=options.batch_size,
-        steps=options.steps if options.steps is not None else defaults.steps,
+        steps=options.steps,
+        bound=bound,
+        usual_steps=models.defaults(spec.kind).steps,
         before=before,
         clipping=clipping.describe(),
+        notes=() if bound is None else (f"compute: {bound.said}",),
     )
-    return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
+
+
+def refuse_other_data(plan: Plan, *, examples: int, before: tuple[Query, ...]) -> None:
+    """Refuse data that a plan was not made for: another number of rows, or other private statistics.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    check_plan(plan, clipping=None, examples=examples)
+    if plan.before != before:
+        raise ConfigError(
+            f"--plan: charges {_named(plan.before)} before training, and this data needs {_named(before)}; make the "
+            "plan from the file itself, with `discreet plan DATA` and the same schema."
+        )
+
+
+def _named(queries: tuple[Query, ...]) -> str:
+    return ", ".join(str(query_to_json(query)) for query in queries) if queries else "no private statistics"
 
 
 def _check_same(plan: Plan, options: TrainOptions, *, examples: int, delta: float, before: tuple[Query, ...]) -> None:
@@ -212,6 +273,8 @@ def _check_same(plan: Plan, options: TrainOptions, *, examples: int, delta: floa
         "--steps": (options.steps or plan.steps, plan.steps),
         "private statistics": (before, plan.before),
     }
+    if options.plan is not None:
+        asked["--plan"] = (options.plan.fingerprint(), plan.fingerprint())
     if options.clipping is not None:
         asked["--clipping"] = (options.clipping.describe(), dict(plan.clipping))
     for name, (now, planned) in asked.items():

@@ -196,7 +196,8 @@ class Book:
                 f"{', '.join(late)}: another gradient came after its group was settled (a backward through part of the "
                 "graph, or activation checkpointing that splits a group); use the flat clipping style."
             )
-        form, choice = form.detached(), form.choice
+        form = form.detached()
+        choice = form.choice
         if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
             with full_precision():
                 form = form.reduced()

@@ -5,6 +5,7 @@ Shape legend: B = examples, K = groups, S = positions (tokens, pixels), I = inpu
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from discreet.core.kernels.results import GramProducts
 from discreet.core.route import Choice, Cost, Route
 
 _HARMLESS = 1e-24
-_WIDTH = 512
+_WIDTH = 768
 """Products that are summed in their own precision: longer sums of like numbers drift with their length."""
 
 
@@ -46,7 +47,7 @@ class Outer(Form):
     def examples(self) -> int:
         return self.input.shape[0]
 
-    @property
+    @functools.cached_property
     def choice(self) -> Choice:
         """The route to the norm of this use."""
         examples, _, positions, inputs = self.input.shape
@@ -180,7 +181,7 @@ class Tied(Form):
 
 
 def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, summed: torch.dtype) -> Tensor:
-    """Eq. 3, arXiv:2110.05679: ``<input input^T, grad grad^T>`` per example, rounded up; the upper half only.
+    """Eq. 3, arXiv:2110.05679: ``<input input^T, grad grad^T>`` per example, rounded up; the lower half only.
 
     Two things differ from the paper. Where positions oppose each other the signed sum cancels, in the norm and again in
     the weighted sum; a bound on its rounding error, ``4 eps (sum_s |input_s| |grad_s|)^2``, covers both. And where a
@@ -234,30 +235,38 @@ def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
 
 
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
-    """What the kernel of that name does, in PyTorch: the upper half only, in the precision of the operands."""
-    positions = inputs_BKSI[0].shape[2]
-    tiles = 1 if positions < 48 else 2 if positions < 96 else 4
-    edges = [positions * tile // tiles for tile in range(tiles + 1)]
+    """What the kernel of that name does, in PyTorch: the lower half only, in the precision of the operands."""
     total_B, input_BKS, grad_BKS = 0.0, [], []
-    for start, stop in itertools.pairwise(edges):
+    for start, stop in itertools.pairwise(_edges(inputs_BKSI[0].shape[2])):
         inputs, grads = _tile(inputs_BKSI, start, stop), _tile(grads_BKSO, start, stop)
-        input_BKS.append(inputs.diagonal(dim1=2, dim2=3))
-        grad_BKS.append(grads.diagonal(dim1=2, dim2=3))
-        inputs[..., stop - start :] *= 2
+        input_BKS.append(inputs.diagonal(offset=start, dim1=2, dim2=3))
+        grad_BKS.append(grads.diagonal(offset=start, dim1=2, dim2=3))
+        inputs[..., :start] *= 2
         total_B = total_B + sum_of_products(inputs, grads)
     # Half a spacing for each addition in a row, and there are sixteen rows: a processor's registers.
     spacings = sum(min(sum(value.shape[3] for value in values), _WIDTH) for values in (inputs_BKSI, grads_BKSO)) / 32
     return GramProducts(total_B, torch.cat(input_BKS, 2), torch.cat(grad_BKS, 2), spacings)
 
 
+def _edges(positions: int) -> list[int]:
+    """Where tiles of the lower half begin and end: at multiples of 16, with a thin last tile for a few positions more.
+
+    Products of other widths run at three quarters of the speed: 65 positions are 64 and one.
+    """
+    even = positions - positions % 16 if positions > 16 and positions % 16 <= 4 else positions
+    tiles = 1 if even < 48 else 2 if even < 96 else 4
+    edges = [even * tile // tiles // 16 * 16 for tile in range(tiles)] + [even]
+    return edges if even == positions else [*edges, positions]
+
+
 def _tile(values: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    """Rows ``start`` to ``stop`` of the sum of the Gram matrices, from the diagonal on; wide ones in float64."""
+    """Rows ``start`` to ``stop`` of the sum of the Gram matrices, up to the diagonal; wide ones in float64."""
     first, *rest = (part for value in values for part in value.split(_WIDTH, dim=3))
-    total = first[:, :, start:stop] @ first[:, :, start:].mT
+    total = first[:, :, start:stop] @ first[:, :, :stop].mT
     if rest:
         total = total.double()
     for part in rest:
-        total += part[:, :, start:stop] @ part[:, :, start:].mT
+        total += part[:, :, start:stop] @ part[:, :, :stop].mT
     return total
 
 

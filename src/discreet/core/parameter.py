@@ -227,6 +227,7 @@ def guard(book: Book) -> Iterator[None]:
         yield
     finally:
         _active = None
+        book.trail.forget()
         for hook in hooks:
             hook.remove()
         for name, original in classes.items():

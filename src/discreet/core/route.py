@@ -144,21 +144,41 @@ def _cheaper(cost: Cost, booked: int, grams: dict[Route, float], *, direct: floa
     keep = cost.prices.move * cost.kept
     if cost.kept <= booked and keep <= others[taken]:
         taken = Route.KEEP
-    if _forced in others or (_forced is Route.KEEP and cost.kept * cost.examples <= _FORCED_NUMBERS):
-        taken = _forced
+    if _forced is not None and _forced.takes(cost, others):
+        taken = _forced.route
     return Choice(taken, grams[best], keep, cost.kept, booked, (*others, Route.KEEP), direct)
 
 
-_forced: Route | None = None
-_FORCED_NUMBERS = 1 << 26
-"""Gradients that the self-check may hold in order to try KEEP where it would not be chosen."""
+_FORCED_WORK, _FORCED_NUMBERS = 1 << 28, 1 << 22
+"""Multiply-adds per example, and kept numbers in all, that the self-check may spend on a route it would not choose."""
+
+
+class _Forced:
+    """A route to be taken wherever it exists, within what it may cost."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self._left = _FORCED_NUMBERS
+
+    def takes(self, cost: Cost, grams: dict[Route, float]) -> bool:
+        """Whether this use takes the route; one that keeps uses up what may be kept."""
+        if self.route is not Route.KEEP:
+            return self.route in grams and grams[self.route] <= _FORCED_WORK
+        numbers = cost.kept * cost.examples
+        if numbers > self._left:
+            return False
+        self._left -= numbers
+        return True
+
+
+_forced: _Forced | None = None
 
 
 @contextlib.contextmanager
 def forced(route: Route) -> Iterator[None]:
-    """Take this route inside, wherever it exists: norms must be the same."""
+    """Take this route inside, wherever it exists and is not far too dear: norms must be the same."""
     global _forced
-    _forced = route
+    _forced = _Forced(route)
     try:
         yield
     finally:

@@ -69,15 +69,15 @@ class Trail:
         """The examples behind the rows of an activation, or None when no picking is in sight."""
         if operand.dim() < 2 or operand.grad_fn is None or len(operand) == 0:
             return None
-        self._new = []
         found = self.back(operand.grad_fn, len(operand))
         if len(self._new) >= _NODES:  # cut short: a walk that begins further back would see further
             for node in self._new:
                 del self._known[node]
+        self._new = []
         return found
 
     def forget(self) -> None:
-        """Let go of the graph."""
+        """Let go of the graph: it holds the book that holds this, in a circle that no collector sees."""
         self._known.clear()
 
     def back(self, node: Any, rows: int) -> Picking | None:

@@ -10,6 +10,7 @@ S = output positions, T = taps of the kernel, I = C / K times T, O = outputs per
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -59,7 +60,7 @@ class Windows(Form):
     def examples(self) -> int:
         return self.input.shape[0]
 
-    @property
+    @functools.cached_property
     def choice(self) -> Choice:
         """The route to the norm of this use."""
         folds, (outputs, channels, *kernel) = self.input.shape[1], self.value_shape

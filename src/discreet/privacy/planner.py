@@ -16,6 +16,10 @@ At r = 1.05 (sigma 2.28, kappa 2.17) this is 31.5k for ImageNet at (8, 8e-7) and
 3.6k for CIFAR-10 at (8, 1e-5) and 2,500 steps: the mega-batches that the literature found by search. A larger batch
 buys at most 5 % less noise. The cumulative noise at learning rate ~ 1/S is independent of S, so S is the smallest
 number of steps on the plateau of the loss, and the cost, ``S B* = kappa N mu sqrt(S)`` examples, grows like sqrt(S).
+
+Where a bound on compute, ``S (B + h) <= M`` with h the fixed cost of a step, keeps a run from the knee, batch and steps
+must share it. Fewer steps then allow larger batches, which lowers r, until the optimizer has too few of them: see
+`balance`.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from scipy import optimize
 
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.accounting import Accountant, Gaussian, Query, Relation, SampledGaussian, Selection
-from discreet.privacy.gdp import gdp_mu, step_mu
+from discreet.privacy.compute import Bound
+from discreet.privacy.gdp import gdp_mu, seed_noise_multiplier, step_mu
 from discreet.privacy.plan import DEFAULT_CLIPPING, Plan, default_delta
 
 KNEE_OVERHEAD = 1.05
@@ -48,7 +53,17 @@ MOST_SAMPLES = 20_000_000
 """... and at most twenty million, so that a small model finishes on a CPU ..."""
 
 FREE_SAMPLES = 200_000
-"""... but these always, since they take seconds. ``max_samples`` replaces all three."""
+"""... but these always, since they take seconds. A `Bound` replaces all three."""
+
+HALF_STEPS = 100.0
+"""With so many steps, their small number costs as much as all the noise: see `score`. Measured (docs/lab-notes.md): on
+Adult, SMS and digits, at 1 to 60 passes, accuracy over S at fixed S B is flat from 300 to 1,000 and lower below."""
+
+FEWEST_BOUND_STEPS = 10
+FEWEST_BOUND_BATCH = 8
+"""A bound that does not allow so many steps of such a batch allows no training worth its name."""
+
+_GRID = 60
 
 REFERENCE_EPSILON = 8.0
 """A run without noise (epsilon = inf) gets the batch and the steps that this epsilon would get."""
@@ -85,6 +100,12 @@ def default_steps(examples: int) -> int:
     return round(min(MOST_STEPS, max(FEWEST_STEPS, STEPS_PER_ROOT_EXAMPLE * math.sqrt(examples))))
 
 
+def default_bound(examples: int) -> Bound:
+    """What a plan may use when nobody bounds it: see `MOST_EPOCHS`, `MOST_SAMPLES`, `FREE_SAMPLES`."""
+    samples = max(FREE_SAMPLES, min(MOST_EPOCHS * examples, MOST_SAMPLES))
+    return Bound(samples=samples, said=f"{samples:,} examples, the default limit")
+
+
 def plan(
     *,
     examples: int,
@@ -92,7 +113,8 @@ def plan(
     delta: float | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
-    max_samples: int | None = None,
+    bound: Bound | None = None,
+    usual_steps: int | None = None,
     relation: Relation = Relation.ADD_REMOVE,
     accountant: Accountant = Accountant.PLD,
     clipping: Mapping[str, str | float] = DEFAULT_CLIPPING,
@@ -105,13 +127,15 @@ def plan(
         examples: N, public, at least 2.
         epsilon: target; ``math.inf`` plans a run without noise.
         delta: None is ``1 / N^1.1``.
-        batch_size: None is the knee batch B*(1.05) for the steps, within the caps above.
-        steps: None is `default_steps`; with a given batch, up to four times that, as far as the knee goes.
-        max_samples: cap on ``batch_size * steps``, throughput times the seconds there are; None is the caps above.
+        batch_size: None is the knee batch B*(1.05) for the steps, within the bound.
+        steps: None is ``usual_steps``, fewer where the bound is tight; with a given batch, up to four times that, as
+            far as the knee goes.
+        bound: how much may be computed; None is `default_bound`. Not asked when batch and steps are both given.
+        usual_steps: S when nothing speaks against it; None is `default_steps`.
         relation, accountant, clipping, before, notes: as in `Plan`.
 
     Raises:
-        ConfigError: an argument is outside its range.
+        ConfigError: an argument is outside its range, or the bound is too tight for any plan.
         BudgetExceeded: ``before`` alone spends ``epsilon`` or more.
     """
     delta = default_delta(examples) if delta is None else delta
@@ -119,15 +143,18 @@ def plan(
         raise ConfigError(f"delta={delta}: must be above 0 and below 1; the default is 1 / examples^1.1.")
     if not epsilon > 0:
         raise ConfigError(f"epsilon={epsilon}: must be above 0; ask for e.g. epsilon=3.")
-    if max_samples is not None and max_samples < 1:
-        raise ConfigError(f"max_samples={max_samples}: must be at least 1; pass throughput times seconds.")
     if batch_size is None or steps is None:
-        mu = _mu_for_training(REFERENCE_EPSILON if math.isinf(epsilon) else epsilon, delta, relation, before)
-        samples = max(FREE_SAMPLES, min(MOST_EPOCHS * examples, MOST_SAMPLES)) if max_samples is None else max_samples
-        if steps is None:
-            steps = _choose_steps(examples, mu=mu, batch_size=batch_size, samples=samples)
-        if batch_size is None:
-            batch_size = _choose_batch(examples, mu=mu, steps=steps, samples=samples)
+        mu = mu_for_training(
+            REFERENCE_EPSILON if math.isinf(epsilon) else epsilon, delta=delta, relation=relation, before=before
+        )
+        batch_size, steps = choose_sizes(
+            examples,
+            mu=mu,
+            batch_size=batch_size,
+            steps=steps,
+            bound=default_bound(examples) if bound is None else bound,
+            usual_steps=usual_steps,
+        )
     return Plan.solve(
         examples=examples,
         batch_size=batch_size,
@@ -142,24 +169,87 @@ def plan(
     )
 
 
-def _choose_steps(examples: int, *, mu: float, batch_size: int | None, samples: int) -> int:
-    usual = default_steps(examples)
-    if batch_size is None:
-        return min(usual, max(1, samples // min(examples, SMALLEST_BATCH)))
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: must be at least 1; pass an expected number of examples.")
-    knee = knee_batch(examples=examples, mu=mu, steps=1) / batch_size
-    return max(1, min(samples // batch_size, round(min(4 * usual, max(usual, knee * knee)))))
+def choose_sizes(
+    examples: int,
+    *,
+    mu: float,
+    bound: Bound,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    usual_steps: int | None = None,
+) -> tuple[int, int]:
+    """(B, S): the knee for the usual steps if the bound allows it, and otherwise `balance`.
 
+    Args:
+        examples: N. mu: GDP parameter left for training. bound: how much may be computed.
+        batch_size, steps: what is given is kept.
+        usual_steps: S when nothing speaks against it; None is `default_steps`.
 
-def _choose_batch(examples: int, *, mu: float, steps: int, samples: int) -> int:
-    if steps < 1:
+    Raises:
+        ConfigError: an argument is outside its range, or the bound allows no plan.
+    """
+    usual = default_steps(examples) if usual_steps is None else usual_steps
+    if steps is not None and steps < 1:
         raise ConfigError(f"steps={steps}: must be at least 1; pass the number of updates.")
-    wanted = max(knee_batch(examples=examples, mu=mu, steps=steps), SMALLEST_BATCH)
-    return max(1, min(examples, round(wanted), samples // steps))
+    if batch_size is not None:
+        if not 1 <= batch_size <= examples:
+            raise ConfigError(f"batch_size={batch_size}: must be between 1 and the {examples} examples; lower it.")
+        return batch_size, steps if steps is not None else _steps_for_batch(examples, mu, batch_size, bound, usual)
+    if steps is None:
+        wanted = wanted_batch(examples, mu=mu, steps=usual)
+        if bound.admits(batch_size=wanted, steps=usual):
+            return wanted, usual
+        return balance(examples, mu=mu, bound=bound, most_steps=usual)
+    room = math.floor(bound.batch(steps))
+    if room < 1:
+        raise ConfigError(f"steps={steps} within {bound.said}: leaves less than one example a step; lower one.")
+    return min(wanted_batch(examples, mu=mu, steps=steps), room), steps
 
 
-def _mu_for_training(epsilon: float, delta: float, relation: Relation, before: tuple[Query, ...]) -> float:
+def wanted_batch(examples: int, *, mu: float, steps: int, overhead: float = KNEE_OVERHEAD) -> int:
+    """The knee batch, at least `SMALLEST_BATCH` and at most N."""
+    knee = knee_batch(examples=examples, mu=mu, steps=steps, overhead=overhead)
+    return max(1, min(examples, round(max(knee, SMALLEST_BATCH))))
+
+
+def balance(examples: int, *, mu: float, bound: Bound, most_steps: int, use_all: bool = False) -> tuple[int, int]:
+    """(B, S) with the least `score` among those within the bound, S at most ``most_steps``.
+
+    Args:
+        examples: N. mu: GDP parameter left for training. bound: how much may be computed. most_steps: largest S.
+        use_all: batches beyond the knee too, so that every candidate uses up the bound (fixed epochs).
+
+    Raises:
+        ConfigError: the bound allows less than `FEWEST_BOUND_STEPS` steps of `FEWEST_BOUND_BATCH` examples.
+    """
+    fewest = min(FEWEST_BOUND_STEPS, most_steps)
+    least = min(examples, FEWEST_BOUND_BATCH)
+    if not bound.admits(batch_size=least, steps=fewest):
+        raise ConfigError(
+            f"compute={bound.said}: allows {bound.samples:,.0f} examples, and {fewest} steps of {least} need "
+            f"{bound.cost(batch_size=least, steps=fewest):,.0f}; give it {_times(bound, least, fewest):.2g} times that."
+        )
+    found = []
+    for steps in sorted({round(most_steps * (fewest / most_steps) ** (i / _GRID)) for i in range(_GRID + 1)}):
+        room = min(examples, math.floor(bound.batch(steps) * (1 + 1e-12)))
+        batch = room if use_all else min(room, wanted_batch(examples, mu=mu, steps=steps))
+        if batch >= 1 and (not use_all or steps * examples >= bound.samples):
+            found.append((score(examples, mu=mu, batch_size=batch, steps=steps), -steps, batch))
+    _, negative, batch = min(found)
+    return batch, -negative
+
+
+def score(examples: int, *, mu: float, batch_size: float, steps: int) -> float:
+    """What a plan loses against the best at this epsilon, up to a factor; data-free, for comparing plans.
+
+    ``r(sigma0) (1 + S_half / S)``: r is the price of small batches in noise, and the second factor that of few steps.
+    """
+    sigma = seed_noise_multiplier(batch_size / examples, steps=steps, mu=mu)
+    floor = math.sqrt(steps) / (examples * mu)
+    return sigma / batch_size / floor * (1 + HALF_STEPS / steps)
+
+
+def mu_for_training(epsilon: float, *, delta: float, relation: Relation, before: tuple[Query, ...]) -> float:
     """What ``before`` leaves of mu: squares add up under composition. Replace-one halves it (twice the sensitivity)."""
     left = delta - sum(query.delta for query in before if isinstance(query, Selection))
     if left <= 0:
@@ -174,3 +264,15 @@ def _mu_for_training(epsilon: float, delta: float, relation: Relation, before: t
         elif isinstance(query, SampledGaussian):
             used += query.count * step_mu(query.sample_rate, noise_multiplier=query.noise_multiplier) ** 2
     return math.sqrt(max(total * total - used, 1e-4 * total * total))
+
+
+def _steps_for_batch(examples: int, mu: float, batch_size: int, bound: Bound, usual: int) -> int:
+    knee = knee_batch(examples=examples, mu=mu, steps=1) / batch_size
+    affordable = math.floor(bound.samples / (batch_size + bound.overhead))
+    if affordable < 1:
+        raise ConfigError(f"batch_size={batch_size} within {bound.said}: allows not even one step; lower the batch.")
+    return max(1, min(affordable, round(min(4 * usual, max(usual, knee * knee)))))
+
+
+def _times(bound: Bound, batch_size: int, steps: int) -> float:
+    return bound.cost(batch_size=batch_size, steps=steps) / bound.samples

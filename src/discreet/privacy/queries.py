@@ -12,9 +12,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
+
+from scipy import stats
 
 from discreet.errors import ConfigError
 from discreet.privacy.gdp import step_mu
+from discreet.privacy.repetitions import Repetitions, Stopping
+
+SMALLEST_NOISE = 0.01
+"""A noise multiplier below this counts as none: its epsilon would be in the thousands, and is said to be infinite."""
 
 
 class Relation(enum.Enum):
@@ -52,6 +59,48 @@ class SampledGaussian:
 
 
 @dataclass(frozen=True)
+class TruncatedGaussian:
+    """``count`` Gaussian queries on Poisson batches of bounded size: a larger sample is cut to a random part of it.
+
+    Attributes:
+        examples: N.
+        sample_rate: q in (0, 1], before the cut.
+        largest_batch: the most examples that a batch can hold, at least 1.
+        noise_multiplier: sigma >= 0.
+        count: number of steps, >= 0.
+    """
+
+    examples: int
+    sample_rate: float
+    largest_batch: int
+    noise_multiplier: float
+    count: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("examples", self.examples), ("largest_batch", self.largest_batch)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r}: must be an integer of at least 1; pass a count of examples.")
+        if not 0 < self.sample_rate <= 1:
+            raise ConfigError(f"sample_rate={self.sample_rate}: must be in (0, 1]; pass batch_size / examples.")
+        _check_query(self.noise_multiplier, count=self.count)
+
+    @property
+    def cut_probability(self) -> float:
+        """How likely the cut is, given that one certain example was drawn: ``P[Binomial(N - 1, q) >= largest]``."""
+        return float(stats.binom.sf(self.largest_batch - 1, self.examples - 1, self.sample_rate))
+
+    @property
+    def cut_rate(self) -> float:
+        """Probability that one certain example is in the batch, given that it was cut (as dp_accounting has it).
+
+        At most ``largest_batch / examples``, which is taken where the cut is too unlikely for float64.
+        """
+        cut = float(stats.binom.sf(self.largest_batch, self.examples, self.sample_rate))
+        share = cut / self.cut_probability if cut > 0 else 1.0
+        return min(1.0, share) * min(1.0, self.largest_batch / self.examples)
+
+
+@dataclass(frozen=True)
 class Gaussian:
     """``count`` Gaussian queries on all examples, as private preprocessing makes them."""
 
@@ -77,15 +126,55 @@ class Selection:
             raise ConfigError(f"Selection delta={self.delta}: must be in [0, 1); raise the release threshold.")
 
 
-Query = SampledGaussian | Gaussian | Selection
+@dataclass(frozen=True)
+class Repeated:
+    """A whole training run, repeated a random number of times, of which the best one alone is released.
+
+    The choice itself must not read private data, unless by a query that is listed in ``run``.
+
+    Attributes:
+        run: the queries of one run, noise and steps included.
+        repetitions: the distribution of the number of runs.
+    """
+
+    run: tuple[SampledGaussian | TruncatedGaussian | Gaussian, ...]
+    repetitions: Repetitions
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", tuple(self.run))
+        for query in self.run:
+            if isinstance(query, (Selection, Repeated)):
+                raise ConfigError(
+                    f"repeated query of type {type(query).__name__}: must be a Gaussian one; "
+                    "make the others once, before the runs."
+                )
 
 
-def query_to_json(query: Query) -> dict[str, str | float | int]:
+Query = SampledGaussian | TruncatedGaussian | Gaussian | Selection | Repeated
+
+
+def query_to_json(query: Query) -> dict[str, object]:
     """The record of one query, as it stands in plan and ledger."""
+    if isinstance(query, Repeated):
+        return {
+            "type": "repeated",
+            "run": [query_to_json(part) for part in query.run],
+            "stopping": query.repetitions.stopping.value,
+            "mean_runs": query.repetitions.mean,
+        }
     if isinstance(query, SampledGaussian):
         return {
             "type": "sampled_gaussian",
             "sample_rate": float(query.sample_rate),
+            "noise_multiplier": float(query.noise_multiplier),
+            "count": query.count,
+        }
+    if isinstance(query, TruncatedGaussian):
+        return {
+            "type": "truncated_gaussian",
+            "examples": query.examples,
+            "sample_rate": float(query.sample_rate),
+            "largest_batch": query.largest_batch,
             "noise_multiplier": float(query.noise_multiplier),
             "count": query.count,
         }
@@ -96,8 +185,10 @@ def query_to_json(query: Query) -> dict[str, str | float | int]:
 
 _QUERY_FIELDS = {
     "sampled_gaussian": {"sample_rate", "noise_multiplier", "count"},
+    "truncated_gaussian": {"examples", "sample_rate", "largest_batch", "noise_multiplier", "count"},
     "gaussian": {"noise_multiplier", "count"},
     "selection": {"delta"},
+    "repeated": {"run", "stopping", "mean_runs"},
 }
 
 
@@ -118,17 +209,17 @@ def query_from_json(record: Mapping[str, object]) -> Query:
         raise ConfigError(
             f"query fields {sorted(record)}: must be type and {sorted(_QUERY_FIELDS[kind])}; use query_to_json()."
         )
-    numbers = {name: _number(record[name], name=name) for name in _QUERY_FIELDS[kind] - {"count"}}
+    if kind == "repeated":
+        return _repeated(record)
+    whole = {"count", "examples", "largest_batch"}
+    numbers = {name: _number(record[name], name=name) for name in _QUERY_FIELDS[kind] - whole}
     if kind == "selection":
         return Selection(delta=numbers["delta"])
-    count = record["count"]
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise ConfigError(f"query count={count!r}: must be an integer; write it with query_to_json().")
+    counts = {name: _integer(record[name], name=name) for name in _QUERY_FIELDS[kind] & whole}
     if kind == "gaussian":
-        return Gaussian(noise_multiplier=numbers["noise_multiplier"], count=count)
-    return SampledGaussian(
-        sample_rate=numbers["sample_rate"], noise_multiplier=numbers["noise_multiplier"], count=count
-    )
+        return Gaussian(noise_multiplier=numbers["noise_multiplier"], count=counts["count"])
+    sampled = {"sample_rate": numbers["sample_rate"], "noise_multiplier": numbers["noise_multiplier"], **counts}
+    return TruncatedGaussian(**sampled) if kind == "truncated_gaussian" else SampledGaussian(**sampled)
 
 
 @dataclass(frozen=True)
@@ -139,48 +230,86 @@ class Summary:
         sampled: distinct (q, sigma) with q < 1 and count > 0, sorted.
         gaussian_mu: ``sqrt(sum n / sigma^2)`` over all queries that are not sampled (their composition is exact).
         selection_delta: sum of the `Selection` deltas.
-        noiseless: some query has sigma 0.
+        noiseless: some query has sigma 0, or less than `SMALLEST_NOISE`.
+        truncated: distinct queries on truncated batches, count > 0, sorted.
+        repeated: searches, each with its run in canonical form, sorted.
     """
 
     sampled: tuple[SampledGaussian, ...]
     gaussian_mu: float
     selection_delta: float
     noiseless: bool
+    truncated: tuple[TruncatedGaussian, ...] = ()
+    repeated: tuple[tuple[Summary, Repetitions], ...] = ()
 
     @property
     def empty(self) -> bool:
         """No noisy query at all."""
-        return not self.sampled and self.gaussian_mu == 0 and not self.noiseless
+        return not (self.steps or self.gaussian_mu or self.noiseless or self.repeated)
+
+    @property
+    def steps(self) -> tuple[SampledGaussian | TruncatedGaussian, ...]:
+        """All queries on random batches."""
+        return (*self.sampled, *self.truncated)
 
     @property
     def limit_mu(self) -> float:
-        """GDP parameter of the whole set in the central limit; see `step_mu`."""
-        steps = (q.count * step_mu(q.sample_rate, noise_multiplier=q.noise_multiplier) ** 2 for q in self.sampled)
+        """GDP parameter of the whole set in the central limit; see `step_mu`. Cuts and searches are left out."""
+        steps = (q.count * step_mu(q.sample_rate, noise_multiplier=q.noise_multiplier) ** 2 for q in self.steps)
         return math.sqrt(self.gaussian_mu**2 + math.fsum(steps))
 
 
 def summarise(queries: Sequence[Query]) -> Summary:
     """Bring a set of queries to canonical form: counts merged, order forgotten, q = 1 taken as not sampled."""
     counts: Counter[tuple[float, float]] = Counter()
+    truncated: Counter[tuple[int, float, int, float]] = Counter()
     selections: list[float] = []
+    repeated: list[tuple[Summary, Repetitions]] = []
     for query in queries:
         if isinstance(query, Selection):
             selections.append(query.delta)
+        elif isinstance(query, Repeated):
+            repeated.append((summarise(query.run), query.repetitions))
+        elif isinstance(query, TruncatedGaussian):
+            kind = (query.examples, float(query.sample_rate), query.largest_batch, float(query.noise_multiplier))
+            truncated[kind] += query.count
         elif isinstance(query, Gaussian):
             counts[1.0, float(query.noise_multiplier)] += query.count
         elif isinstance(query, SampledGaussian):
             counts[float(query.sample_rate), float(query.noise_multiplier)] += query.count
         else:
-            raise ConfigError(f"query of type {type(query).__name__}: must be SampledGaussian, Gaussian or Selection.")
+            raise ConfigError(f"query of type {type(query).__name__}: must be one of {_names()}.")
     present = sorted((rate, sigma, count) for (rate, sigma), count in counts.items() if count > 0)
-    noiseless = any(sigma == 0 for _, sigma, _ in present)
-    noisy = [entry for entry in present if entry[1] > 0]
+    cut = [TruncatedGaussian(*kind, count) for kind, count in sorted(truncated.items()) if count > 0]
+    noiseless = (
+        any(sigma < SMALLEST_NOISE for _, sigma, _ in present)
+        or any(query.noise_multiplier < SMALLEST_NOISE for query in cut)
+        or any(run.noiseless for run, _ in repeated)
+    )
+    noisy = [entry for entry in present if entry[1] >= SMALLEST_NOISE]
     return Summary(
         sampled=tuple(SampledGaussian(rate, sigma, count) for rate, sigma, count in noisy if rate < 1),
         gaussian_mu=math.sqrt(math.fsum(count / sigma**2 for rate, sigma, count in noisy if rate == 1)),
         selection_delta=math.fsum(sorted(selections)),
         noiseless=noiseless,
+        truncated=tuple(query for query in cut if query.noise_multiplier >= SMALLEST_NOISE),
+        repeated=tuple(sorted((entry for entry in repeated if not entry[0].empty), key=repr)),
     )
+
+
+def _names() -> str:
+    return ", ".join(kind.__name__ for kind in get_args(Query))
+
+
+def _repeated(record: Mapping[str, object]) -> Repeated:
+    run, stopping = record["run"], record["stopping"]
+    if not isinstance(run, list):
+        raise ConfigError(f"query run={run!r}: must be a list of queries; write it with query_to_json().")
+    kinds = {kind.value: kind for kind in Stopping}
+    if not isinstance(stopping, str) or stopping not in kinds:
+        raise ConfigError(f"query stopping={stopping!r}: must be one of {sorted(kinds)}; use query_to_json().")
+    repetitions = Repetitions(kinds[stopping], _number(record["mean_runs"], name="mean_runs"))
+    return Repeated(run=tuple(query_from_json(part) for part in run), repetitions=repetitions)
 
 
 def _check_query(noise_multiplier: float, *, count: int) -> None:
@@ -190,6 +319,12 @@ def _check_query(noise_multiplier: float, *, count: int) -> None:
         )
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ConfigError(f"count={count!r}: must be an integer of at least 0; pass the number of queries.")
+
+
+def _integer(value: object, *, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"query {name}={value!r}: must be an integer; write it with query_to_json().")
+    return value
 
 
 def _number(value: object, *, name: str) -> float:

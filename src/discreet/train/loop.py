@@ -23,6 +23,7 @@ from discreet.core.gradient import LossFunction, trainable
 from discreet.core.world import world_size
 from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
+from discreet.privacy.compute import Machine
 from discreet.privacy.plan import Plan
 from discreet.train.auto_lr import LearningRate, RateControl
 from discreet.train.check import CheckReport, check
@@ -31,13 +32,11 @@ from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.run import Run
 from discreet.train.setup import check_plan, clipping_of, covered_parameters, solve_plan
 from discreet.train.step import ClippedStep, Microbatch
+from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
 from discreet.train.updates import Step, Updates, begin
 
-CHECK_EXAMPLES = 4
 CHECK_RANGE = 1e4
 """Numbers beyond it are brought to it before the self-check, and NaN and infinity to zero."""
-CPU_MICROBATCH = 512
-"""On a CPU larger microbatches only leave the cache; on an accelerator a whole realised batch is tried first."""
 
 Data = Dataset[Any] | BatchedDataset | DataLoader[Any]
 
@@ -160,6 +159,7 @@ def train(
     delta: float | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
+    compute: str | None = None,
     learning_rate: LearningRate = "auto",
     run_dir: str | Path | None = None,
     resume: bool = False,
@@ -177,6 +177,7 @@ def train(
         delta=delta,
         batch_size=batch_size,
         steps=steps,
+        compute=compute,
         learning_rate=learning_rate,
         run_dir=run_dir,
         resume=resume,
@@ -198,6 +199,7 @@ def make_private(
     plan: Plan | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
+    compute: str | None = None,
     clipping: Clipping | None = None,
     learning_rate: LearningRate = "auto",
     microbatch: int | None = None,
@@ -224,6 +226,8 @@ def make_private(
         plan: instead of epsilon, delta, noise_multiplier, batch_size and steps.
         batch_size: expected batch; None: the planner chooses.
         steps: updates; None: the planner chooses.
+        compute: the time that the updates may take, "90s", "5m", "2h"; the planner then measures the model for a few
+            seconds, on random numbers of the data's shapes, and chooses within it. Reading the data comes on top.
         clipping: automatic by default.
         learning_rate: "auto", a peak rate with linear decay, a torch scheduler, or None for the optimizer's own.
         microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
@@ -247,6 +251,11 @@ def make_private(
 
     def new_plan() -> Plan:
         if plan is not None:
+            given = {"epsilon": epsilon, "delta": delta, "noise_multiplier": noise_multiplier}
+            given |= {"batch_size": batch_size, "steps": steps, "compute": compute}
+            for name, value in given.items():
+                if value is not None:
+                    raise ConfigError(f"{name}={value} with a plan: the plan says it already; pass one of the two.")
             return plan
         return solve_plan(
             examples.count,
@@ -255,6 +264,8 @@ def make_private(
             noise_multiplier=noise_multiplier,
             batch_size=batch_size,
             steps=steps,
+            compute=compute,
+            machine=lambda rule: _measure(model, loss, examples, rule, device),
             clipping=clipping,
         )
 
@@ -303,6 +314,13 @@ def _existing_run(run_dir: str | Path | Run | None, *, resume: bool, seed: int |
     return Run.resume(Path(run_dir), seed=seed)
 
 
+def _measure(model: nn.Module, loss: LossFunction, examples: Examples, rule: Clipping, device: torch.device) -> Machine:
+    """What an update costs here; of the first few examples, only shapes and types are used."""
+    count = min(CHECK_EXAMPLES, examples.count)
+    batch = examples.fetch(np.arange(count), device=device)
+    return measure(model, loss=loss, batch=batch, clipping=rule)
+
+
 def _self_check(
     model: nn.Module, loss: LossFunction, examples: Examples, rule: Clipping, device: torch.device
 ) -> CheckReport:
@@ -327,4 +345,5 @@ def _tame(leaf: Any) -> Any:
 def _microbatch_size(asked: int | None, device: torch.device, batch_size: int) -> int:
     if asked is not None:
         return asked
+    # On an accelerator a whole realised batch is tried first.
     return CPU_MICROBATCH if device.type == "cpu" else batch_size + 6 * math.isqrt(batch_size) + 16

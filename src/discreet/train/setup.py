@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -11,8 +11,10 @@ from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import trainable
 from discreet.core.style import Style
 from discreet.errors import ConfigError
+from discreet.privacy.compute import Machine, parse_time
 from discreet.privacy.plan import Plan
 from discreet.privacy.planner import plan as make_plan
+from discreet.privacy.planning import bound_of
 from discreet.train.auto_lr import needs_arguments
 from discreet.train.step import refuse_unreleased
 
@@ -47,18 +49,29 @@ def solve_plan(
     noise_multiplier: float | None,
     batch_size: int | None,
     steps: int | None,
+    compute: str | None,
+    machine: Callable[[Clipping], Machine],
     clipping: Clipping | None,
 ) -> Plan:
     """A plan from what the caller gave; the planner fills in the rest.
 
+    Args:
+        count: N. compute: the time that training may take, as in "5m". machine: measures the model; called only when
+            there is a time. The others: as in `make_private`.
+
     Raises:
-        ConfigError: not exactly one of epsilon and noise_multiplier, or sigma without the sizes that it is for.
+        ConfigError: not exactly one of epsilon and noise_multiplier, sigma without the sizes that it is for, or a bound
+            on compute when nothing is left to choose.
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise ConfigError(
             f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: pass exactly one of them, or a plan."
         )
     rule = clipping if clipping is not None else default_clipping(epsilon)
+    if compute is not None and batch_size is not None and steps is not None:
+        raise ConfigError(
+            f"compute={compute} with batch_size and steps: leaves nothing to choose; leave one of them out."
+        )
     if noise_multiplier is not None:
         if batch_size is None or steps is None:
             raise ConfigError("noise_multiplier without batch_size and steps: pass all three, or epsilon alone.")
@@ -71,8 +84,19 @@ def solve_plan(
             clipping=rule.describe(),
         )
     assert epsilon is not None
+    bound = None
+    if compute is not None:
+        parse_time(compute)
+        bound = bound_of(count, compute=compute, machine=machine(rule))[1]
     return make_plan(
-        examples=count, epsilon=epsilon, delta=delta, batch_size=batch_size, steps=steps, clipping=rule.describe()
+        examples=count,
+        epsilon=epsilon,
+        delta=delta,
+        batch_size=batch_size,
+        steps=steps,
+        bound=bound,
+        clipping=rule.describe(),
+        notes=() if bound is None else (f"compute: {bound.said}",),
     )
 
 

@@ -123,7 +123,7 @@ def bar(shares: Sequence[Share]) -> str:
 
 def figure(markup: str, *, caption: str) -> str:
     """A drawing with its caption."""
-    return f"<figure>{markup}<figcaption>{safe(caption)}</figcaption></figure>" if markup else ""
+    return f"<figure>{markup}<figcaption>{sentence(caption)}</figcaption></figure>" if markup else ""
 
 
 def _class(kind: str) -> str:

@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 600
 _INCHES = (3.9, 2.4)
-_COLOURS = {"#010101": "--accent", "#020202": "--ink", "#030303": "--soft", "#040404": "--line", "#050505": "--alarm"}
+_COLOURS = {
+    "#010101": "--accent",
+    "#020202": "--ink",
+    "#030303": "--soft",
+    "#040404": "--line",
+    "#050505": "--alarm",
+    "#060606": "--accent2",
+    "#070707": "--accent3",
+}
 """Colours that stand for the page's own, so that one drawing serves light, dark and paper."""
-_ACCENT, _INK, _SOFT, _LINE, _ALARM = _COLOURS
+ACCENT, INK, SOFT, LINE, ALARM, ACCENT2, ACCENT3 = _COLOURS
 
 
 @dataclass(frozen=True)
@@ -50,17 +58,17 @@ def curve_svg(curve: Curve) -> str:
     points = thinned([point for point in curve.points if math.isfinite(point[1])])
     if len(points) < 2 or not can_draw():
         return ""
-    with _canvas(curve.name) as (drawn, axes):
-        axes.plot([step for step, _ in points], [value for _, value in points], color=_ACCENT, linewidth=1.8)
-        axes.plot(*points[-1], marker="o", markersize=4.5, color=_ACCENT)
+    with canvas(curve.name) as (drawn, axes):
+        axes.plot([step for step, _ in points], [value for _, value in points], color=ACCENT, linewidth=1.8)
+        axes.plot(*points[-1], marker="o", markersize=4.5, color=ACCENT)
         if curve.limit is not None and math.isfinite(curve.limit[1]):
             _draw_limit(axes, curve.limit)
         if curve.percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
-        axes.set_title(curve.label, loc="left", fontsize=10, color=_INK, pad=9)
+        axes.set_title(curve.label, loc="left", fontsize=10, color=INK, pad=9)
         axes.set_xlabel("step", loc="right")
         axes.margins(x=0.03, y=0.12)
-    return _for_page(drawn.getvalue(), prefix=curve.name)
+    return for_page(drawn.getvalue(), prefix=curve.name)
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -71,7 +79,8 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 @contextmanager
-def _canvas(name: str) -> Iterator[tuple[io.StringIO, Axes]]:
+def canvas(name: str, *, inches: tuple[float, float] = _INCHES) -> Iterator[tuple[io.StringIO, Axes]]:
+    """Axes in the page's style; when the block ends, the text stream holds the drawing, for `for_page`."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -79,17 +88,17 @@ def _canvas(name: str) -> Iterator[tuple[io.StringIO, Axes]]:
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 9,
-        "axes.edgecolor": _LINE,
-        "axes.labelcolor": _SOFT,
+        "axes.edgecolor": LINE,
+        "axes.labelcolor": SOFT,
         "axes.unicode_minus": True,
-        "xtick.color": _SOFT,
-        "ytick.color": _SOFT,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,
         "axes.grid": True,
         "axes.grid.axis": "y",
-        "grid.color": _LINE,
+        "grid.color": LINE,
         "grid.linewidth": 0.8,
         "axes.axisbelow": True,
         "xtick.major.size": 0,
@@ -99,7 +108,7 @@ def _canvas(name: str) -> Iterator[tuple[io.StringIO, Axes]]:
     }
     drawn = io.StringIO()
     with matplotlib.rc_context(style):
-        sheet = Figure(figsize=_INCHES, layout="constrained")
+        sheet = Figure(figsize=inches, layout="constrained")
         sheet.patch.set_visible(False)
         axes = sheet.add_subplot()
         axes.patch.set_visible(False)
@@ -110,18 +119,18 @@ def _canvas(name: str) -> Iterator[tuple[io.StringIO, Axes]]:
 
 def _draw_limit(axes: Axes, limit: tuple[str, float]) -> None:
     label, level = limit
-    axes.axhline(level, color=_SOFT, linewidth=1.0, linestyle=(0, (4, 3)))
+    axes.axhline(level, color=SOFT, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.annotate(
         label,
         xy=(0.0, level),
         xycoords=("axes fraction", "data"),
         xytext=(2, 3),
         textcoords="offset points",
-        color=_SOFT,
+        color=SOFT,
     )
 
 
-def _for_page(svg: str, *, prefix: str) -> str:
+def for_page(svg: str, *, prefix: str) -> str:
     """matplotlib's file as a fragment: no prologue, names of its own, the page's colours and the page's font."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)

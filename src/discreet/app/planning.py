@@ -1,0 +1,276 @@
+"""`discreet plan`: a proposal for a data file or for a number of examples, as text, as JSON, and as a saved plan.
+
+Of the data, the number of rows and the public shape are used; the statistics that training would have to compute
+privately are charged in the plan, and not computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from discreet.app import models
+from discreet.app.data import Preprocessing
+from discreet.app.plan_page import read_simulation, write_page
+from discreet.app.report.text import duration
+from discreet.app.stand_ins import measure_spec
+from discreet.app.training import DataOptions, open_data, pick_device, stand_in
+from discreet.core.clipping import Clipping
+from discreet.errors import ConfigError
+from discreet.privacy.accounting import Query
+from discreet.privacy.compute import Machine, parse_time
+from discreet.privacy.options import Option, Proposal
+from discreet.privacy.planning import checked_delta
+from discreet.privacy.planning import plan as propose
+
+_LABELS = {
+    "batch_size": "batch size",
+    "steps": "steps",
+    "noise_multiplier": "noise multiplier",
+    "microbatch": "microbatch",
+    "delta": "delta",
+}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a user may say about a plan; None leaves it open. See `discreet.privacy.planning.propose`."""
+
+    epsilon: float
+    delta: float | None = None
+    examples: int | None = None
+    model: models.ModelKind = models.ModelKind.AUTO
+    compute: str | None = None
+    samples: int | None = None
+    money: float | None = None
+    price_per_hour: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    clipping: Clipping | None = None
+    throughput: float | None = None
+    parameters: int | None = None
+    choose: str | None = None
+    out: Path | None = None
+    html: Path | None = None
+    simulation: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A proposal, the plan chosen from it, and where it was written."""
+
+    proposal: Proposal
+    chosen: Option
+    data: Path | None
+    out: Path | None
+    html: Path | None
+
+    def to_json(self) -> dict[str, object]:
+        """The object that ``--json`` prints."""
+        record = self.proposal.to_json()
+        return record | {
+            "chosen": self.chosen.kind.value,
+            "out": str(self.out) if self.out is not None else None,
+            "html": str(self.html) if self.html is not None else None,
+        }
+
+    def text(self) -> str:
+        """What the command prints: the plans side by side, the reasons of the chosen one, and what comes next."""
+        plan = self.proposal.plan
+        chosen = self.chosen
+        blocks = [
+            f"{plan.examples:,} examples, epsilon {plan.epsilon:g}, delta {plan.delta:.3g}; "
+            f"{self.proposal.mode.value}: {self.proposal.bound.said}",
+            _side_by_side(self.proposal.options, chosen=chosen),
+            "\n".join([f"Why {chosen.kind.value}: {chosen.reasons['plan']}", *_why(chosen)]),
+            "\n".join(["What would change the noise:", *_changes(self.proposal)]),
+            "\n".join(self.proposal.warnings),
+            self._next(),
+        ]
+        return "\n\n".join(block for block in blocks if block)
+
+    def _next(self) -> str:
+        written = [f"plan  {self.out}"] if self.out is not None else []
+        written += [f"page  {self.html}"] if self.html is not None else []
+        if self.out is not None and self.data is not None:
+            written.append(
+                f"next  discreet train {shlex.quote(str(self.data))} ... --plan {shlex.quote(str(self.out))}"
+            )
+        return "\n".join(written)
+
+
+def plan_data(data: DataOptions | None, options: PlanOptions) -> Planned:
+    """Propose plans, save the chosen one, and write the page.
+
+    Raises:
+        ConfigError: neither or both of data and a number of examples, or an argument is outside its range.
+    """
+    clipping = options.clipping if options.clipping is not None else Clipping.automatic()
+    if options.simulation is not None and options.html is None:
+        raise ConfigError("--simulation without --html: it is drawn on the page; name the page, e.g. --html plan.html.")
+    simulation = read_simulation(options.simulation) if options.simulation is not None else None
+    if data is not None:
+        proposal = _for_data(data, options, clipping)
+    else:
+        proposal = _for_numbers(options, clipping)
+    chosen = _choose(proposal, options.choose)
+    if options.out is not None:
+        _save(chosen, options.out)
+    if options.html is not None:
+        write_page(proposal, options.html, simulation=simulation)
+    return Planned(
+        proposal=proposal,
+        chosen=chosen,
+        data=data.path if data is not None else None,
+        out=options.out,
+        html=options.html,
+    )
+
+
+def _for_data(data: DataOptions, options: PlanOptions, clipping: Clipping) -> Proposal:
+    if options.examples is not None or options.parameters is not None:
+        raise ConfigError("--examples or --parameters with DATA: the file says them; leave them out.")
+    if options.compute is not None:
+        parse_time(options.compute)
+    source = open_data(data, kind=options.model)
+    delta = checked_delta(options.delta, examples=source.examples)
+    kind = models.kind_for(options.model, source.kind)
+    spec = stand_in(source, kind=kind)
+    _check_epsilon(options.epsilon)
+    if options.throughput is not None:
+        machine = Machine.told(options.throughput)
+    else:
+        machine = measure_spec(spec, device=pick_device(options.device), clipping=clipping)
+    return _propose(
+        options,
+        clipping,
+        examples=source.examples,
+        delta=delta,
+        before=source.queries(Preprocessing.share(epsilon=options.epsilon, delta=delta)),
+        machine=machine,
+        usual_steps=models.defaults(kind).steps,
+    )
+
+
+def _for_numbers(options: PlanOptions, clipping: Clipping) -> Proposal:
+    if options.examples is None:
+        raise ConfigError("discreet plan: needs DATA or --examples N; name the file, or say how many rows it has.")
+    machine = None if options.throughput is None else Machine.told(options.throughput)
+    if options.parameters is not None:
+        if options.parameters < 1:
+            raise ConfigError(f"--parameters {options.parameters}: must be at least 1; leave it out if unknown.")
+        machine = dataclasses.replace(machine, parameters=options.parameters) if machine is not None else None
+    return _propose(
+        options, clipping, examples=options.examples, delta=options.delta, before=(), machine=machine, usual_steps=None
+    )
+
+
+def _propose(
+    options: PlanOptions,
+    clipping: Clipping,
+    *,
+    examples: int,
+    delta: float | None,
+    before: tuple[Query, ...],
+    machine: Machine | None,
+    usual_steps: int | None,
+) -> Proposal:
+    return propose(
+        examples=examples,
+        epsilon=options.epsilon,
+        delta=delta,
+        compute=options.compute,
+        samples=options.samples,
+        money=options.money,
+        price_per_hour=options.price_per_hour,
+        epochs=options.epochs,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        machine=machine,
+        usual_steps=usual_steps,
+        clipping=clipping.describe(),
+        before=before,
+    )
+
+
+def _choose(proposal: Proposal, name: str | None) -> Option:
+    if name is None:
+        return proposal.recommended
+    by_name = {option.kind.value: option for option in proposal.options}
+    if name not in by_name:
+        raise ConfigError(f'--choose "{name}": is none of the plans {", ".join(by_name)}; leave it out for the best.')
+    return by_name[name]
+
+
+def _save(chosen: Option, path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a directory; name a file, e.g. plan.json.")
+    try:
+        chosen.plan.save(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name a file that can.") from None
+
+
+def _side_by_side(options: Sequence[Option], *, chosen: Option) -> str:
+    rows = [["", *(option.kind.value + (" *" if option is chosen else "") for option in options)]]
+    for label, cells in _rows(options):
+        if any(cells):
+            rows.append([label, *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _rows(options: Sequence[Option]) -> list[tuple[str, list[str]]]:
+    return [
+        ("batch size", [f"{o.plan.batch_size:,}" for o in options]),
+        ("steps", [f"{o.plan.steps:,}" for o in options]),
+        ("noise multiplier", [f"{o.plan.noise_multiplier:.4g}" for o in options]),
+        ("passes over the data", [f"{o.epochs:.3g}" for o in options]),
+        ("noise, of full batches 1", [f"{o.overhead:.3f}" for o in options]),
+        ("batch / knee batch", [f"{o.knee_share:.2f}" for o in options]),
+        ("batch / batch at the wall", [f"{o.wall_share:.2f}" for o in options]),
+        ("signal / noise, at most", ["" if o.signal is None else f"{o.signal:.2g}" for o in options]),
+        ("microbatch", ["" if o.microbatch is None else f"{o.microbatch:,}" for o in options]),
+        ("time", ["" if o.seconds is None else duration(o.seconds).replace("\u00a0", " ") for o in options]),
+        ("memory", ["" if o.peak_bytes is None else _size(o.peak_bytes) for o in options]),
+        ("cost", ["" if o.cost is None else f"{o.cost:.3g}" for o in options]),
+        ("keeps the bound", ["yes" if o.fits else "no" for o in options]),
+    ]
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _why(chosen: Option) -> list[str]:
+    values: dict[str, object] = {
+        "batch_size": chosen.plan.batch_size,
+        "steps": chosen.plan.steps,
+        "noise_multiplier": f"{chosen.plan.noise_multiplier:.4g}",
+        "microbatch": chosen.microbatch,
+        "delta": f"{chosen.plan.delta:.3g}",
+    }
+    return [
+        f"  {label} {values[name]}: {chosen.reasons[name]}" for name, label in _LABELS.items() if name in chosen.reasons
+    ]
+
+
+def _changes(proposal: Proposal) -> list[str]:
+    width = max(len(item.change) for item in proposal.what_if)
+    return [f"  {item.change.ljust(width)}  {item.effect}" for item in proposal.what_if]
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 < epsilon < float("inf"):
+        raise ConfigError(f"--epsilon {epsilon}: must be finite and above 0 to be planned; the usual range is 1 to 8.")
