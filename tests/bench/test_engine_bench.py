@@ -90,3 +90,25 @@ def test_every_model_of_the_real_sizes_can_be_built_without_memory():
             work = Sizes.REAL.workloads[name]()
             size = {"vit-l16": 303_000_000, "resnet50gn": 25_557_032}[name]
             assert sum(parameter.numel() for parameter in work.model.parameters()) == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("gpt2-small-128", 124), ("gpt2-medium-1024", 355), ("roberta-large", 355), ("vit-l16", 304), ("llama-1b", 1236)],
+)
+def test_a_real_workload_has_the_size_of_its_name(name, millions):
+    """Built without memory, on the meta device: what an accelerator would be given."""
+    if name not in ("vit-l16",):
+        pytest.importorskip("transformers")
+    with torch.device("meta"):
+        work = Sizes.REAL.workloads[name]()
+    assert all(parameter.is_meta for parameter in work.model.parameters())
+    assert sum(parameter.numel() for parameter in work.model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+    losses = work.loss(work.model, work.batch)
+    assert losses.shape == (len(work.batch[0]),)
+
+
+def test_every_real_workload_can_be_built():
+    with torch.device("meta"):
+        built = {name: make() for name, make in Sizes.REAL.workloads.items()}
+    assert all(len(work.batch[0]) >= 2 for work in built.values())
