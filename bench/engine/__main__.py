@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from bench.engine.arena import Figures, Outcome, Refusal, Setting, baseline_first, measure
-from bench.engine.contestants import BASELINE, CONTESTANTS
+from bench.engine.contestants import BASELINE, BASELINE_OF, CONTESTANTS
 from bench.engine.workloads import Sizes
 
-_COMPILED = ("compiled", "compiled_private")
+_COMPILED = ("ordinary_compiled", "private_compiled")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
         results[model] = {}
         for group in baseline_first(options.contestants, together=options.together):
             outcomes = measure(model, contestants=group, setting=setting)
-            rows = {kind: row(outcome, baseline=outcomes[BASELINE]) for kind, outcome in outcomes.items()}
+            rows = {
+                kind: row(outcome, baseline=outcomes[BASELINE_OF.get(kind, BASELINE)])
+                for kind, outcome in outcomes.items()
+            }
             results[model] = {**rows, **results[model]}
         results[model] = {kind: results[model][kind] for kind in CONTESTANTS if kind in results[model]}
         _write(options.out, setting=setting, results=results)

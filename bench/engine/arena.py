@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import nn
 
-from bench.engine.contestants import BASELINE, CONTESTANTS
+from bench.engine.contestants import BASELINE, BASELINE_OF, CONTESTANTS
 from bench.engine.stopwatch import MIB, MemoryMeter, Stopwatch
 from bench.engine.workloads import Sizes
 
@@ -147,7 +147,11 @@ def _load_libraries(device: torch.device) -> None:
 
 
 def baseline_first(contestants: list[str], *, together: int) -> list[list[str]]:
-    """Contestants in groups of at most ``together``, each with the baseline in front."""
+    """Contestants in groups of at most ``together``, each with its baselines in front."""
     others = [kind for kind in contestants if kind != BASELINE]
     size = max(1, together - 1)
-    return [[BASELINE, *others[start : start + size]] for start in range(0, max(1, len(others)), size)]
+    groups = [others[start : start + size] for start in range(0, max(1, len(others)), size)]
+    return [
+        list(dict.fromkeys([BASELINE, *(BASELINE_OF[kind] for kind in group if kind in BASELINE_OF), *group]))
+        for group in groups
+    ]

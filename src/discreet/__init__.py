@@ -21,6 +21,10 @@ from discreet.errors import (
     LedgerError,
     UnsupportedUse,
 )
+from discreet.insight.curves import measure_curves
+from discreet.insight.proxy_table import Curves, choose_under_compute
+from discreet.insight.simulated_run import Candidate, Origin, Proxy
+from discreet.insight.simulation import Simulation, simulate
 from discreet.privacy.accounting import Relation
 from discreet.privacy.certificate import verify
 from discreet.privacy.compute import Machine
@@ -31,38 +35,54 @@ from discreet.privacy.planning import plan
 from discreet.train.check import CheckReport, check
 from discreet.train.loop import Private, Result, make_private, train
 from discreet.train.throughput import measure
+from discreet.train.trial import Recipe
+from discreet.train.tune import Choice, PrivateScore, PublicScore, Tuned, tune
 from discreet.train.updates import Step
 
 __all__ = [
     "BudgetExceeded",
+    "Candidate",
     "CheckFailed",
     "CheckReport",
+    "Choice",
     "ClippedSum",
     "Clipping",
     "ConfigError",
+    "Curves",
     "DataError",
     "DiscreetError",
     "Ledger",
     "LedgerError",
     "Machine",
     "NoiseSource",
+    "Origin",
     "Plan",
     "Private",
+    "PrivateScore",
     "Proposal",
+    "Proxy",
+    "PublicScore",
+    "Recipe",
     "Relation",
     "Released",
     "Result",
+    "Simulation",
     "Step",
     "Style",
+    "Tuned",
     "UnsupportedUse",
     "check",
     "check_rule",
+    "choose_under_compute",
     "clipped_gradient",
     "make_private",
     "measure",
+    "measure_curves",
     "plan",
     "register_rule",
     "release",
+    "simulate",
     "train",
+    "tune",
     "verify",
 ]

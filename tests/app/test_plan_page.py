@@ -141,6 +141,20 @@ def _record() -> dict[str, object]:
     }
 
 
+def test_a_law_and_a_stamp_are_read(tmp_path: Path) -> None:
+    record = _record()
+    fit = {**record["fit"], "law": "1 / B", "slope": -0.7, "intercept": 0.93}  # type: ignore[dict-item]
+    path = tmp_path / "simulation.json"
+    path.write_text(json.dumps({**record, "fit": fit, "stamp": "NON-PRIVATE"}))
+    found = read_simulation(path)
+    assert found.line(64) == pytest.approx(0.93 - 0.7 / 64)
+    assert found.stamp == "NON-PRIVATE"
+    assert len(found.band([64])) == 1
+    path.write_text(json.dumps({**record, "fit": {**fit, "law": "B"}}))
+    with pytest.raises(ConfigError, match="law must be one of"):
+        read_simulation(path)
+
+
 def test_a_simulation_is_read(tmp_path: Path) -> None:
     path = tmp_path / "simulation.json"
     path.write_text(json.dumps(_record()))

@@ -23,18 +23,33 @@ MAY_DRAW = {
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
     "train/loop.py": "the random suffix of a new run folder's name",
     "train/throughput.py": "random numbers of the right shapes to measure on; puts the caller's state back",
+    "train/trial.py": "seeds dropout inside one step, from the trial's key; puts the caller's state back",
+    "train/tune.py": "starting weights of each run, from its key, before any example is seen",
     "train/run.py": "makes the run's secret key, with the operating system's generator",
     "train/updates.py": "seeds dropout inside one step, from the run's key; puts the caller's state back",
 }
 """File -> why it may draw random numbers. Everything else asks one of these."""
 
 MAY_PIN = {
+    "core/compiled.py": {
+        "args": "the output node of a graph that is being compiled gets more results",
+        "_boxed_call": "how the compiler knows that a function frees its arguments",
+        "compiled": "the engine's own book notes that a compiled region ran",
+    },
+    "core/traced.py": {
+        "inner": "on this file's own tensor subclass, which stands for a parameter in a trace",
+        "derivation": "the same",
+    },
     "core/parameter.py": {
         "__class__": "guarding a parameter is exactly this: its class, and nothing else",
         "derivation": "on this file's own tensor subclass, which holds a value computed from a parameter",
     },
     "core/precision.py": {"fp32_precision": "torch's own setting for float32 products; put back afterwards"},
-    "core/selftest.py": {"training": "puts a module's mode back as it was"},
+    "core/score.py": {"training": "puts a module's mode back as it was"},
+    "core/selftest.py": {
+        "training": "puts a module's mode back as it was",
+        "as_written": "the engine's own book: compare compiled code with the code as it is written",
+    },
     "privacy/files.py": {"_size": "a class method fills in the file object that it has just made"},
     "train/loop.py": {"step": "gates the user's optimizer, so that an unfinished batch can never be stepped on"},
     "train/step.py": {"grad": "the one place that hands a released gradient to the optimizer"},
@@ -52,7 +67,7 @@ def test_released_is_made_in_one_place():
 
 
 def test_clipped_sums_are_made_where_the_bound_is_enforced():
-    makers = {"core/gradient.py", "core/world.py", "core/histogram.py"}
+    makers = {"core/gradient.py", "core/world.py", "core/histogram.py", "core/score.py"}
     others = [source for source in sources() if source.path not in makers]
     assert findings(lambda source: constructions(source, "ClippedSum"), others) == []
 
@@ -168,3 +183,20 @@ def test_unpickling_is_found(text):
 
 def test_putting_a_model_into_eval_mode_is_no_finding():
     assert calls_of(Source(path="train/loop.py", text="model.eval()"), "eval") == []
+
+
+MAY_RUN_TRIALS = {
+    "insight/curves.py": "on public data, or stamped",
+    "insight/simulated_run.py": "on public data, or stamped",
+    "train/tune.py": "all its trials are charged as one query before the first",
+}
+"""File -> why it may train without a ledger of its own."""
+
+
+def test_trials_without_a_ledger_have_known_callers():
+    others = [source for source in sources() if source.path not in {*MAY_RUN_TRIALS, "train/trial.py"}]
+    assert findings(lambda source: calls_of(source, "run_trial"), others) == []
+
+
+def test_a_trial_elsewhere_is_found():
+    assert calls_of(Source(path="app/training.py", text="run_trial(model, examples)"), "run_trial")

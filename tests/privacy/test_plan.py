@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy import accounting
 from discreet.privacy.accounting import Accountant, Gaussian, Relation, SampledGaussian, Selection
-from discreet.privacy.plan import CURVE_POINTS, Plan, default_delta
+from discreet.privacy.plan import CURVE_POINTS, Plan, Search, default_delta
+from discreet.privacy.repetitions import Repetitions, Stopping
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,7 @@ def test_every_field_changes_the_fingerprint(plan):
         "accountant": Accountant.RDP,
         "clipping": {"kind": "abadi", "clip_bound": 1.0},
         "before": (),
+        "search": Search(Repetitions(Stopping.LOGARITHMIC, 10)),
         "notes": (),
         "versions": {},
     }

@@ -25,6 +25,7 @@ from discreet.app.models import ModelKind
 from discreet.core.clipping import Clipping
 from discreet.core.style import Style
 from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError
+from discreet.privacy.repetitions import Stopping
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET = 0, 1, 2, 3
 
@@ -117,6 +118,10 @@ def parser() -> argparse.ArgumentParser:
     plan = _command(verbs, "plan", "batch, steps and noise for a data file or a number of examples, and what they cost")
     _add_data(plan, required=False)
     _add_planning(plan)
+    _add_simulation(plan)
+    tune = _command(verbs, "tune", "search models and learning rates on private data, and pay for the search")
+    _add_data(tune)
+    _add_tuning(tune)
     check = _command(verbs, "check", "check model and loss for the shape of a data file, reading no private value")
     _add_data(check)
     _add_model(check)
@@ -212,11 +217,60 @@ def _add_planning(command: _Parser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
+def _add_simulation(command: _Parser) -> None:
+    command.add_argument(
+        "--simulate", type=Path, metavar="DATA", help="compare settings at constant TAN on this PUBLIC data"
+    )
+    command.add_argument("--learning-rates", type=_numbers, metavar="A,B,C", help="to compare; default: around 0.02")
+    command.add_argument("--models", type=_kinds, metavar="A,B", help="to compare; default: that of --model")
+    command.add_argument("--simulate-steps", type=_counts, metavar="A,B", help="numbers of steps to compare")
+    command.add_argument("--seeds", type=int, default=3, help="runs per setting, at least 3")
+    command.add_argument(
+        "--unaccounted-search", action="store_true", help="allow --simulate on the private data; NON-PRIVATE"
+    )
+
+
+def _add_tuning(command: _Parser) -> None:
+    command.add_argument("--epsilon", type=float, required=True, help="of the whole search, however many runs it makes")
+    command.add_argument("--delta", type=float, help="default: 1 / examples^1.1")
+    command.add_argument("--learning-rates", type=_numbers, required=True, metavar="A,B,C", help="to choose among")
+    command.add_argument("--models", type=_kinds, metavar="A,B", help="to choose among; default: by kind of data")
+    command.add_argument("--runs", type=float, default=10.0, metavar="M", help="expected number of runs (default 10)")
+    stoppings = [stopping.value for stopping in Stopping if stopping is not Stopping.POISSON]
+    command.add_argument("--stopping", choices=stoppings, default=Stopping.LOGARITHMIC.value)
+    command.add_argument(
+        "--score-data", type=Path, metavar="DATA", help="PUBLIC data to compare runs on; default: noisy, on DATA"
+    )
+    command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
+    command.add_argument("--steps", type=int, metavar="S", help="updates of each run")
+    command.add_argument("--clipping", type=_clipping, metavar="RULE", help='as for train; default "automatic"')
+    command.add_argument("--out", type=Path, metavar="RUN", help="run directory; default: a new one below runs/")
+    command.add_argument("--resume", action="store_true", help="continue the search in --out")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--seed", type=int, metavar="N", help="test mode: reproducible and NOT PRIVATE")
+
+
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name; write a,b,c")
     return names
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(name) for name in _names(text))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(name) for name in _names(text))
+
+
+def _kinds(text: str) -> tuple[ModelKind, ...]:
+    known = {kind.value: kind for kind in ModelKind}
+    unknown = [name for name in _names(text) if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no model; write some of {','.join(known)}")
+    return tuple(known[name] for name in _names(text))
 
 
 def _classes(text: str) -> int | tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -13,10 +14,13 @@ from discreet.app.models import ModelKind
 from discreet.app.planning import PlanOptions, plan_data
 from discreet.app.report import write_report
 from discreet.app.selfcheck import check_data
+from discreet.app.simulating import SimulationOptions, simulate_plan
 from discreet.app.training import DataOptions, Outcome, TrainOptions, train_digits, train_file
+from discreet.app.tuning import TuneOptions, tune_file
 from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
+from discreet.privacy.repetitions import Stopping
 from discreet.train.setup import clipping_of
 
 DEMO_EPSILON = 3.0
@@ -44,11 +48,43 @@ def check(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """`discreet plan`."""
-    planned = plan_data(_data(options) if options.data is not None else None, _planning(options))
+    private = _data(options) if options.data is not None else None
+    request = _simulation(options)
+    planned = plan_data(private, _planning(options))
+    simulated = None
+    if request is not None:
+        proxy = dataclasses.replace(_data(options), path=request.data, test=None)
+        simulated = simulate_plan(planned, private, proxy, request, device=options.device)
     if options.json:
-        _print_json(planned.to_json())
-    else:
-        print(planned.text())
+        extra = {} if simulated is None else {"simulation": simulated.to_json()}
+        _print_json({**planned.to_json(), **extra})
+        return
+    print(planned.text())
+    if simulated is not None:
+        print(f"\n{simulated.text()}")
+
+
+def tune(options: argparse.Namespace) -> None:
+    """`discreet tune`."""
+    _check_numbers(options)
+    request = TuneOptions(
+        epsilon=options.epsilon,
+        delta=options.delta,
+        rates=options.learning_rates,
+        kinds=options.models,
+        runs=options.runs,
+        stopping=Stopping(options.stopping),
+        score_data=options.score_data,
+        batch_size=options.batch_size,
+        steps=options.steps,
+        clipping=options.clipping,
+        out=options.out,
+        resume=options.resume,
+        device=options.device,
+        seed=options.seed,
+    )
+    tuned = tune_file(_data(options), request)
+    _print_json(tuned.to_json()) if options.json else print(tuned.text())
 
 
 def account(options: argparse.Namespace) -> None:
@@ -96,6 +132,7 @@ def report(options: argparse.Namespace) -> None:
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "train": train,
     "plan": plan,
+    "tune": tune,
     "check": check,
     "account": account,
     "verify": verify_run,
@@ -192,6 +229,26 @@ def _planning(options: argparse.Namespace) -> PlanOptions:
         html=options.html,
         simulation=options.simulation,
         device=options.device,
+    )
+
+
+def _simulation(options: argparse.Namespace) -> SimulationOptions | None:
+    if options.simulate is None:
+        for name in ("learning_rates", "models", "simulate_steps"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} without --simulate: name public data to simulate on.")
+        if options.unaccounted_search:
+            raise ConfigError("--unaccounted-search without --simulate: there is no search; leave it out.")
+        return None
+    if options.simulation is not None:
+        raise ConfigError("--simulate with --simulation: the page shows one of them; leave out the older runs.")
+    return SimulationOptions(
+        data=options.simulate,
+        rates=options.learning_rates,
+        kinds=options.models if options.models is not None else (ModelKind(options.model),),
+        steps=options.simulate_steps,
+        seeds=options.seeds,
+        unaccounted=options.unaccounted_search,
     )
 
 

@@ -17,10 +17,12 @@ class Progress:
     Args:
         steps: updates in the whole run.
         done: updates made by an earlier process.
+        unit: what is counted.
     """
 
-    def __init__(self, *, steps: int, done: int = 0) -> None:
+    def __init__(self, *, steps: int, done: int = 0, unit: str = "step") -> None:
         self._steps = steps
+        self._unit = unit
         self._first = done
         self._started = time.monotonic()
         self._shown = self._started
@@ -28,12 +30,20 @@ class Progress:
         if sys.stderr.isatty() and find_spec("tqdm") is not None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(total=steps, initial=done, unit=unit, file=sys.stderr, dynamic_ncols=True)
 
-    def show(self, done: int, *, epsilon: float) -> None:
-        """Report that ``done`` updates are made and at most ``epsilon`` is spent."""
+    def show(self, done: int, *, epsilon: float | None = None, of: int | None = None) -> None:
+        """Report that ``done`` updates are made and at most ``epsilon`` is spent.
+
+        Args:
+            epsilon: None where nothing is spent.
+            of: steps in all, where that is known only now.
+        """
+        self._steps = of if of is not None else self._steps
         if self._bar is not None:
-            self._bar.set_postfix_str(f"epsilon {epsilon:.3f}", refresh=False)
+            self._bar.total = self._steps
+            if epsilon is not None:
+                self._bar.set_postfix_str(f"epsilon {epsilon:.3f}", refresh=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
@@ -41,7 +51,8 @@ class Progress:
             return
         self._shown = now
         left = (now - self._started) / max(1, done - self._first) * (self._steps - done)
-        print(f"step {done}/{self._steps}  epsilon {epsilon:.3f}  {_clock(left)} left", file=sys.stderr, flush=True)
+        spent = "" if epsilon is None else f"  epsilon {epsilon:.3f}"
+        print(f"{self._unit} {done}/{self._steps}{spent}  {_clock(left)} left", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -95,7 +95,7 @@ class Layout:
         """
         for (names, function), seen in self._seen.items():
             count = met.get((names, function), 0)
-            if count != len(seen) and self._is_mixed(names, function):
+            if count not in (0, len(seen)) and self._is_mixed(names, function):
                 raise UnsupportedUse(
                     f"{function} on {', '.join(names)}: met {count} times, and {len(seen)} times in the self-check, "
                     "which told the batch from a constant by their order; meet them equally often in every step."
@@ -138,9 +138,12 @@ class Book:
         self.parameters = dict(parameters)
         self.examples = examples
         self.axes: dict[UseKey, tuple[Axis, ...]] = {}
+        self.kind = ""
+        self.compiled = self.as_written = False
+        self.holds: list[object] = []
+        self.verified = layout
+        self.trusts = trust_folds
         self.trail = Trail(examples)
-        self._layout = layout
-        self._trust_folds = trust_folds
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._meetings: dict[tuple[tuple[str, ...], str], int] = defaultdict(int)
         self._records: dict[str, list[tuple[int, Record]]] = defaultdict(list)
@@ -211,6 +214,10 @@ class Book:
                     with full_precision():
                         self._settle_group(group)
 
+    def kept(self, constant: object) -> object:
+        """What to remember of an argument that a derivation will be replayed with: itself."""
+        return constant
+
     def discard(self) -> None:
         """Forget what was booked."""
         self._records.clear()
@@ -238,10 +245,7 @@ class Book:
             UnsupportedUse: an activation whose dimension 0 is neither B nor a verified multiple of B, or a use that
                 the self-check saw in another layout.
         """
-        ordinal = self._meetings[names, function]
-        self._meetings[names, function] += 1
-        key = (names, function, ordinal)
-        expected = self._layout.of(key, examples=self.examples) if self._layout is not None else None
+        key, expected = self.next_use(names, function)
         found = []
         for index, operand in enumerate(operands):
             known = expected[index] if expected and index < len(expected) else None
@@ -255,6 +259,42 @@ class Book:
         self.axes[key] = tuple(found)
         return found
 
+    def next_use(self, names: tuple[str, ...], function: str) -> tuple[UseKey, tuple[Axis, ...] | None]:
+        """The key of the use that comes now, and how the self-check saw it. Compiled uses are counted by themselves."""
+        function = self.kind + function
+        ordinal = self._meetings[names, function]
+        self._meetings[names, function] += 1
+        key = (names, function, ordinal)
+        return key, self.verified.of(key, examples=self.examples) if self.verified is not None else None
+
+    @contextlib.contextmanager
+    def of_kind(self, kind: str) -> Iterator[None]:
+        """Count the uses inside under keys of their own."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def meets_again(
+        self, uses: Sequence[tuple[tuple[str, ...], str, tuple[Axis, ...] | None, tuple[Axis, ...]]]
+    ) -> bool:
+        """Count uses that were classified before, in a trace, if the layout sees each of them as it did then.
+
+        Args:
+            uses: of each, the parameters, the function, how the layout saw it in the trace, and how it was taken.
+        """
+        ordinals = self._meetings.copy()
+        found = {}
+        for names, function, known, taken in uses:
+            key, now = self.next_use(names, function)
+            if now != known:
+                self._meetings = ordinals
+                return False
+            found[key] = taken
+        self.axes.update(found)
+        return True
+
     def _is_routed(self, picking: Picking, *, known: Axis | None, key: UseKey, allowed: bool) -> bool:
         """Whether picked rows are to be met by their owners; rows picked in the batch's own order need not be.
 
@@ -266,7 +306,7 @@ class Book:
         if in_order and known is not Axis.ROUTED and (from_batch or not allowed):
             return False
         verified = known in (Axis.ROUTED, Axis.FOLDED) or (from_batch and known in (None, Axis.BATCH))
-        guessed = known is None and (self._trust_folds or self.examples == 1)
+        guessed = known is None and (self.trusts or self.examples == 1)
         if allowed and picking.owner is not None and (verified or guessed):
             return True
         raise UnsupportedUse(
@@ -278,14 +318,14 @@ class Book:
     def _axis(self, operand: Tensor, *, known: Axis | None, key: UseKey, may_be_second: bool) -> Axis:
         rows = operand.shape[0] if operand.dim() else 0
         if may_be_second and operand.dim() >= 2 + operand.is_floating_point() and operand.shape[1] == self.examples:
-            guessed = known is None and self._trust_folds and self.examples not in (1, rows)
+            guessed = known is None and self.trusts and self.examples not in (1, rows)
             if known is Axis.SECOND or guessed:
                 return Axis.SECOND
         if not operand.requires_grad and (known is Axis.SHARED or rows != self.examples):
             return Axis.SHARED  # always exact: nothing is split by its rows
         if known in (None, Axis.BATCH) and rows == self.examples:
             return Axis.BATCH
-        may_fold = known is Axis.FOLDED or (known is None and (self._trust_folds or self.examples == 1))
+        may_fold = known is Axis.FOLDED or (known is None and (self.trusts or self.examples == 1))
         if may_fold and rows > 0 and rows % self.examples == 0:
             return Axis.FOLDED
         raise UnsupportedUse(
@@ -296,8 +336,9 @@ class Book:
 
     def classify_size(self, names: tuple[str, ...], function: str, size: int) -> bool:
         """Whether the leading size of the use that was classified last (``expand``, ``repeat``) is the batch."""
+        function = self.kind + function
         key = (names, function, self._meetings[names, function] - 1)
-        known = self._layout.of(key, examples=self.examples) if self._layout is not None else None
+        known = self.verified.of(key, examples=self.examples) if self.verified is not None else None
         is_batch = size == self.examples and (known is None or known[0] is Axis.BATCH)
         found = Axis.BATCH if is_batch else Axis.SHARED
         self.axes[key] = (found,)
@@ -309,8 +350,8 @@ class Book:
         Parameters that this microbatch did not use get zeros: they are part of every sum.
         """
         assert self._clipping in (None, clipping)
-        if self._layout is not None:
-            self._layout.check_counts(self._meetings)
+        if self.verified is not None:
+            self.verified.check_counts(self._meetings)
         groups = clipping.style.split(self.parameters)
         self._rule = clipping.share(len(groups))
         with full_precision():

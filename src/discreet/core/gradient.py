@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from discreet.core import rules
+from discreet.core import compiled, rules
 from discreet.core.book import Book, Layout
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.layout import nodes, observed_layout
@@ -24,6 +24,7 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> Tensor`` of shape (B,): one loss per example."""
 
 assert rules.__all__
+assert compiled.Backend
 
 
 def clipped_gradient(

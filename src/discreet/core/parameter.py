@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from discreet.core.book import Axis, Book
 from discreet.core.forms import Dense, Form
@@ -33,6 +33,7 @@ from discreet.errors import ConfigError, UnsupportedUse
 Function = Callable[..., Any]
 
 _active: Book | None = None
+_compiler: Callable[[Book], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 _rules: dict[Function, Function] = {}
 _derivable: dict[Function, bool] = {}
 _decompositions: dict[Function, Function] = {}
@@ -43,7 +44,15 @@ _routed: dict[Function, Function] = {}
 def _hand_over(
     cls: type, func: Function, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> Any:
-    return _meet(func, args, kwargs or {})
+    if torch.compiler.is_dynamo_compiling() or torch._guards.TracingContext.try_get() is not None:
+        # The compiler records the plain call; its graph meets the rules in `discreet.core.compiled`, or a hook refuses.
+        with torch._C.DisableTorchFunctionSubclass():
+            return _PLAINLY.get(func, func)(*args, **(kwargs or {}))
+    return _answer(func, args, kwargs or {})
+
+
+_PLAINLY: dict[Function, Function] = {torch.nn.functional.rms_norm: torch.rms_norm}
+"""Functions written in Python that look at the class of their arguments even where it is to be ignored."""
 
 
 class PrivateParameter(nn.Parameter):
@@ -58,6 +67,22 @@ class DerivedParameter(Tensor):
     derivation: Derivation
 
     __torch_function__ = classmethod(_hand_over)
+
+    def plain(self) -> Tensor:
+        """The value as an ordinary tensor without gradient."""
+        return self.detach().as_subclass(Tensor)
+
+    @classmethod
+    def of(cls, value: Tensor, derivation: Derivation) -> DerivedParameter:
+        """A value with its derivation, and with a hook that refuses a gradient past the rules."""
+        wrapped = value.detach().as_subclass(cls)
+        wrapped.derivation = derivation
+        wrapped.requires_grad_().register_hook(_refuser(", ".join(derivation.names)))
+        return wrapped
+
+    def another(self, value: Tensor, derivation: Derivation) -> DerivedParameter:
+        """A value of the same kind: what the compiler traces stays traced."""
+        return DerivedParameter.of(value, derivation)
 
 
 Guarded = (PrivateParameter, DerivedParameter)
@@ -196,7 +221,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, PrivateParameter):
         return value.detach()
     if isinstance(value, DerivedParameter):
-        return value.detach().as_subclass(Tensor)
+        return value.plain()
     return value
 
 
@@ -224,7 +249,8 @@ def guard(book: Book) -> Iterator[None]:
             hooks.append(parameter.register_hook(_refuser(name)))
             parameter.__class__ = PrivateParameter
         _active = book
-        yield
+        with _compiler(book):
+            yield
     finally:
         _active = None
         book.trail.forget()
@@ -232,6 +258,41 @@ def guard(book: Book) -> Iterator[None]:
             hook.remove()
         for name, original in classes.items():
             book.parameters[name].__class__ = original
+
+
+def compiled_through(compiler: Callable[[Book], contextlib.AbstractContextManager[None]]) -> None:
+    """Register what surrounds every guarded forward, so that compiled code in it meets the rules."""
+    global _compiler
+    _compiler = compiler
+
+
+def hide_from_compiler(skip: Function, disable: Function) -> None:
+    """Keep the compiler from eager meetings: it may see the call that meets a parameter, and nothing behind it.
+
+    Args:
+        skip: marks code whose own frame is not compiled.
+        disable: wraps a function in which nothing is compiled.
+    """
+    global _answer
+    if _answer is _meet:
+        skip(_hand_over.__code__)
+        _answer = disable(_meet)
+
+
+def active() -> Book | None:
+    """The book of the model that is guarded now."""
+    return _active
+
+
+@contextlib.contextmanager
+def instead(book: Book) -> Iterator[None]:
+    """Book in another book for a while; for tracing."""
+    global _active
+    before, _active = _active, book
+    try:
+        yield
+    finally:
+        _active = before
 
 
 def _refuser(name: str) -> Callable[[Tensor], None]:
@@ -296,6 +357,9 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise _no_rule(func, names, guarded[0])
 
 
+_answer = _meet
+
+
 def _leaves(value: Any) -> list[Any]:
     """What is inside tuples, lists and dicts, in order: all that arguments of torch functions are made of."""
     if isinstance(value, (tuple, list)):
@@ -323,7 +387,7 @@ _REMEDIES: dict[Function, str] = {
 
 
 def _unwrap_derived(leaf: Any) -> Any:
-    return leaf.as_subclass(Tensor) if isinstance(leaf, DerivedParameter) else leaf
+    return leaf.plain() if isinstance(leaf, DerivedParameter) else leaf
 
 
 _sized: set[Function] = set()
@@ -359,64 +423,79 @@ def _turned(
     return [turned.get(id(operand), operand) for operand in operands], axes, args, kwargs
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A function of parameters alone, as it is run again on other values of them: the ``rebuild`` of a `Derivation`.
+
+    Attributes:
+        use: the meeting at which it ran first.
+        names: the parameters whose values a call takes, in order.
+        parts: for each argument, how it is made from parameters, or None.
+        constants: for each argument, itself where it is no such value, with the version that a tensor had.
+        piece: of a result in pieces, which one.
+    """
+
+    use: Use
+    names: tuple[str, ...]
+    parts: tuple[Derivation | None, ...]
+    constants: tuple[tuple[Any, int], ...]
+    spec: TreeSpec
+    piece: int | None = None
+
+    def __call__(self, *sources: Tensor) -> Any:
+        if any(isinstance(leaf, Tensor) and leaf._version != version for leaf, version in self.constants):
+            raise self.use.refuse("a tensor that it read was changed in place since", "change a copy of it.")
+        known = dict(zip(self.names, sources, strict=True))
+        filled = [
+            constant if part is None else part.rebuild(*(known[name] for name in part.names))
+            for part, (constant, _) in zip(self.parts, self.constants, strict=True)
+        ]
+        args, kwargs = tree_unflatten(filled, self.spec)
+        result = self.use.function(*args, **kwargs)
+        return result if self.piece is None else result[self.piece]
+
+
 def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric: bool) -> Any:
     """Apply a function to parameters alone, and remember how each result was made."""
     leaves, spec = tree_flatten((args, kwargs))
-    parts = [_derivation(use.book, leaf) if isinstance(leaf, Guarded) else None for leaf in leaves]
+    parts = tuple(_derivation(use.book, leaf) if isinstance(leaf, Guarded) else None for leaf in leaves)
     origins = [part for part in parts if part is not None]
     names = tuple(dict.fromkeys(name for part in origins for name in part.names))
     values = {name: source for part in origins for name, source in zip(part.names, part.sources, strict=True)}
-    constants = [None if part is not None else leaf for part, leaf in zip(parts, leaves, strict=True)]
-    func = use.function
-    constant_versions = [(leaf, leaf._version) for leaf in constants if isinstance(leaf, Tensor)]
-
-    def call(*sources: Tensor) -> Any:
-        if any(leaf._version != version for leaf, version in constant_versions):
-            raise use.refuse("a tensor that it read was changed in place since", "change a copy of it.")
-        known = dict(zip(names, sources, strict=True))
-        filled = [
-            constant if part is None else part.rebuild(*(known[name] for name in part.names))
-            for part, constant in zip(parts, constants, strict=True)
-        ]
-        called_args, called_kwargs = tree_unflatten(filled, spec)
-        return func(*called_args, **called_kwargs)
-
+    kept = [None if part is not None else use.book.kept(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+    constants = tuple((leaf, leaf._version if isinstance(leaf, Tensor) else 0) for leaf in kept)
+    call = Replay(use, names, parts, constants, spec)
     keeps_norm = isometric and len(origins) == 1 and origins[0].isometric
     plain_leaves = [plain(leaf) for leaf in leaves]
     versions = [leaf._version for leaf in plain_leaves if isinstance(leaf, Tensor)]
     plain_args, plain_kwargs = tree_unflatten(plain_leaves, spec)
     with torch.no_grad():
-        result = func(*plain_args, **plain_kwargs)
+        result = use.function(*plain_args, **plain_kwargs)
     if versions != [leaf._version for leaf in plain_leaves if isinstance(leaf, Tensor)]:
         raise use.refuse(f"it changes {', '.join(names)} in place", "write it out of place (no inplace=, max_norm=).")
+    sources = tuple(values[name] for name in names)
+    head = next(leaf for leaf in leaves if isinstance(leaf, Guarded))
     if isinstance(result, Tensor):
-        return _wrap(result, Derivation(names, tuple(values[name] for name in names), call, keeps_norm))
-    pieces = []
-    for index, piece in enumerate(result):
-        rebuild = _piece(call, index)
-        pieces.append(_wrap(piece, Derivation(names, tuple(values[name] for name in names), rebuild, False)))
+        return _wrap(result, Derivation(names, sources, call, keeps_norm), like=head)
+    pieces = [
+        _wrap(piece, Derivation(names, sources, replace(call, piece=index), False), like=head)
+        for index, piece in enumerate(result)
+    ]
     return type(result)(pieces) if type(result) in (tuple, list) else tuple(pieces)
 
 
 def cast(use: Use, guarded: Tensor, result: Tensor) -> Tensor:
     """A guarded value in another dtype or memory order: the same value, so the same derivation."""
     known = _derivation(use.book, guarded)
-    return _wrap(result, Derivation(known.names, known.sources, known.rebuild, known.isometric, known.identity))
+    derivation = Derivation(known.names, known.sources, known.rebuild, known.isometric, known.identity)
+    return _wrap(result, derivation, like=guarded)
 
 
-def _piece(call: Callable[..., Any], index: int) -> Callable[..., Tensor]:
-    def rebuild(*sources: Tensor) -> Tensor:
-        return call(*sources)[index]
-
-    return rebuild
-
-
-def _wrap(value: Tensor, derivation: Derivation) -> Tensor:
+def _wrap(value: Tensor, derivation: Derivation, *, like: Tensor) -> Tensor:
     if not value.is_floating_point():
         raise UnsupportedUse(
             f"{', '.join(derivation.names)} as {value.dtype}: no real gradient comes back; keep it floating point."
         )
-    wrapped = value.detach().as_subclass(DerivedParameter)
-    wrapped.derivation = derivation
-    wrapped.requires_grad_().register_hook(_refuser(", ".join(derivation.names)))
-    return wrapped
+    if isinstance(like, DerivedParameter):
+        return like.another(value, derivation)
+    return DerivedParameter.of(value, derivation)

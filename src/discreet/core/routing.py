@@ -67,9 +67,9 @@ class Trail:
 
     def trace(self, operand: Tensor) -> Picking | None:
         """The examples behind the rows of an activation, or None when no picking is in sight."""
-        if operand.dim() < 2 or operand.grad_fn is None or len(operand) == 0:
+        if operand.dim() < 2 or operand.grad_fn is None or operand.shape[0] == 0:
             return None
-        found = self.back(operand.grad_fn, len(operand))
+        found = self.back(operand.grad_fn, operand.shape[0])
         if len(self._new) >= _NODES:  # cut short: a walk that begins further back would see further
             for node in self._new:
                 del self._known[node]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from discreet.core.book import Book, Layout
 from discreet.core.clipping import Clipping
+from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, backward, batch_size_of, check_losses, settle, trainable
 from discreet.core.layout import SEED, frozen_state, other_rows, recomputes, take
 from discreet.core.parameter import guard
@@ -66,10 +67,13 @@ class IsolationVerdict:
     buffers: tuple[str, ...]
 
 
+@uncompiled()
 def compare_with_brute_force(
     model: nn.Module, loss: LossFunction, batch: Any, *, clipping: Clipping, examples: int | None = None
 ) -> NormVerdict:
     """Compare norms and clipped sum with autograd, one example at a time, for B and B - 1 examples and by every route.
+
+    What `torch.compile` was asked to compile is compared as it will be trained, and as it is written.
 
     Raises:
         UnsupportedUse: a use without a rule.
@@ -80,31 +84,38 @@ def compare_with_brute_force(
     rows = other_rows(parameters, batch, size=size)
     parts = ((take(batch, rows, size), len(rows)), (batch, size))
     layout, functions = Layout({}), {name: {} for name in parameters}
+    ways = [False]
     for part, count in parts:
         first = _booked(model, loss, part, count, layout=None)
         layout = layout.merged(first.layout())
         first.discard()
+        if first.compiled:
+            ways = [False, True]
+            written = _booked(model, loss, part, count, layout=None, as_written=True)
+            layout = layout.merged(written.layout())
+            written.discard()
     agree, sum_agrees = dict.fromkeys(parameters, True), True
     routes: dict[str, dict[str, None]] = {name: {} for name in parameters}
     for part, count in parts:
         with frozen_state(model):
             expected = _brute_force(model, loss, part, parameters, count, clipping)
         noise = _rounding(expected.norms, parameters, tolerance)
-        todo: list[Route | None] = [None]
-        for route in todo:
-            with contextlib.nullcontext() if route is None else forced(route):
-                book = _booked(model, loss, part, count, layout=layout)
-                if route is None:
-                    todo += book.open_routes()
-                    for name, taken in book.routes().items():
-                        routes[name].update(dict.fromkeys(taken))
-                    for names, function, _ in book.axes:
-                        for name in names:
-                            functions[name][function] = None
-                found = book.parameter_norms()
-                for name, wanted in expected.norms.items():
-                    agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance, noise=noise)
-                sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
+        for as_written in ways:
+            todo: list[Route | None] = [None]
+            for route in todo:
+                with contextlib.nullcontext() if route is None else forced(route):
+                    book = _booked(model, loss, part, count, layout=layout, as_written=as_written)
+                    if route is None:
+                        todo += book.open_routes()
+                        for name, taken in book.routes().items():
+                            routes[name].update(dict.fromkeys(taken))
+                        for names, function, _ in book.axes:
+                            for name in names:
+                                functions[name][function] = None
+                    found = book.parameter_norms()
+                    for name, wanted in expected.norms.items():
+                        agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance, noise=noise)
+                    sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
     verdicts = tuple(
         ParameterVerdict(name, tuple(value.shape), tuple(functions[name]), tuple(routes[name]), agree[name])
         for name, value in parameters.items()
@@ -112,6 +123,7 @@ def compare_with_brute_force(
     return NormVerdict(parameters=verdicts, sum_agrees=sum_agrees, layout=layout, tolerance=tolerance)
 
 
+@uncompiled()
 def examine_isolation(
     model: nn.Module, loss: LossFunction, batch: Any, *, examples: int | None = None
 ) -> IsolationVerdict:
@@ -143,8 +155,11 @@ def examine_isolation(
     return IsolationVerdict(by_substitution, by_removal, tuple(sorted(buffers)))
 
 
-def _booked(model: nn.Module, loss: LossFunction, batch: Any, count: int, *, layout: Layout | None) -> Book:
+def _booked(
+    model: nn.Module, loss: LossFunction, batch: Any, count: int, *, layout: Layout | None, as_written: bool = False
+) -> Book:
     book = Book(trainable(model), examples=count, layout=layout, trust_folds=True)
+    book.as_written = as_written
     with frozen_state(model), guard(book):
         backward(book, loss(model, batch))
     return book

@@ -180,6 +180,7 @@ def _check_certificate(found: Mapping[str, object], expected: Mapping[str, objec
 def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
     """The certificate as JSON values: every field that a reader needs to judge the claim."""
     return {
+        **_search_record(plan),
         "format": FORMAT,
         "stamp": "" if _is_private(plan, ledger) else NOT_PRIVATE_STAMP,
         "private": _is_private(plan, ledger),
@@ -224,6 +225,34 @@ def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
     }
 
 
+def _search_record(plan: Plan) -> dict[str, object]:
+    """What a search adds to the certificate; nothing for a single run."""
+    if plan.search is None:
+        return {}
+    repetitions, noise = plan.search.repetitions, plan.search.score_noise
+    return {
+        "search": {
+            "name": "a secret random number of runs, the best of which is released alone (arXiv:2110.03620)",
+            "stopping": repetitions.stopping.value,
+            "mean_runs": repetitions.mean,
+            "score": "on data outside the guarantee" if noise is None else f"with noise multiplier {noise:.6g}",
+            "assumes": "neither the number of runs nor anything of the other runs becomes known",
+        }
+    }
+
+
+def _mechanism(plan: Plan, ledger: LedgerView) -> str:
+    """What was done, as the claim says it."""
+    step = f"noise multiplier {plan.noise_multiplier:.6g} on Poisson batches of expected size {plan.batch_size}"
+    if plan.search is None:
+        return f"{ledger.steps_reserved} steps of {step}, all checkpoints and logged metrics included"
+    repetitions = plan.search.repetitions
+    return (
+        f"the best of a secret random number of runs ({repetitions.stopping.value}, {repetitions.mean:g} expected), "
+        f"each of {plan.steps} steps of {step}; the choice is included, and the other runs stay unknown"
+    )
+
+
 def _statement(plan: Plan, ledger: LedgerView) -> str:
     if math.isinf(ledger.epsilon()):
         return (
@@ -231,9 +260,7 @@ def _statement(plan: Plan, ledger: LedgerView) -> str:
         )
     claim = (
         f"({_rounded_up(ledger.epsilon())}, {plan.delta:.6g})-differentially private for {plan.examples} examples, "
-        f"where {_RELATIONS[plan.relation]}; {ledger.steps_reserved} steps of noise multiplier "
-        f"{plan.noise_multiplier:.6g} on Poisson batches of expected size {plan.batch_size}, "
-        "all checkpoints and logged metrics included."
+        f"where {_RELATIONS[plan.relation]}; {_mechanism(plan, ledger)}."
     )
     return (
         f"{NOT_PRIVATE_STAMP}: the noise came from a test seed. With secret noise it would be {claim}"

@@ -92,7 +92,8 @@ def loss_range(part: Part) -> tuple[float, float]:
 
     def ratio(x: float) -> float:
         """``ln((1 - q) + q e^((2x - 1) / 2 s^2))``"""
-        return float(np.logaddexp(math.log1p(-rate) if rate < 1 else -math.inf, math.log(rate) + (x - 0.5) / sigma**2))
+        far = math.log(rate) + (x - 0.5) / sigma / sigma  # the square of a huge sigma would overflow
+        return float(np.logaddexp(math.log1p(-rate) if rate < 1 else -math.inf, far))
 
     tail = _TAIL_SIGMAS * sigma
     if part.direction is Direction.REPLACE:

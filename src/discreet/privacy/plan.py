@@ -16,8 +16,10 @@ from typing import TypeVar
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.accounting import (
     Accountant,
+    Gaussian,
     Query,
     Relation,
+    Repeated,
     SampledGaussian,
     query_from_json,
     query_to_json,
@@ -28,6 +30,7 @@ from discreet.privacy.accounting import (
 )
 from discreet.privacy.files import write_atomically
 from discreet.privacy.records import Fields, canonical_json, parse_json
+from discreet.privacy.repetitions import Repetitions
 from discreet.privacy.sampling import PoissonSampling
 
 FORMAT = 1
@@ -40,6 +43,29 @@ def default_delta(examples: int) -> float:
     if examples < 2:
         raise ConfigError(f"examples={examples}: must be at least 2 for a default delta; pass delta.")
     return float(examples) ** -1.1
+
+
+@dataclass(frozen=True)
+class Search:
+    """The steps of a plan are one run of a search, which releases its best run alone; see `discreet.train.tune`.
+
+    Attributes:
+        repetitions: distribution of the number of runs.
+        score_noise: noise multiplier of the score of each run, a sum over all examples of one number in [0, 1] each;
+            None when scores come from data outside the guarantee.
+    """
+
+    repetitions: Repetitions
+    score_noise: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.score_noise is not None:
+            object.__setattr__(self, "score_noise", float(self.score_noise))
+
+    def query(self, steps: SampledGaussian) -> Repeated:
+        """The whole search as one query: however many runs there are, this is what they cost together."""
+        score = () if self.score_noise is None else (Gaussian(noise_multiplier=self.score_noise),)
+        return Repeated(run=(steps, *score), repetitions=self.repetitions)
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,7 @@ class Plan:
         relation, accountant: what neighbours are, and how queries are composed.
         clipping: the public record of the clipping rule, ``Clipping.describe()``.
         before: private preprocessing on all examples, charged to the same epsilon.
+        search: None for one training run; else the steps are repeated, and the best run is released.
         notes: public remarks of whoever made the plan.
         versions: package -> version at planning time.
     """
@@ -72,6 +99,7 @@ class Plan:
     accountant: Accountant = Accountant.PLD
     clipping: Mapping[str, str | float] = field(default_factory=lambda: dict(DEFAULT_CLIPPING), hash=False)
     before: tuple[Query, ...] = ()
+    search: Search | None = None
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: current_versions(), hash=False)
 
@@ -168,8 +196,14 @@ class Plan:
         return self.sampling.rate
 
     def queries(self, steps: int | None = None) -> tuple[Query, ...]:
-        """What has been released after ``steps`` updates (None: after all of them), preprocessing included."""
+        """What has been released after ``steps`` updates (None: after all of them), preprocessing included.
+
+        A search releases once, at its end, and is charged whole before its first update.
+        """
         count = self.steps if steps is None else steps
+        if self.search is not None:
+            whole = SampledGaussian(self.sample_rate, self.noise_multiplier, self.steps)
+            return (*self.before, *((self.search.query(whole),) if count else ()))
         return (*self.before, SampledGaussian(self.sample_rate, self.noise_multiplier, count))
 
     def spent(self, steps: int | None = None) -> float:
@@ -212,6 +246,10 @@ class Plan:
         record: dict[str, object] = {"format": FORMAT}
         for item in dataclasses.fields(self):
             record[item.name] = getattr(self, item.name)
+        del record["search"]
+        if self.search is not None:
+            whole = SampledGaussian(self.sample_rate, self.noise_multiplier, self.steps)
+            record["search"] = query_to_json(self.search.query(whole))
         record["epsilon"] = "inf" if math.isinf(self.epsilon) else self.epsilon
         record["relation"] = self.relation.value
         record["accountant"] = self.accountant.value
@@ -228,13 +266,15 @@ class Plan:
         Raises:
             ConfigError: a field is unknown, missing or ill-typed, or a number is outside its range. The field is named.
         """
-        names = {item.name for item in dataclasses.fields(cls)} | {"format"}
+        names = {item.name for item in dataclasses.fields(cls)} - {"search"} | {"format"}
+        if isinstance(record, Mapping) and "search" in record:
+            names.add("search")
         fields = Fields(record, where="plan", names=names)
         if fields.integer("format") != FORMAT:
             raise ConfigError(
                 f"plan: format {fields.integer('format')}: this version reads {FORMAT}; use the version that wrote it."
             )
-        return cls(
+        plan = cls(
             examples=fields.integer("examples"),
             batch_size=fields.integer("batch_size"),
             steps=fields.integer("steps"),
@@ -245,9 +285,13 @@ class Plan:
             accountant=_member(Accountant, fields.text("accountant"), name="accountant"),
             clipping=fields.scalars("clipping"),
             before=tuple(query_from_json(query) for query in fields.items("before")),
+            search=_search(fields.mapping("search")) if "search" in names else None,
             notes=fields.texts("notes"),
             versions=fields.text_mapping("versions"),
         )
+        if plan.search is not None and query_to_json(plan.queries()[-1]) != fields.mapping("search"):
+            raise ConfigError("plan: field 'search' contradicts batch, steps or noise; restore the file.")
+        return plan
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the canonical JSON: the name of exactly this plan."""
@@ -269,6 +313,14 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read as a plan ({error}); pass the plan.json of a run.") from None
         return cls.from_json(parse_json(text, where=str(path)))
+
+
+def _search(record: Mapping[str, object]) -> Search:
+    query = query_from_json(record)
+    if not isinstance(query, Repeated) or not 1 <= len(query.run) <= 2:
+        raise ConfigError("plan: field 'search' must be a repeated run of steps, with or without a score; restore it.")
+    scores = [part.noise_multiplier for part in query.run if isinstance(part, Gaussian)]
+    return Search(repetitions=query.repetitions, score_noise=scores[0] if scores else None)
 
 
 _Member = TypeVar("_Member", Relation, Accountant)

@@ -66,8 +66,8 @@ def loss_grid(total: Summary, relation: Relation) -> float:
         for part in step_parts(query, direction):
             low, high = loss_range(part)
             widest = max(widest, high - low)
-        rate, sigma = query.sample_rate, query.noise_multiplier
-        variance += query.count * rate * distance**2 * (1 / (4 * sigma**4) + 1 / sigma**2)
+        inverse = 1 / query.noise_multiplier  # whose powers vanish where those of a huge sigma would overflow
+        variance += query.count * query.sample_rate * distance**2 * (inverse**4 / 4 + inverse**2)
     spread = 17 * math.sqrt(variance)
     return max(fine, widest / _STEP_POINTS, spread / _TOTAL_POINTS, _SMALLEST_GRID)
 
@@ -134,7 +134,9 @@ class FastModel:
         total = merged(self.earlier, dataclasses.replace(self.step, noise_multiplier=noise_multiplier))
         if total.noiseless:
             return math.inf
-        return proposed_epsilon(total, self.left, self.relation) if total.steps else self._limit(noise_multiplier)
+        if not total.steps or noise_multiplier > _LARGEST_FAST:
+            return self._limit(noise_multiplier)
+        return proposed_epsilon(total, self.left, self.relation)
 
     def _limit(self, noise_multiplier: float) -> float:
         total = merged(self.earlier, dataclasses.replace(self.step, noise_multiplier=noise_multiplier))
@@ -148,6 +150,8 @@ class FastModel:
         return seed_noise_multiplier(self.step.sample_rate, steps=self.step.count, mu=rest)
 
 
+_LARGEST_FAST = 1e9
+"""Above it one step's losses are less than any grid tells apart, and the limit is exact to more digits than that."""
 _MODEL_WINDOW = 0.99999
 """The model's own search ends this close to its target."""
 

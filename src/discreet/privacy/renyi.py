@@ -47,8 +47,9 @@ def mixed_renyi(orders: np.ndarray, divergences: tuple[np.ndarray, ...], weights
 
 def _divergence(rate: float, sigma: float, order: float) -> float:
     spacing = _spacing(sigma, order)
-    # The integrand has its mass at 0, and at a, where P is its component at 1 and Q that at 0.
-    low, high = -1 - _REACH * sigma, order + _REACH * sigma
+    # The integrand has its mass at 0, at a, where P is its component at 1 and Q that at 0, or at 2 a - 1, where q is
+    # close to 1 and Q is its component at -1.
+    low, high = -1 - _REACH * sigma, 2 * order + _REACH * sigma
     x = np.arange(math.floor(low / spacing), math.ceil(high / spacing) + 1) * spacing
     noise = -0.5 * (x / sigma) ** 2 - math.log(sigma * math.sqrt(2 * math.pi))
     near, far = math.log1p(-rate), math.log(rate)

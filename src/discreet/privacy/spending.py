@@ -142,6 +142,8 @@ def is_part_of(queries: tuple[Query, ...], plan: Plan) -> bool:
 
     Such a set cannot spend more than the plan, so it needs no composition.
     """
+    if plan.search is not None:
+        return Counter(queries) <= Counter(plan.queries())
     kind = (plan.sample_rate, plan.noise_multiplier)
     steps = sum(
         q.count for q in queries if isinstance(q, SampledGaussian) and (q.sample_rate, q.noise_multiplier) == kind

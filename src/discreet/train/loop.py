@@ -278,7 +278,7 @@ def make_private(
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps)
         size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         rule = clipping_of(the_plan)
-        report = _self_check(model, loss, examples, rule, device)
+        report = self_check(model, loss, examples, rule, device)
         if run is None:
             run = Run.create(
                 Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed
@@ -321,10 +321,10 @@ def _measure(model: nn.Module, loss: LossFunction, examples: Examples, rule: Cli
     return measure(model, loss=loss, batch=batch, clipping=rule)
 
 
-def _self_check(
+def self_check(
     model: nn.Module, loss: LossFunction, examples: Examples, rule: Clipping, device: torch.device
 ) -> CheckReport:
-    """Check on the first few examples; raises `CheckFailed`.
+    """Check a model, before it is trained under a clipping rule, on the first few examples; raises `CheckFailed`.
 
     Numbers that no computation survives are taken out first: a single row must not decide whether training starts.
     """

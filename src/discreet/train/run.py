@@ -15,6 +15,7 @@ import enum
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ LEDGER = "ledger.jsonl"
 KEY = Path("private", "key")
 STATE = Path("private", "state.json")
 SUMS = Path("private", "sums")
+SEARCH = Path("private", "search")
 PLAN = Path("release", "plan.json")
 MODEL = Path("release", "model.safetensors")
 PREPROCESSING = "preprocessing"
@@ -166,6 +168,10 @@ class Run:
         key = subkey(self._key, f"noise for {purpose}") if kept is None else bytes.fromhex(kept)
         return NoiseSource.keyed(key, private=self.private)
 
+    def key_for(self, purpose: str) -> bytes:
+        """A secret key for one purpose of a search, such as one of its runs; purposes never share a bit."""
+        return subkey(self._key, f"search|{purpose}")
+
     def sums(self) -> SumJournal:
         """What each step released under the current key stood for."""
         return SumJournal(self.path / SUMS, key=self._key)
@@ -188,11 +194,20 @@ class Run:
         if known is None and self.charged(stage):
             self.renew_key(["the record of the environment is missing"], stage=stage)
         elif known is not None and known != dict(environment):
-            names = sorted({*known, *environment})
-            self.renew_key([name for name in names if known.get(name) != environment.get(name)], stage=stage)
+            self.renew_key(self.changed(environment, stage=stage), stage=stage)
         state = self._state()
         state["environment"][stage.value] = dict(environment)
         self._keep(state)
+
+    def changed(self, environment: Environment, *, stage: Stage) -> list[str]:
+        """What differs from the record of a stage, by name; nothing when there is no record yet.
+
+        For whoever must refuse to go on rather than `adopt`, and so keep the key.
+        """
+        known = self._state()["environment"].get(stage.value)
+        if known is None:
+            return []
+        return sorted(name for name in {*known, *environment} if known.get(name) != environment.get(name))
 
     def charged(self, stage: Stage) -> bool:
         """Whether a stage has drawn, or may have drawn, noise under the current key."""
@@ -340,6 +355,8 @@ def _destroy_key(path: Path) -> None:
     # The state may hold the noise key of the private statistics.
     for name in (STATE, SUMS):
         (path / name).unlink(missing_ok=True)
+    # The best run of a search so far, and its score: only the released one may outlive the search.
+    shutil.rmtree(path / SEARCH, ignore_errors=True)
     sync(key.parent)
 
 

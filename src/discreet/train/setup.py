@@ -134,6 +134,13 @@ def _rule_of(record: Mapping[str, str | float]) -> Clipping:
 
 def check_plan(plan: Plan, *, clipping: Clipping | None, examples: int) -> None:
     """Refuse data or clipping that a plan, perhaps from an earlier process, was not made for."""
+    if plan.search is not None:
+        raise ConfigError("the plan is that of a search: its steps are repeated; pass it to tune(), or plan one run.")
+    check_examples(plan, clipping=clipping, examples=examples)
+
+
+def check_examples(plan: Plan, *, clipping: Clipping | None, examples: int) -> None:
+    """Refuse another number of examples, or another clipping rule, than a plan says."""
     if plan.examples != examples:
         raise ConfigError(
             f"{examples} examples in the data set, {plan.examples} in the plan: N is public and fixed; make a "

@@ -14,6 +14,7 @@ from discreet.app.plan_page.figures import (
 from discreet.app.plan_page.simulated import Simulation
 from discreet.app.report import parts
 from discreet.app.report.text import duration, percent, plain, safe, scientific, upward
+from discreet.insight.extrapolation import Law
 from discreet.privacy.options import Option, Proposal
 
 _REASONS = {
@@ -136,7 +137,7 @@ def simulation_section(proposal: Proposal, simulation: Simulation | None) -> str
     sizes = sorted({batch for batch, _ in simulation.points})
     text = (
         f"{len(simulation.points)} runs at batches of {plain(sizes[0])} to {plain(sizes[-1])} and the same noise per "
-        f"update. Their line changes by {100 * simulation.slope:+.2f} points per doubling, and expects "
+        f"update. {_trend(simulation)}, which expects "
         f"{percent(simulation.line(simulation.at_batch))} at the real batch of {plain(simulation.at_batch)}; a single "
         f"run there should lie between {percent(simulation.low)} and {percent(simulation.high)}."
     )
@@ -145,7 +146,19 @@ def simulation_section(proposal: Proposal, simulation: Simulation | None) -> str
         "is not. They rank settings and draw this line; they are no result."
     )
     picture = parts.figure(simulation_figure(proposal, simulation), caption=warning)
-    return parts.section("Simulated at constant noise per update", markup=[parts.paragraph(text), picture])
+    stamp = ""
+    if simulation.stamp:
+        stamp = parts.paragraph(
+            f"<strong>{safe(simulation.stamp)}</strong>: these runs read private data, and no epsilon covers them.",
+            role="stamp",
+        )
+    return parts.section("Simulated at constant noise per update", markup=[stamp, parts.paragraph(text), picture])
+
+
+def _trend(simulation: Simulation) -> str:
+    if simulation.law is Law.INVERSE:
+        return "Accuracy rises with the batch towards a limit, as 1 / batch falls"
+    return f"Their line changes by {100 * simulation.slope:+.2f} points per doubling of the batch"
 
 
 def _picture(title: str, drawn: str, *, caption: str) -> str:

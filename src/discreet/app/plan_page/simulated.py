@@ -3,8 +3,8 @@
     {"points": [{"batch": 64, "seed": 0, "accuracy": 0.93}, ...],
      "fit": {"slope": -0.004, "intercept": 0.95, "at_batch": 4096, "low": 0.89, "high": 0.92}}
 
-``accuracy = intercept + slope log2(batch)``; low and high are the prediction interval of one run at ``at_batch``. Other
-fields are ignored.
+``accuracy = intercept + slope log2(batch)``, or ``intercept + slope / batch`` where the fit says ``"law": "1 / B"``;
+low and high are the prediction interval of one run at ``at_batch``. Other fields are ignored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 from discreet.errors import ConfigError
+from discreet.insight.extrapolation import Law
 from discreet.privacy.records import parse_json
 
 CONFIDENCE = 0.95
@@ -26,12 +27,14 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Simulation:
-    """Runs at small batches and the line through them; see the head of this file.
+    """Runs at small batches and the law through them; see the head of this file.
 
     Attributes:
         points: (batch, accuracy) of every run.
-        slope: change of accuracy per doubling. intercept: the line at a batch of one.
+        slope: change of accuracy per doubling, or per 1 / batch. intercept: at log2(batch) or 1 / batch of 0.
         at_batch: the real batch. low, high: prediction interval there.
+        law: what the slope is of.
+        stamp: empty, or what the page must say first: the runs read private data without accounting.
     """
 
     points: tuple[tuple[int, float], ...]
@@ -40,17 +43,19 @@ class Simulation:
     at_batch: int
     low: float
     high: float
+    law: Law = Law.LOG
+    stamp: str = ""
 
     def line(self, batch: float) -> float:
         """The fitted accuracy at a batch size."""
-        return self.intercept + self.slope * math.log2(batch)
+        return self.intercept + self.slope * self.law.x(batch)
 
     def band(self, batches: Sequence[float]) -> list[tuple[float, float]]:
         """(low, high) for one new run at each batch size: ``-+ t s sqrt(1 + 1/n + (x - mean x)^2 / Sxx)``.
 
         Empty with fewer than three runs or one batch size, from which no spread can be told.
         """
-        x = np.log2([batch for batch, _ in self.points])
+        x = np.array([self.law.x(batch) for batch, _ in self.points])
         y = np.array([accuracy for _, accuracy in self.points])
         spread = float(((x - x.mean()) ** 2).sum())
         if len(x) < 3 or spread == 0:
@@ -60,7 +65,7 @@ class Simulation:
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2))
         found = []
         for batch in batches:
-            half = quantile * deviation * math.sqrt(1 + 1 / len(x) + (math.log2(batch) - x.mean()) ** 2 / spread)
+            half = quantile * deviation * math.sqrt(1 + 1 / len(x) + (self.law.x(batch) - x.mean()) ** 2 / spread)
             found.append((max(0.0, self.line(batch) - half), min(1.0, self.line(batch) + half)))
         return found
 
@@ -88,6 +93,8 @@ def read_simulation(path: Path) -> Simulation:
         at_batch=_batch(fit, "at_batch", path),
         low=_share(fit, "low", path),
         high=_share(fit, "high", path),
+        law=_law(fit, path),
+        stamp=_stamp(record, path),
     )
 
 
@@ -96,6 +103,21 @@ def _mapping(record: object, name: str, path: Path) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise ConfigError(f"{path}: {name} must be an object; pass the file that `discreet plan --simulate` wrote.")
     return found
+
+
+def _law(fit: Mapping[str, Any], path: Path) -> Law:
+    laws = {law.value: law for law in Law}
+    found = fit.get("law", Law.LOG.value)
+    if found not in laws:
+        raise ConfigError(f"{path}: law must be one of {sorted(laws)}; simulate again.")
+    return laws[found]
+
+
+def _stamp(record: object, path: Path) -> str:
+    value = record.get("stamp", "") if isinstance(record, Mapping) else ""
+    if not isinstance(value, str):
+        raise ConfigError(f"{path}: stamp must be text; simulate again.")
+    return value
 
 
 def _number(record: object, name: str, path: Path) -> float:

@@ -22,6 +22,7 @@ _WORDS = {
 _KINDS = {
     "gaussian": "counts over all examples, with Gaussian noise",
     "selection": "names told when their noisy count passes a threshold",
+    "repeated": "a secret random number of training runs, the best of which is released",
     "sampled_gaussian": "sums over Poisson batches, with Gaussian noise",
 }
 

@@ -12,7 +12,7 @@ from discreet.app.report.parts import Share
 from discreet.app.report.plots import Curve, can_draw, curve_svg
 from discreet.app.report.record import RunRecord, Stamp, mapping, number, records, texts, word
 from discreet.app.report.text import duration, named, percent, plain, safe, scientific, upward, wilson
-from discreet.privacy.gdp import step_mu
+from discreet.privacy.gdp import gdp_mu, step_mu
 
 _WIDE = ("mlp", "cnn", "transformer")
 _MODELS = {
@@ -156,7 +156,10 @@ def budget_section(run: RunRecord) -> str:
 
 
 def budget_shares(run: RunRecord) -> list[Share]:
-    """Squared GDP parameters of training and of earlier queries (Corollary 2, arXiv:1905.02383)."""
+    """Squared GDP parameters of training and of earlier queries (Corollary 2, arXiv:1905.02383).
+
+    A search has no GDP parameter of its own: it gets what the earlier queries leave of the whole.
+    """
     if run.stamp is Stamp.NOT_PRIVATE:
         return []
     training, steps, before = 0.0, 0.0, 0.0
@@ -170,8 +173,21 @@ def budget_shares(run: RunRecord) -> list[Share]:
             training += count * step_mu(rate, noise_multiplier=sigma) ** 2
         elif query.get("type") == "gaussian":
             before += count / sigma**2
+    searches = [query for query in _queries(run) if query.get("type") == "repeated"]
+    if searches:
+        runs = plain(number(searches[0], "mean_runs") or 0.0)
+        name = f"The search: {runs} runs expected, their scores and the choice"
+        shares = [Share(name, max(0.0, _whole(run) - before)), Share("Private statistics before it", before)]
+        return [share for share in shares if 0 < share.share < math.inf]
     shares = [Share(f"Training, {plain(steps)} steps", training), Share("Private statistics before training", before)]
     return [share for share in shares if 0 < share.share < math.inf]
+
+
+def _whole(run: RunRecord) -> float:
+    """Squared GDP parameter of the whole run; 0 where epsilon or delta make no sense."""
+    if run.epsilon is None or run.delta is None or not (0 < run.epsilon < math.inf and 0 < run.delta < 1):
+        return 0.0
+    return gdp_mu(run.epsilon, delta=run.delta) ** 2
 
 
 def curves_section(run: RunRecord) -> str:

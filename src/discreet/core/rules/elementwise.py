@@ -37,13 +37,14 @@ def pointwise(use: Use, *args: Any, **named: Any) -> Tensor:
     leaves, _ = tree_flatten((args, named))
     batched = [leaf for leaf in leaves if isinstance(leaf, Tensor) and use.is_batched(leaf)]
     axes = max(operand.dim() for operand in batched)
-    rows = {operand.shape[0] for operand in batched if operand.dim() == axes}
-    if len(rows) != 1 or any(operand.dim() < axes and operand.requires_grad for operand in batched):
+    row_count, *others = [operand.shape[0] for operand in batched if operand.dim() == axes]
+    if any(rows != row_count for rows in others) or any(
+        operand.dim() < axes and operand.requires_grad for operand in batched
+    ):
         raise use.refuse(
             f"operands of shapes {[tuple(operand.shape) for operand in batched]} align their batch axes differently",
             "give every activation the same number of axes, with the batch first.",
         )
-    (row_count,) = rows
     substituted, names = tree_map(lambda leaf: spread(use, leaf, axes, row_count), (args, named))
     return use.function(*substituted, **names)
 
@@ -91,11 +92,11 @@ def prelu(use: Use, input: Tensor, weight: Tensor) -> Tensor:
 @rule(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat)
 def expand(use: Use, value: Tensor, *sizes: Any) -> Tensor:
     """``p.expand(B, ...)``: a leading axis of 1 (or a new one) that becomes the batch; else a view of ``p`` alone."""
-    flat = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else tuple(sizes)
+    flat = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], (int, torch.SymInt)) else tuple(sizes)
     repeats = use.function is Tensor.repeat
     leading_is_free = len(flat) > value.dim() or value.shape[0] == 1
     examples = use.book.examples
-    if not (flat and leading_is_free and use.meets_batch(int(flat[0]))):
+    if not (flat and leading_is_free and use.meets_batch(flat[0])):
         return derive(use, (value, *sizes), {}, isometric=False)
     each = use.expand(value)
     inner = value.shape[1:] if len(flat) == value.dim() else value.shape

@@ -45,7 +45,7 @@ def layer_norm(
     return _affine(use, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, trailing=True)
 
 
-@rule(F.rms_norm)
+@rule(F.rms_norm, torch.rms_norm)
 def rms_norm(
     use: Use, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -126,9 +126,9 @@ class _LayerNorm(torch.autograd.Function):
 
 def _over_positions(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(N, ..., *shape) -> (N, *shape)."""
-    value_NSD = value.reshape(len(value), -1, math.prod(shape))
+    value_NSD = value.reshape(value.shape[0], -1, math.prod(shape))
     total = value_NSD[:, 0] if value_NSD.shape[1] == 1 else value_NSD.sum(1)
-    return total.reshape(len(value), *shape)
+    return total.reshape(value.shape[0], *shape)
 
 
 class _GroupNorm(torch.autograd.Function):

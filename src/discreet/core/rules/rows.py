@@ -31,8 +31,8 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
-        ids_BS = torch.arange(len(grad), device=grad.device).reshape(ctx.book.examples, -1)
-        ctx.book.record(ctx.derivation, Lookup(ids_BS, grad.reshape(*ids_BS.shape, -1), len(grad)))
+        ids_BS = torch.arange(grad.shape[0], device=grad.device).reshape(ctx.book.examples, -1)
+        ctx.book.record(ctx.derivation, Lookup(ids_BS, grad.reshape(*ids_BS.shape, -1), grad.shape[0]))
         return None, None, None, None
 
 

@@ -1,0 +1,1 @@
+"""What the planner and its simulations are worth, on real data."""

@@ -1,0 +1,320 @@
+"""`discreet tune`: data -> plan, shown -> ledger -> private statistics -> a secret number of runs -> the best one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from discreet.app import models
+from discreet.app.data import Examples, Prepared, Preprocessing, Source
+from discreet.app.evaluation import Evaluation, evaluate
+from discreet.app.progress import SECONDS_BETWEEN_LINES
+from discreet.app.report import write_report
+from discreet.app.training import DataOptions, open_data, pick_device
+from discreet.core.clipping import Clipping
+from discreet.errors import ConfigError
+from discreet.privacy.accounting import Query
+from discreet.privacy.certificate import Verification, verify
+from discreet.privacy.files import write_atomically
+from discreet.privacy.plan import Plan, default_delta
+from discreet.privacy.repetitions import Stopping
+from discreet.privacy.tuning import USUAL_RUNS, one_run, plan_search
+from discreet.train.environment import describe_data
+from discreet.train.loop import new_run_dir
+from discreet.train.run import PREPROCESSING, Run, Stage
+from discreet.train.trial import Recipe
+from discreet.train.tune import Choice, PrivateScore, PublicScore, Tuned, tune
+
+_LONG = 0.95
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What a user may say about a search; None leaves it open. See `discreet.train.tune.tune`.
+
+    Attributes:
+        rates, kinds: the declared grid; kinds None: the usual model for the data.
+        score_data: public data to compare runs on; None: the private training rows, with noise.
+    """
+
+    epsilon: float
+    rates: tuple[float, ...]
+    kinds: tuple[models.ModelKind, ...] | None = None
+    delta: float | None = None
+    runs: float = USUAL_RUNS
+    stopping: Stopping = Stopping.LOGARITHMIC
+    score_data: Path | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    clipping: Clipping | None = None
+    out: Path | None = None
+    resume: bool = False
+    device: str = "auto"
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class TuneOutcome:
+    """What a finished search amounts to. Released or public, all of it; ``test`` is about the held-out examples."""
+
+    tuned: Tuned
+    verified: Verification
+    report: Path
+    model: dict[str, object]
+    rate: float
+    test: Evaluation | None
+    statements: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The object that ``--json`` prints, and ``result.json``. How long it took is not in it: time tells K."""
+        plan = self.tuned.plan
+        return {
+            "run_dir": str(self.tuned.run_dir),
+            "report": str(self.report),
+            "epsilon": self.verified.epsilon,
+            "delta": plan.delta,
+            "noise_multiplier": plan.noise_multiplier,
+            "batch_size": plan.batch_size,
+            "steps": plan.steps,
+            "examples": plan.examples,
+            "private": self.verified.private,
+            "chosen": self.tuned.choice,
+            "learning_rate": self.rate,
+            "score": self.tuned.score if math.isfinite(self.tuned.score) else None,
+            "model": self.model,
+            "test": self.test.to_json() if self.test is not None else None,
+            "statements": list(self.statements),
+        }
+
+    def text(self) -> str:
+        """What the command prints."""
+        plan = self.tuned.plan
+        facts: dict[str, object] = {
+            "epsilon, of the whole search": f"{self.verified.epsilon:.6g}",
+            "delta": f"{plan.delta:.6g}",
+            "chosen": self.tuned.choice,
+            "its score": f"{self.tuned.score:.4f}",
+        }
+        if self.test is not None:
+            facts["test accuracy"] = f"{self.test.accuracy:.4f}"
+        facts |= {"run": self.tuned.run_dir, "report": self.report}
+        width = max(len(name) for name in facts)
+        lines = [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
+        stamp = [] if self.verified.private else ["NOT PRIVATE: tuned in test mode.\n"]
+        return "\n".join([*stamp, *lines, "", *self.statements])
+
+
+def tune_file(data: DataOptions, options: TuneOptions) -> TuneOutcome:
+    """Search on a file or folder. Everything is read, validated and announced before anything is written."""
+    device = pick_device(options.device)
+    kinds = options.kinds or (models.ModelKind.AUTO,)
+    source = open_data(data, kind=kinds[0])
+    kinds = tuple(dict.fromkeys(models.kind_for(kind, source.kind) for kind in kinds))
+    _check_grid(options, kinds)
+    judge = _judge(data, options, kinds[0], source)
+    delta = default_delta(source.examples) if options.delta is None else options.delta
+    preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
+    before = source.queries(preprocessing)
+    with _open_run(options, kinds, source, delta=delta, before=before) as run:
+        described = describe_data(source.fingerprint())
+        changed = run.changed(described, stage=Stage.DATA)
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)}: changed since the search began; restore it, or start a new search, which "
+                "spends its own epsilon."
+            )
+        run.adopt(described, stage=Stage.DATA)
+        for position, query in enumerate(before):
+            run.reserve_query(f"preprocessing {position}", query)
+        prepared = source.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing)
+        scoring = None
+        if judge is not None:
+            # The same released statistics: the same rows, noise and charge, so that both are encoded alike.
+            scoring = judge.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing).test
+        settings = _settings(prepared, kinds, options.rates)
+        choices = [
+            Choice(name=name, build=lambda spec=spec: models.build(spec).to(device), recipe=Recipe(rate))
+            for name, (spec, rate) in settings.items()
+        ]
+        run.write("schema.json", prepared.record)
+        tuned = tune(
+            choices,
+            prepared.train,
+            loss=models.loss,
+            score=PrivateScore(right_answers) if scoring is None else PublicScore(lambda model: _share(model, scoring)),
+            run_dir=run,
+            on_step=Heartbeat().beat,
+        )
+    spec, rate = settings[tuned.choice]
+    return _conclude(tuned, prepared, spec, rate=rate, public=scoring is not None)
+
+
+def right_answers(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """1 for each example whose most probable class is the right one, else 0; shape (B,)."""
+    features, targets = batch
+    return (model(features).argmax(1) == targets).float()
+
+
+def announce(plan: Plan) -> None:
+    """Say on stderr what will be spent, before it is: the same whatever happens, and however often it is resumed."""
+    assert plan.search is not None
+    repetitions = plan.search.repetitions
+    scored = "on public data" if plan.search.score_noise is None else "on the training rows, with noise"
+    lines = [
+        f"discreet: this search spends epsilon {plan.spent():.4g} at delta {plan.delta:.3g} in all, now and once, "
+        "however many runs it makes.",
+        f"  about {repetitions.mean:g} runs are expected, {repetitions.runs(_LONG)} or fewer with probability "
+        f"{_LONG:g}; each has {plan.steps} steps of {plan.batch_size} examples at noise {plan.noise_multiplier:.4g}, "
+        f"scored {scored}.",
+        f"  one of these runs alone would spend {one_run(plan):.4g}. Killed, it goes on with --resume, at no cost.",
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+class Heartbeat:
+    """Shows that a search goes on, and no number of runs or steps: their number is part of what must stay unknown."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._shown = self._started
+
+    def beat(self) -> None:
+        """One more step, of whatever run."""
+        now = time.monotonic()
+        if now - self._shown < SECONDS_BETWEEN_LINES:
+            return
+        self._shown = now
+        print(f"tuning, {now - self._started:.0f} s so far; how far it is stays secret", file=sys.stderr, flush=True)
+
+
+def _check_grid(options: TuneOptions, kinds: tuple[models.ModelKind, ...]) -> None:
+    if any(not 0 < rate < math.inf for rate in options.rates):
+        raise ConfigError(f"--learning-rates {options.rates}: must be finite numbers above 0; e.g. 0.01,0.02,0.04.")
+    if len({models.text_units(kind) for kind in kinds}) > 1:
+        raise ConfigError("--models: a transformer reads text in another way than the others; tune them apart.")
+
+
+def _judge(data: DataOptions, options: TuneOptions, kind: models.ModelKind, source: Source) -> Source | None:
+    """The data again, with the public rows to score on in the place of the test rows."""
+    if options.score_data is None:
+        return None
+    places = {place.resolve() for place in (data.path, data.test) if place is not None}
+    if options.score_data.resolve() in places:
+        raise ConfigError(
+            f"--score-data {options.score_data}: is the private or the test data; name public data, or leave it out."
+        )
+    judge = open_data(dataclasses.replace(data, test=options.score_data), kind=kind)
+    if judge.examples != source.examples:
+        raise ConfigError(
+            f"--score-data without --test: {judge.examples} training rows with it and {source.examples} without; give "
+            "the test rows by --test too, so that the training rows are the same."
+        )
+    return judge
+
+
+def _settings(
+    prepared: Prepared, kinds: tuple[models.ModelKind, ...], rates: tuple[float, ...]
+) -> dict[str, tuple[models.ModelSpec, float]]:
+    return {
+        f"{kind.value} at {rate:g}": (
+            models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes)),
+            rate,
+        )
+        for kind in kinds
+        for rate in dict.fromkeys(rates)
+    }
+
+
+def _share(model: nn.Module, rows: Examples | None) -> float:
+    found = None if rows is None else evaluate(model, rows)
+    if found is None:
+        raise ConfigError("--score-data: has no rows; name public data with some.")
+    return found.accuracy
+
+
+def _open_run(
+    options: TuneOptions,
+    kinds: tuple[models.ModelKind, ...],
+    source: Source,
+    *,
+    delta: float,
+    before: tuple[Query, ...],
+) -> Run:
+    if options.resume:
+        if options.out is None:
+            raise ConfigError("--resume without --out: name the run directory to continue.")
+        run = Run.resume(options.out, seed=options.seed)
+        try:
+            _check_same(run.plan, options, examples=source.examples, delta=delta, before=before)
+        except ConfigError:
+            run.close()
+            raise
+        announce(run.plan)
+        return run
+    plan = plan_search(
+        examples=source.examples,
+        epsilon=options.epsilon,
+        delta=delta,
+        runs=options.runs,
+        stopping=options.stopping,
+        private_score=options.score_data is None,
+        batch_size=options.batch_size,
+        steps=options.steps if options.steps is not None else models.defaults(kinds[0]).steps,
+        clipping=(options.clipping if options.clipping is not None else Clipping.automatic()).describe(),
+        before=before,
+    )
+    announce(plan)
+    return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
+
+
+def _check_same(plan: Plan, options: TuneOptions, *, examples: int, delta: float, before: tuple[Query, ...]) -> None:
+    """A resumed search keeps its plan; options that say otherwise are refused and not ignored."""
+    if plan.search is None:
+        raise ConfigError(f"{options.out}: holds a training run and no search; continue it with `discreet train`.")
+    asked = {
+        "examples": (examples, plan.examples),
+        "--epsilon": (options.epsilon, plan.epsilon),
+        "--delta": (delta, plan.delta),
+        "--runs": (options.runs, plan.search.repetitions.mean),
+        "--stopping": (options.stopping, plan.search.repetitions.stopping),
+        "--score-data": (options.score_data is None, plan.search.score_noise is not None),
+        "--batch-size": (options.batch_size or plan.batch_size, plan.batch_size),
+        "--steps": (options.steps or plan.steps, plan.steps),
+        "private statistics": (before, plan.before),
+    }
+    if options.clipping is not None:
+        asked["--clipping"] = (options.clipping.describe(), dict(plan.clipping))
+    for name, (now, planned) in asked.items():
+        if now != planned:
+            raise ConfigError(f"{name}: {now} now, {planned} in the plan of this search; resume with the same options.")
+
+
+def _conclude(tuned: Tuned, prepared: Prepared, spec: models.ModelSpec, *, rate: float, public: bool) -> TuneOutcome:
+    score = "public data" if public else "the training rows, with noise"
+    outcome = TuneOutcome(
+        tuned=tuned,
+        verified=verify(tuned.run_dir),
+        report=tuned.run_dir / "release" / "report.html",
+        model={**spec.to_json(), "parameters": sum(p.numel() for p in tuned.model.parameters())},
+        rate=rate,
+        test=evaluate(tuned.model, prepared.test) if prepared.test is not None else None,
+        statements=(
+            *prepared.statements,
+            f"The learning rate and the model were chosen by a search that is part of epsilon, scored on {score}.",
+        ),
+    )
+    outcome.report.unlink(missing_ok=True)
+    return dataclasses.replace(outcome, report=_write(tuned.run_dir, outcome))
+
+
+def _write(run_dir: Path, outcome: TuneOutcome) -> Path:
+    text = json.dumps(outcome.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_atomically(run_dir / "release" / "result.json", text)
+    return write_report(run_dir)
