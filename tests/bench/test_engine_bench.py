@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -91,3 +95,29 @@ def test_every_model_of_the_real_sizes_can_be_built_without_memory():
             work = Sizes.REAL.workloads[name]()
             size = {"vit-l16": 303_000_000, "resnet50gn": 25_557_032}[name]
             assert sum(parameter.numel() for parameter in work.model.parameters()) == pytest.approx(size, rel=0.01)
+
+
+BUILD = """
+import json, torch
+from bench.engine.workloads import Sizes
+with torch.device("meta"):
+    built = {name: make() for name, make in Sizes.REAL.workloads.items()}
+models = {name: list(work.model.parameters()) for name, work in built.items()}
+assert all(parameter.is_meta for parameters in models.values() for parameter in parameters)
+print(json.dumps({name: sum(parameter.numel() for parameter in parameters) for name, parameters in models.items()}))
+"""
+"""In a process of its own, as a contestant is: importing transformers there hides torchvision from all that follows."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_real_workloads_have_the_sizes_of_their_names(repository):
+    """Built without memory, on the meta device: what an accelerator would be given."""
+    environment = os.environ | {"PYTHONPATH": f"{repository / 'src'}:{repository}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, check=False, timeout=250
+    )
+    assert run.returncode == 0, run.stderr
+    found = {name: count / 1e6 for name, count in json.loads(run.stdout).items()}
+    assert list(found) == list(Sizes.REAL.workloads)
+    known = {"gpt2-small-128": 124, "gpt2-medium-1024": 355, "roberta-large": 355, "vit-l16": 303, "llama-1b": 1236}
+    assert {name: found[name] for name in known} == pytest.approx(known, rel=0.01)

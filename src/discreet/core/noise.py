@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping
@@ -88,12 +89,17 @@ def release(
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`."""
+    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`.
+
+    Attributes:
+        stream: the CUDA stream that the sum is made on; a worker thread would begin on another, and not wait for it.
+    """
 
     name: str
     value: Tensor
     target: Tensor
     start: int
+    stream: torch.cuda.Stream | None
 
 
 def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, threads: int) -> list[list[_Stretch]]:
@@ -107,7 +113,9 @@ def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, thre
         for name, group in itertools.groupby(mine, key=lambda piece: piece[0]):
             starts = [start for _, start in group]
             rows = slice(starts[0], starts[-1] + PIECE)
-            stretches.append(_Stretch(name, values[name].reshape(-1)[rows], targets[name].view(-1)[rows], starts[0]))
+            value, target = values[name].reshape(-1)[rows], targets[name].view(-1)[rows]
+            stream = torch.cuda.current_stream(value.device) if value.is_cuda else None
+            stretches.append(_Stretch(name, value, target, starts[0], stream))
         shares.append(stretches)
     return shares
 
@@ -123,13 +131,14 @@ def _add_noise(stretches: list[_Stretch], *, source: NoiseSource, position: int,
     """``target = value * share + draw * scale``, in one worker's memory."""
     with source.scratch() as scratch:
         for stretch in stretches:
-            if stretch.value.device.type == "cpu" and stretch.value.dtype is torch.float32:
+            if _on_host(stretch.value) and stretch.value.dtype is torch.float32:
                 # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
                 value, target = stretch.value.numpy(), stretch.target.numpy()
                 where = {"position": position, "name": stretch.name, "start": stretch.start}
                 source.add(value, target, scratch, **where, scale=scale, share=share)
             else:
-                _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
+                with contextlib.nullcontext() if stretch.stream is None else torch.cuda.stream(stretch.stream):
+                    _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
 
 
 def _add_by_pieces(
@@ -145,7 +154,11 @@ def _add_by_pieces(
             noise = source.piece(len(value), scratch, **where, layer=1)
             np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
         np.multiply(noise, scale, out=noise)
-        if value.device.type == "cpu":
+        if _on_host(value):
             np.add(noise, np.multiply(value.numpy(), share), out=target.numpy())
         else:
             target.copy_(value.to(torch.float64).mul_(share).add_(torch.from_numpy(noise).to(value.device)))
+
+
+def _on_host(value: Tensor) -> bool:
+    return value.device.type == "cpu"
