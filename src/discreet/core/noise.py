@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.rng import PIECE, NoiseSource, Scratch
+from discreet.core.team import for_each
 from discreet.errors import ConfigError
 
 
@@ -75,15 +75,7 @@ def release(
     noise_std = noise_multiplier * total.sensitivity
     shares = _shares(total.tensors, targets, threads=torch.get_num_threads())
     add = partial(_add_noise, source=source, position=position, scale=noise_std / divisor, share=1.0 / divisor)
-    first, *others = shares
-    if not others:
-        add(first)
-    else:
-        with ThreadPoolExecutor(len(others)) as pool:
-            running = [pool.submit(add, share) for share in others]
-            add(first)
-            for each in running:
-                each.result()
+    for_each(add, shares)
     return Released(tensors=targets, noise_std=noise_std / divisor, private=source.private)
 
 
@@ -103,9 +95,9 @@ class _Stretch:
 
 
 def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, threads: int) -> list[list[_Stretch]]:
-    """All entries of all tensors, cut at multiples of `PIECE` into about equal shares, one for each thread."""
+    """All entries of all tensors, cut at multiples of `PIECE` into about equal shares, one a thread where that pays."""
     pieces = [(name, start) for name, value in values.items() for start in range(0, value.numel(), PIECE)]
-    count = max(1, min(threads, len(pieces)))
+    count = max(1, min(threads, sum(value.numel() for value in values.values()) // PIECE))
     shares = []
     for number in range(count):
         mine = pieces[number * len(pieces) // count : (number + 1) * len(pieces) // count]
