@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
@@ -51,10 +52,16 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a contestant's step took: medians over the rounds, and the peak over all of them."""
+    """What a contestant's step took: medians over the rounds, and the peak over all of them.
+
+    Attributes:
+        memory_mib: of the process, or of PyTorch's allocator on an accelerator.
+        tensors_mib: of the tensors alone, without what the process's allocator and its caches hold besides.
+    """
 
     milliseconds: float
     memory_mib: float
+    tensors_mib: float
     phases: dict[str, float]
 
 
@@ -86,13 +93,13 @@ def measure(model: str, *, contestants: list[str], setting: Setting) -> dict[str
                 print(f"{model}: {kind} is ready", file=sys.stderr, flush=True)
     for kind in [kind for kind in contestants if kind not in outcomes]:
         memory = _ask(pipes[kind], False)
-        outcomes[kind] = memory if isinstance(memory, Refusal) else _figures(seconds[kind], memory_mib=memory)
+        outcomes[kind] = memory if isinstance(memory, Refusal) else _figures(seconds[kind], peaks=memory)
     for process in processes:
         process.join()
     return {kind: outcomes[kind] for kind in contestants}
 
 
-def _ask(pipe: Connection, go_on: bool) -> dict[str, float] | float | Refusal:
+def _ask(pipe: Connection, go_on: bool) -> dict[str, float] | Refusal:
     try:
         pipe.send(go_on)
         return pipe.recv()
@@ -100,14 +107,14 @@ def _ask(pipe: Connection, go_on: bool) -> dict[str, float] | float | Refusal:
         return Refusal("the process ended by itself; most often there was not enough memory.")
 
 
-def _figures(steps: list[dict[str, float]], *, memory_mib: float) -> Figures:
+def _figures(steps: list[dict[str, float]], *, peaks: dict[str, float]) -> Figures:
     phases = {phase: 1e3 * statistics.median(step[phase] for step in steps) for phase in steps[0]}
     total = 1e3 * statistics.median(sum(step.values()) for step in steps)
-    return Figures(milliseconds=total, memory_mib=memory_mib, phases=phases)
+    return Figures(milliseconds=total, phases=phases, **peaks)
 
 
 def _contestant(pipe: Connection, setting: Setting, *, model: str, kind: str) -> None:
-    """The life of one process: prepare at the first call, take a step at each, answer with the peak at the end."""
+    """The life of one process: prepare at the first call, take a step at each, answer with the peaks at the end."""
     try:
         _take_turns(pipe, setting, model=model, kind=kind)
     except EOFError:
@@ -135,7 +142,8 @@ def _take_turns(pipe: Connection, setting: Setting, *, model: str, kind: str) ->
         step(watch)
         pipe.send(watch.seconds)
         go_on = pipe.recv()
-    pipe.send(meter.peak_mib())
+    memory_mib = meter.peak_mib()
+    pipe.send({"memory_mib": memory_mib, "tensors_mib": meter.tensors_mib(partial(step, watch))})
 
 
 def _load_libraries(device: torch.device) -> None:

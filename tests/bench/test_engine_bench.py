@@ -13,6 +13,7 @@ import torch
 from bench.engine.__main__ import main, row, table
 from bench.engine.arena import Figures, Refusal, Setting, baseline_first, measure
 from bench.engine.contestants import BASELINE, BASELINE_OF, CONTESTANTS
+from bench.engine.stopwatch import MemoryMeter
 from bench.engine.workloads import Sizes
 
 TINY = Setting(sizes=Sizes.TINY, device="cpu", dtype=torch.float32, threads=1, rounds=1)
@@ -29,7 +30,8 @@ def test_the_record_holds_every_contestant_of_every_model(tmp_path, capsys):
     rows = record["results"]["mlp"]
     assert list(rows) == ["ordinary", "private"]
     for figures in rows.values():
-        assert set(figures) == {"milliseconds", "memory_mib", "phases", "time_ratio", "memory_ratio"}
+        ratios = {"time_ratio", "memory_ratio", "tensors_ratio"}
+        assert set(figures) == {"milliseconds", "memory_mib", "tensors_mib", "phases", *ratios}
         assert all(took > 0 for took in figures["phases"].values())
     assert list(rows["private"]["phases"]) == ["clipped gradient", "release", "write", "optimizer"]
     assert rows["ordinary"]["time_ratio"] == rows["ordinary"]["memory_ratio"] == 1
@@ -44,7 +46,7 @@ def test_a_contestant_that_cannot_run_says_why_and_the_others_go_on():
 
 
 def test_a_refusal_is_a_line_of_the_table():
-    figures = Figures(milliseconds=2.0, memory_mib=3.0, phases={"forward": 2.0})
+    figures = Figures(milliseconds=2.0, memory_mib=3.0, tensors_mib=1.0, phases={"forward": 2.0})
     rows = {kind: row(outcome, baseline=figures) for kind, outcome in {"a": figures, "b": Refusal("why")}.items()}
     assert rows["b"] == {"refused": "why"}
     lines = table({"model": rows}).splitlines()
@@ -53,7 +55,7 @@ def test_a_refusal_is_a_line_of_the_table():
 
 
 def test_without_a_baseline_there_are_no_ratios():
-    figures = Figures(milliseconds=2.0, memory_mib=3.0, phases={"forward": 2.0})
+    figures = Figures(milliseconds=2.0, memory_mib=3.0, tensors_mib=1.0, phases={"forward": 2.0})
     alone = row(figures, baseline=Refusal("why"))
     assert "time_ratio" not in alone
     assert "x " not in table({"model": {"a": alone}}).splitlines()[1]
@@ -121,3 +123,18 @@ def test_real_workloads_have_the_sizes_of_their_names(repository):
     assert list(found) == list(Sizes.REAL.workloads)
     known = {"gpt2-small-128": 124, "gpt2-medium-1024": 355, "roberta-large": 355, "vit-l16": 303, "llama-1b": 1236}
     assert {name: found[name] for name in known} == pytest.approx(known, rel=0.01)
+
+
+def test_the_memory_of_tensors_is_what_they_hold_and_no_more():
+    held = torch.zeros(1 << 20)  # 4 MiB
+
+    def step():
+        first = torch.zeros(2 << 20)
+        del first
+        second, third = torch.zeros(1 << 20), torch.zeros(1 << 20)
+        held.add_(second).add_(third)
+        step.kept = torch.zeros(1 << 19)  # replaces the one of the last step
+
+    meter = MemoryMeter(torch.device("cpu"), tensors_mib=4.0)
+    before = meter.tensors_mib(lambda: None)
+    assert meter.tensors_mib(step) - before == pytest.approx(8 + 2 + 2, abs=0.1)

@@ -370,8 +370,10 @@ class Book:
         norm_B = norm2_B.sqrt()
         factor_B = drop_vanishing(self._rule.factor(norm_B)) * self._summing_margin()
         bad = None if all_finite else ~torch.isfinite(norm_B)
-        while parts:
-            for name, total in parts.pop().weighted_sums(factor_B, bad):
+        summands = [summand for part in parts for summand in part.summands()]
+        parts.clear()
+        while summands:
+            for name, total in summands.pop().weighted_sums(factor_B, bad):
                 self._sums[name] = total.to(sum_dtype(self.parameters[name]))
                 del self._records[name]
         unused = {name: self.parameters[name] for name in group if name not in self._sums}
