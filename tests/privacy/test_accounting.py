@@ -423,6 +423,25 @@ def test_almost_nothing_left_for_training():
     assert used < solution.epsilon <= used * 1.0005
 
 
+@pytest.mark.parametrize("factor", [1 + 1e-4, 1 + 1e-7, 1 + 1e-10])
+@pytest.mark.parametrize("before", [[Gaussian(8.0)], [Gaussian(30.0, 3), SampledGaussian(0.01, 2.0, 100)]])
+def test_next_to_nothing_left_is_solved_or_refused(before, factor):
+    used = epsilon(before, delta=1e-5)
+    try:
+        solution = solve_noise(sample_rate=0.03, steps=800, epsilon=used * factor, delta=1e-5, before=before)
+    except ConfigError as error:
+        assert "no noise multiplier reaches it in 800 steps" in str(error)  # noqa: PT017
+    else:
+        assert solution.epsilon <= used * factor
+        assert solution.evaluations <= 60
+
+
+@pytest.mark.parametrize("at", [1e-300, 1e-20])
+def test_a_delta_that_is_not_resolved_is_refused_before_any_search(at):
+    with pytest.raises(ConfigError, match=r"over 800 steps: below .*resolve"):
+        solve_noise(sample_rate=0.03, steps=800, epsilon=3.0, delta=at)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

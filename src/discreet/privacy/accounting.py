@@ -46,11 +46,13 @@ from discreet.privacy.proposal import (
     FastModel,
     fourier_margin,
     loss_grid,
+    merged,
     selections_per_neighbour,
     sensitivity,
     step_count,
 )
 from discreet.privacy.queries import (
+    LARGEST_NOISE,
     SMALLEST_NOISE,
     Accountant,
     Gaussian,
@@ -280,8 +282,15 @@ def solve_step_noise(
 
     left = delta - earlier.selection_delta * selections_per_neighbour(relation)
     model = FastModel(step, earlier, left, relation, fast=accountant is Accountant.PLD)
+    if model.fast:
+        _margin(merged(earlier, dataclasses.replace(step, noise_multiplier=1.0)), left)
     root = solve_decreasing(
-        spent, target=epsilon, guess=model.noise_multiplier, guess_value=model.epsilon, smallest=SMALLEST_NOISE
+        spent,
+        target=epsilon,
+        guess=model.noise_multiplier,
+        guess_value=model.epsilon,
+        smallest=SMALLEST_NOISE,
+        largest=LARGEST_NOISE,
     )
     if root is None:
         raise ConfigError(
@@ -338,17 +347,27 @@ def _epsilon(total: Summary, delta: float, relation: Relation, accountant: Accou
 
 
 def _pld_epsilon(total: Summary, left: float, relation: Relation) -> float:
-    extended = EXTENDED and fourier_margin(total) > SMALL_MARGIN * left
-    margin = fourier_margin(total, extended=extended)
-    if margin > left / 2:
-        raise ConfigError(
-            f"delta={left:.3g} over {step_count(total)} steps: below {2 * margin:.1e}, what floating-point numbers "
-            "resolve; use a larger delta, fewer steps, or the rdp accountant."
-        )
+    margin, extended = _margin(total, left)
     losses = _compose(total, relation, extended=extended)
     if float(losses.get_delta_for_epsilon(0.0)) <= left - margin:
         return 0.0
     return float(losses.get_epsilon_for_delta(left - margin))
+
+
+def _margin(total: Summary, left: float) -> tuple[float, bool]:
+    """What rounding may take of delta, and whether the composition is in 80 bits.
+
+    Raises:
+        ConfigError: it is more than half of delta.
+    """
+    extended = EXTENDED and fourier_margin(total) > SMALL_MARGIN * left
+    margin = fourier_margin(total, extended=extended)
+    if total.steps and margin > left / 2:
+        raise ConfigError(
+            f"delta={left:.3g} over {step_count(total)} steps: below {2 * margin:.1e}, what floating-point numbers "
+            "resolve; use a larger delta, fewer steps, or the rdp accountant."
+        )
+    return margin, extended
 
 
 @functools.lru_cache(maxsize=4)
@@ -436,6 +455,7 @@ def _referee_has(total: Summary, relation: Relation) -> bool:
 _ORDERS = tuple(float(order) for order in rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
 
 
+@functools.lru_cache(maxsize=8)
 def _renyi(total: Summary, relation: Relation) -> tuple[np.ndarray, np.ndarray]:
     """Orders and divergences of everything, where dp_accounting's accountant does not take some part of it."""
     orders = np.array(_ORDERS)
@@ -460,7 +480,9 @@ def _step_renyi(query: SampledGaussian | TruncatedGaussian, relation: Relation) 
     return mixed_renyi(np.array(_ORDERS), (whole, cut), (1 - query.cut_probability, query.cut_probability))
 
 
+@functools.lru_cache(maxsize=8)
 def _rdp_accountant(total: Summary) -> RdpAccountant:
+    """Composed once, and only read: a privacy profile asks it at many epsilons."""
     accountant = RdpAccountant()
     accountant.compose(_event(total))
     for run, repetitions in total.repeated:

@@ -17,7 +17,15 @@ import numpy as np
 
 from discreet.privacy.gdp import gdp_epsilon, gdp_mu, seed_noise_multiplier
 from discreet.privacy.losses import Direction, Part, Steps, composed_epsilon, loss_range
-from discreet.privacy.queries import SMALLEST_NOISE, Relation, SampledGaussian, Summary, TruncatedGaussian, summarise
+from discreet.privacy.queries import (
+    LARGEST_NOISE,
+    SMALLEST_NOISE,
+    Relation,
+    SampledGaussian,
+    Summary,
+    TruncatedGaussian,
+    summarise,
+)
 from discreet.privacy.search import solve_decreasing
 
 EXTENDED = float(np.finfo(np.longdouble).eps) == 2.0**-63
@@ -127,6 +135,7 @@ class FastModel:
             guess_value=self._limit,
             window=_MODEL_WINDOW,
             smallest=SMALLEST_NOISE,
+            largest=LARGEST_NOISE,
         )
         return self._inverse_limit(epsilon) if root is None else root.x
 
