@@ -305,7 +305,7 @@ def _iterate(private: Private, prepared: Prepared) -> None:
     with Progress(steps=private.steps, done=private.done) as progress:
         for step in private:
             done = step.index + 1
-            progress.show(done, epsilon=step.epsilon)
+            progress.show(done, epsilon=lambda step=step: step.epsilon)
             if done % interval and done < private.steps:
                 continue
             record: dict[str, float | int] = {"step": done, "learning_rate": step.learning_rate}
