@@ -184,11 +184,11 @@ class Laboratory:
         return self._prepared[seed]
 
 
-def compare(laboratory: Laboratory, bound: int) -> dict[str, object]:
-    """The recommended plan and the grid at one bound."""
+def compare(laboratory: Laboratory, bound: int, *, known: Sequence[Cell] = ()) -> dict[str, object]:
+    """The recommended plan and the grid at one bound; ``known``: the grid, if it was trained before."""
     chosen = laboratory.train(laboratory.recommended(bound))
-    cells = []
-    for steps in STEPS:
+    cells = list(known)
+    for steps in () if known else STEPS:
         batch = bound // steps
         if 8 <= batch <= laboratory.examples:
             cells.append(laboratory.train(laboratory.solve(batch_size=batch, steps=steps)))
@@ -232,9 +232,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [workload.name for workload in WORKLOADS]
     parser.add_argument("--sets", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", type=int, help="runs of each cell; default: 1 to 3")
+    parser.add_argument("--grid", type=Path, help="figures of an earlier run: its grids are kept, not trained again")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args(argv)
     started = time.perf_counter()
+    known = {} if options.grid is None else _grids(options.grid)
     results = []
     for workload in WORKLOADS:
         if workload.name not in options.sets:
@@ -244,10 +246,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         laboratory = Laboratory(workload, options.data)
         for bound in workload.bounds:
             print(f"{workload.name}, {bound:,} examples", flush=True)
-            results.append(compare(laboratory, bound))
+            results.append(compare(laboratory, bound, known=known.get((workload.name, bound, workload.seeds), ())))
             if options.out is not None:
                 _write(options.out, results, seconds=time.perf_counter() - started)
     print(table(results))
+
+
+def _grids(path: Path) -> dict[tuple[str, int, int], list[Cell]]:
+    """(data, bound, seeds) -> cells: no cell depends on what the planner would have chosen."""
+    found = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {(r["data"], r["bound"], r["seeds"]): [Cell(**cell) for cell in r["grid"]] for r in found}
 
 
 def _write(path: Path, results: Sequence[dict[str, object]], *, seconds: float) -> None:

@@ -167,7 +167,9 @@ def _for_numbers(options: PlanOptions, clipping: Clipping) -> Proposal:
     if options.parameters is not None:
         if options.parameters < 1:
             raise ConfigError(f"--parameters {options.parameters}: must be at least 1; leave it out if unknown.")
-        machine = dataclasses.replace(machine, parameters=options.parameters) if machine is not None else None
+        if machine is None:
+            raise ConfigError("--parameters without --throughput: belongs to a machine; tell how fast it is, too.")
+        machine = dataclasses.replace(machine, parameters=options.parameters)
     return _propose(
         options, clipping, examples=options.examples, delta=options.delta, before=(), machine=machine, usual_steps=None
     )
