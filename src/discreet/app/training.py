@@ -36,7 +36,10 @@ _FEATURES_PER_COLUMN = 12
 _STAND_IN_CLASSES = 3
 
 EVALUATIONS = 10
-"""How often the held-out examples are looked at during training, for the curve in the report."""
+"""How often the held-out examples are looked at during training, for the curve in the report; see `evaluations`."""
+_EVALUATION_SHARE = 0.05
+_FORWARD = 1 / 3
+"""What evaluating an example costs, of what an update on it does."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +304,8 @@ def _train(
 
 def _iterate(private: Private, prepared: Prepared) -> None:
     """Run the updates; log what is released or public, and figures on held-out examples now and then."""
-    interval = max(1, private.steps // EVALUATIONS)
+    held_out = 0 if prepared.test is None else len(prepared.test)
+    interval = max(1, private.steps // evaluations(private.plan, held_out=held_out))
     with Progress(steps=private.steps, done=private.done) as progress:
         for step in private:
             done = step.index + 1
@@ -317,6 +321,15 @@ def _iterate(private: Private, prepared: Prepared) -> None:
                 if evaluation.nll is not None:
                     record["test_nll"] = evaluation.nll
             private.run.log(record)
+
+
+def evaluations(plan: Plan, *, held_out: int) -> int:
+    """How many evaluations on the way take at most a twentieth of the training: from 1 to `EVALUATIONS`.
+
+    A function of public sizes: a bound on time must not be spent on figures, and no clock decides what is logged.
+    """
+    affordable = _EVALUATION_SHARE * plan.batch_size * plan.steps / (_FORWARD * max(1, held_out))
+    return max(1, min(EVALUATIONS, math.floor(affordable)))
 
 
 def _conclude(private: Private, prepared: Prepared, spec: models.ModelSpec, *, seconds: float) -> Outcome:
