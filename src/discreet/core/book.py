@@ -189,10 +189,16 @@ class Book:
         """Book one use; called from inside the backward.
 
         Raises:
-            UnsupportedUse: its group has been settled, so that its norm did not know of this use.
+            UnsupportedUse: its group has been settled, so that its norm did not know of this use; or the gradients are
+                of another shape than the parameter.
         """
         if not self._collecting:
             return
+        if derivation.identity and form.shape != derivation.sources[0].shape:
+            raise UnsupportedUse(
+                f"{', '.join(derivation.names)}: its shape {tuple(derivation.sources[0].shape)} is spread over "
+                f"{tuple(form.shape)} by the function that it meets; give it that shape, or expand it before."
+            )
         late = [name for name in derivation.names if name in self._sums]
         if late:
             raise UnsupportedUse(

@@ -15,6 +15,7 @@ from discreet.core.book import Layout
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
+from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
 
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
@@ -82,7 +83,10 @@ class ClippedStep:
             share = clipped_gradient(
                 self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)
             )
-            total = share if total is None else total + share
+            if total is None:
+                total = share
+            else:
+                total += share
         return zero_sum(self.parameters, self.clipping) if total is None else total
 
 
@@ -101,6 +105,14 @@ def forget_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
     """Free the gradients of the last update: the clipped sum of the next one takes their place in memory."""
     for parameter in parameters.values():
         parameter.grad = None
+
+
+def gradient_memory(total: ClippedSum, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Where the released gradients may go: the sums' own memory, or new memory where a sum of several is float64."""
+    return {
+        name: value if value.dtype is sum_dtype(parameters[name]) else torch.empty_like(value, dtype=torch.float32)
+        for name, value in total.tensors.items()
+    }
 
 
 def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -25,7 +25,7 @@ from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
 from discreet.train.horizon import updates_allowed
 from discreet.train.run import Run, Stage
-from discreet.train.step import ClippedStep, refuse_unreleased, write_gradient
+from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
 
 RESERVE_STEPS = 16
 """Steps charged to the ledger at once: one fsync for all of them. A crash over-counts by at most this many."""
@@ -176,7 +176,7 @@ class Updates:
             noise_multiplier=self.plan.noise_multiplier,
             source=self._source,
             divisor=self.plan.batch_size,
-            into=total.tensors,
+            into=gradient_memory(total, self.step.parameters),
         )
         write_gradient(released, self.step.parameters)
         rate = self._rates.before_update(index)
