@@ -22,8 +22,9 @@ from discreet.errors import (
     UnsupportedUse,
 )
 from discreet.insight.curves import measure_curves
+from discreet.insight.origin import Origin
 from discreet.insight.proxy_table import Curves, choose_under_compute
-from discreet.insight.simulated_run import Candidate, Origin, Proxy
+from discreet.insight.simulated_run import Candidate, Proxy
 from discreet.insight.simulation import Simulation, simulate
 from discreet.privacy.accounting import Relation
 from discreet.privacy.certificate import verify
