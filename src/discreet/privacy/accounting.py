@@ -18,6 +18,8 @@ What is exact, and what is a bound:
   another example in): an upper bound, as in dp_accounting, and nearly tight where cuts are rare.
 - RDP with replace-one or with truncated batches: not in dp_accounting; see `discreet.privacy.renyi`.
 - searches (`Repeated`): an upper bound, by RDP alone.
+- parts of their own (`HeldOut`): the largest of the parts and the rest counts. For replace-one, an example may also
+  leave one part for another: one removal and one addition, so every two of them are composed as well, by add/remove.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -54,6 +57,7 @@ from discreet.privacy.queries import (
     SMALLEST_NOISE,
     Accountant,
     Gaussian,
+    HeldOut,
     Query,
     Relation,
     Repeated,
@@ -72,6 +76,7 @@ from discreet.privacy.search import solve_decreasing
 __all__ = [
     "Accountant",
     "Gaussian",
+    "HeldOut",
     "NoiseSolution",
     "Query",
     "Relation",
@@ -158,6 +163,8 @@ def profile(
 def _delta(total: Summary, epsilon: float, relation: Relation, accountant: Accountant) -> float:
     if total.noiseless:
         return 1.0
+    if total.held_out:
+        return max(_delta(side, epsilon, how, accountant) for side, how in _sides(total, relation))
     if math.isinf(epsilon) or total.empty:
         return 0.0
     if accountant is Accountant.RDP:
@@ -321,6 +328,8 @@ def _epsilon(total: Summary, delta: float, relation: Relation, accountant: Accou
         return math.inf
     if total.empty:
         return 0.0
+    if total.held_out:
+        return max(_epsilon(side, delta, how, accountant) for side, how in _sides(total, relation))
     if accountant is Accountant.RDP:
         value = _rdp_epsilon(total, left, relation)
     elif not total.steps:
@@ -335,6 +344,20 @@ def _epsilon(total: Summary, delta: float, relation: Relation, accountant: Accou
             f"the {accountant.value} accountant gave NaN for {total}: no claim can be made; use the other accountant."
         )
     return max(0.0, value)
+
+
+def _sides(total: Summary, relation: Relation) -> list[tuple[Summary, Relation]]:
+    """What one example's difference can touch: the rest, or one part; or, when it is replaced, two of them.
+
+    An example that is replaced by one of another part is removed here and added there. The parts make Gaussian queries,
+    whose losses are the same both ways, so add/remove composition covers that. Its names are selected on one side only.
+    """
+    sides = [(side, relation) for side in (total.rest, *total.parts)]
+    if relation is Relation.REPLACE_ONE:
+        crossed = [total.joined(part) for part in total.parts]
+        crossed += [first.joined(second) for first, second in itertools.combinations(total.parts, 2)]
+        sides += [(side, Relation.ADD_REMOVE) for side in crossed]
+    return sides
 
 
 def _pld_epsilon(total: Summary, left: float, relation: Relation) -> float:
