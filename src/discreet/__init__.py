@@ -21,6 +21,19 @@ from discreet.errors import (
     LedgerError,
     UnsupportedUse,
 )
+from discreet.insight.calibration import (
+    BudgetedReport,
+    CalibrationReport,
+    NonPrivateCalibrationReport,
+    Predictions,
+    PrivateRows,
+    PrivateTemperature,
+    PublicRows,
+    Temperature,
+    budgeted_report,
+    calibration_report,
+    fit_temperature,
+)
 from discreet.insight.curves import measure_curves
 from discreet.insight.origin import Origin
 from discreet.insight.proxy_table import Curves, choose_under_compute
@@ -42,6 +55,8 @@ from discreet.train.updates import Step
 
 __all__ = [
     "BudgetExceeded",
+    "BudgetedReport",
+    "CalibrationReport",
     "Candidate",
     "CheckFailed",
     "CheckReport",
@@ -56,12 +71,17 @@ __all__ = [
     "LedgerError",
     "Machine",
     "NoiseSource",
+    "NonPrivateCalibrationReport",
     "Origin",
     "Plan",
+    "Predictions",
     "Private",
+    "PrivateRows",
     "PrivateScore",
+    "PrivateTemperature",
     "Proposal",
     "Proxy",
+    "PublicRows",
     "PublicScore",
     "Recipe",
     "Relation",
@@ -70,12 +90,16 @@ __all__ = [
     "Simulation",
     "Step",
     "Style",
+    "Temperature",
     "Tuned",
     "UnsupportedUse",
+    "budgeted_report",
+    "calibration_report",
     "check",
     "check_rule",
     "choose_under_compute",
     "clipped_gradient",
+    "fit_temperature",
     "make_private",
     "measure",
     "measure_curves",

@@ -80,14 +80,14 @@ def samples():
         "nll": fitted.nll_before,
         "brier": float(brier(large).mean()),
         "gap": float((large.confidence_N - large.correct_N).mean()),
-        "temperature": fitted.value,
+        "optimal_temperature": fitted.value,
         "calibration_loss": fitted.calibration_loss,
     }
     small = [sample(seed) for seed in range(60)]
     return truth, [intervals(one, beta=1 / fit_public_temperature(one).value) for one in small]
 
 
-@pytest.mark.parametrize("name", ["accuracy", "nll", "brier", "gap", "temperature", "calibration_loss"])
+@pytest.mark.parametrize("name", ["accuracy", "nll", "brier", "gap", "optimal_temperature", "calibration_loss"])
 def test_intervals_cover_the_truth_about_as_often_as_they_say(samples, name):
     """At a coverage of 95 %, fewer than 51 of 60 happens once in 3,000; intervals of a quarter of the width, which
     cover 38 %, are told apart."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from discreet.insight.calibration.bins import Bins, expected_calibration_error
+from discreet.insight.calibration.budgeted import BudgetedReport, budgeted_report
+from discreet.insight.calibration.fitting import PublicRows, fit_temperature
 from discreet.insight.calibration.floor import Floor
 from discreet.insight.calibration.predictions import Predictions
+from discreet.insight.calibration.private import PrivateRows, PrivateTemperature
 from discreet.insight.calibration.report import (
     CalibrationReport,
     NonPrivateCalibrationReport,
@@ -14,12 +17,18 @@ from discreet.insight.calibration.temperature import Temperature, fit_public_tem
 
 __all__ = [
     "Bins",
+    "BudgetedReport",
     "CalibrationReport",
     "Floor",
     "NonPrivateCalibrationReport",
     "Predictions",
+    "PrivateRows",
+    "PrivateTemperature",
+    "PublicRows",
     "Temperature",
+    "budgeted_report",
     "calibration_report",
     "expected_calibration_error",
     "fit_public_temperature",
+    "fit_temperature",
 ]

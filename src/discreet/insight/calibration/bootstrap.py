@@ -98,7 +98,7 @@ class _Sums:
             "gap": gap,
             "ece": (weight_RN @ self._width_NM).abs().sum(1),
             "adaptive_ece": (weight_RN @ self._mass_NM).abs().sum(1),
-            "temperature": 1 / (self._beta - step).clamp(min=1 / temperature.HIGHEST),
+            "optimal_temperature": 1 / (self._beta - step).clamp(min=1 / temperature.HIGHEST),
             "calibration_loss": gain + slope * step / 2,
         }
 

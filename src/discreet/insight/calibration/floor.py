@@ -4,8 +4,8 @@ ECE is a sum of absolute values, so it is never 0 on a finite sample: a perfect 
 Differences below this floor mean nothing.
 
 Under perfect calibration the right answers of bin m, given the confidences, are a sum of Bernoulli(p_i), so S_m has
-mean 0 and variance ``v_m = sum p_i (1 - p_i)``. Bins are independent. (The hypothesis is that of consistency resampling,
-Broecker & Smith 2007; here its moments are taken in closed form instead of being simulated.)
+mean 0 and variance ``v_m = sum p_i (1 - p_i)``. Bins are independent. (The hypothesis is that of consistency
+resampling, Broecker & Smith 2007; here its moments are taken in closed form instead of being simulated.)
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from discreet.errors import ConfigError
+from discreet.insight.calibration import temperature
 from discreet.insight.calibration.bins import BINS, Bins, classwise, equal_mass, equal_width
 from discreet.insight.calibration.bootstrap import Interval, brier, intervals
 from discreet.insight.calibration.floor import Floor, floor_of, floor_of_mean, rms_floor
@@ -21,6 +22,7 @@ from discreet.insight.calibration.temperature import Temperature, fit_public_tem
 from discreet.insight.origin import NON_PRIVATE_STAMP, Origin
 
 MOST_GROUPS = 100
+CURVE_POINTS = 33
 _log = logging.getLogger("discreet")
 
 
@@ -63,6 +65,7 @@ class CalibrationReport:
         bins: the table behind the reliability diagram.
         class_ece: ECE of each class.
         groups: in the order of their names; empty when none were given.
+        curve: (T, mean NLL at T) around 1 and T*, temperatures ascending.
     """
 
     examples: int
@@ -87,6 +90,7 @@ class CalibrationReport:
     bins: Bins
     class_ece: tuple[float, ...]
     groups: tuple[Group, ...]
+    curve: tuple[tuple[float, float], ...]
 
     @property
     def stamp(self) -> str:
@@ -132,6 +136,7 @@ class CalibrationReport:
                 "confidence": table.confidence_M.tolist(),
                 "correct": table.correct_M.tolist(),
             },
+            "temperature_curve": [[place, value] for place, value in self.curve if math.isfinite(value)],
             "class_ece": list(self.class_ece),
             "groups": [
                 {
@@ -215,7 +220,15 @@ def calibration_report(
         bins=width,
         class_ece=tuple(table.ece for table in classes),
         groups=_groups(predictions, bins),
+        curve=_curve(predictions, fitted.value),
     )
+
+
+def _curve(predictions: Predictions, best: float) -> tuple[tuple[float, float], ...]:
+    """The loss at temperatures from half of the smaller of 1 and T* to twice the larger."""
+    low, high = min(1.0, best) / 2, max(1.0, best) * 2
+    places = sorted({1.0, best, *(low * (high / low) ** (step / (CURVE_POINTS - 1)) for step in range(CURVE_POINTS))})
+    return tuple((place, float(temperature.nll(predictions, 1 / place).mean())) for place in places)
 
 
 def _groups(predictions: Predictions, bins: int) -> tuple[Group, ...]:
