@@ -21,9 +21,23 @@ from discreet.errors import (
     LedgerError,
     UnsupportedUse,
 )
+from discreet.insight.calibration import (
+    BudgetedReport,
+    CalibrationReport,
+    NonPrivateCalibrationReport,
+    Predictions,
+    PrivateRows,
+    PrivateTemperature,
+    PublicRows,
+    Temperature,
+    budgeted_report,
+    calibration_report,
+    fit_temperature,
+)
 from discreet.insight.curves import measure_curves
+from discreet.insight.origin import Origin
 from discreet.insight.proxy_table import Curves, choose_under_compute
-from discreet.insight.simulated_run import Candidate, Origin, Proxy
+from discreet.insight.simulated_run import Candidate, Proxy
 from discreet.insight.simulation import Simulation, simulate
 from discreet.privacy.accounting import Relation
 from discreet.privacy.certificate import verify
@@ -42,6 +56,8 @@ from discreet.train.updates import Step
 
 __all__ = [
     "BudgetExceeded",
+    "BudgetedReport",
+    "CalibrationReport",
     "Candidate",
     "CheckFailed",
     "CheckReport",
@@ -56,12 +72,17 @@ __all__ = [
     "LedgerError",
     "Machine",
     "NoiseSource",
+    "NonPrivateCalibrationReport",
     "Origin",
     "Plan",
+    "Predictions",
     "Private",
+    "PrivateRows",
     "PrivateScore",
+    "PrivateTemperature",
     "Proposal",
     "Proxy",
+    "PublicRows",
     "PublicScore",
     "Recipe",
     "Relation",
@@ -70,12 +91,16 @@ __all__ = [
     "Simulation",
     "Step",
     "Style",
+    "Temperature",
     "Tuned",
     "UnsupportedUse",
+    "budgeted_report",
+    "calibration_report",
     "check",
     "check_rule",
     "choose_under_compute",
     "clipped_gradient",
+    "fit_temperature",
     "make_private",
     "measure",
     "measure_curves",

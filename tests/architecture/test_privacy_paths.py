@@ -66,7 +66,7 @@ def test_released_is_made_in_one_place():
 
 
 def test_clipped_sums_are_made_where_the_bound_is_enforced():
-    makers = {"core/gradient.py", "core/world.py", "core/histogram.py", "core/score.py"}
+    makers = {"core/gradient.py", "core/world.py", "core/histogram.py", "core/score.py", "core/calibration.py"}
     others = [source for source in sources() if source.path not in makers]
     assert findings(lambda source: constructions(source, "ClippedSum"), others) == []
 

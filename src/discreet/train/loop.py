@@ -33,7 +33,7 @@ from discreet.train.run import Run
 from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, solve_plan
 from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
-from discreet.train.updates import Step, Updates, begin
+from discreet.train.updates import Conclusion, Step, Updates, begin
 
 CHECK_RANGE = 1e4
 """Numbers beyond it are brought to it before the self-check, and NaN and infinity to zero."""
@@ -206,6 +206,7 @@ def make_private(
     run_dir: str | Path | Run | None = None,
     resume: bool = False,
     checkpoint_steps: int = 50,
+    conclude: Conclusion | None = None,
     seed: int | None = None,
 ) -> Private:
     """Set up private training.
@@ -234,6 +235,8 @@ def make_private(
         run_dir: where ledger, checkpoints and release go; None: a new directory below ``runs/``.
         resume: continue the run in ``run_dir``.
         checkpoint_steps: updates between checkpoints.
+        conclude: called with run and model after the last update, while the run is still open. Whatever it releases of
+            private examples must be reserved in the run's ledger before; see `discreet.insight.calibration`.
         seed: test mode: reproducible noise; every artefact is stamped NOT PRIVATE.
 
     Raises:
@@ -293,7 +296,7 @@ def make_private(
             layout=report.layout,
             microbatch=size,
         )
-        updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps)
+        updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
         run.write("check.json", report.to_json())
         on_failure.pop_all()
     return Private(updates, model=model, optimizer=optimizer, check_report=report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable, zero_sum
@@ -56,6 +57,10 @@ class Step:
         return self.plan.spent_at_most(self.index + 1)
 
 
+Conclusion = Callable[[Run, nn.Module], None]
+"""What is done with a run and its model after the last update, before the run is closed for good."""
+
+
 class Updates:
     """State of a run between updates.
 
@@ -74,6 +79,8 @@ class Updates:
         rates: sets the learning rate.
         done: where to start.
         checkpoint_steps: updates between checkpoints.
+        conclude: called with run and model after the last update, while the run is still open; what it releases must be
+            reserved in the run's ledger before.
     """
 
     def __init__(
@@ -85,7 +92,9 @@ class Updates:
         rates: RateControl,
         done: int,
         checkpoint_steps: int,
+        conclude: Conclusion | None = None,
     ) -> None:
+        self._conclude = conclude
         self.run = run
         self.step = step
         self.done = done
@@ -260,6 +269,8 @@ class Updates:
         """Save the model, end the run, and certify it. A second time does nothing."""
         if not self.run.ledger.finished:
             self._check_hold()
+            if self._conclude is not None:
+                self._conclude(self.run, self.step.model)
             self.run.finish(self.step.model)
 
 
@@ -271,6 +282,7 @@ def begin(
     examples: Examples,
     *,
     checkpoint_steps: int,
+    conclude: Conclusion | None = None,
 ) -> Updates:
     """Put a run where its checkpoint left it, or at its start; decide whether the key may still be used."""
     found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
@@ -290,7 +302,13 @@ def begin(
     run.adopt(environment, stage=Stage.TRAINING)
     done = found.step if found is not None else 0
     updates = Updates(
-        run=run, step=step, optimizer=optimizer, rates=rates, done=done, checkpoint_steps=checkpoint_steps
+        run=run,
+        step=step,
+        optimizer=optimizer,
+        rates=rates,
+        done=done,
+        checkpoint_steps=checkpoint_steps,
+        conclude=conclude,
     )
     step.microbatch.on_halving = updates.save
     if found is None:
