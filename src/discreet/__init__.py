@@ -32,6 +32,7 @@ from discreet.privacy.ledger import Ledger
 from discreet.privacy.options import Proposal
 from discreet.privacy.plan import Plan
 from discreet.privacy.planning import plan
+from discreet.train.auto_lr import AutoLR
 from discreet.train.check import CheckReport, check
 from discreet.train.loop import Private, Result, make_private, train
 from discreet.train.throughput import measure
@@ -40,6 +41,7 @@ from discreet.train.tune import Choice, PrivateScore, PublicScore, Tuned, tune
 from discreet.train.updates import Step
 
 __all__ = [
+    "AutoLR",
     "BudgetExceeded",
     "Candidate",
     "CheckFailed",
