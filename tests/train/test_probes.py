@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from discreet.core.probe import LEVELS, RISES
 from discreet.privacy.certificate import verify
@@ -220,6 +221,53 @@ def test_the_rate_does_not_depend_on_where_the_search_begins(tmp_path):
         peaks.append(step.learning_rate / (1 - step.index / STEPS))
         private.close()
     assert max(peaks) / min(peaks) < 4
+
+
+def test_a_probe_that_is_repeated_on_other_data_gets_another_key_and_another_charge(tmp_path):
+    """The noise of a probe never meets two sums: what a crash left behind is drawn and charged anew."""
+    network = toys.model()
+
+    def private(data: TensorDataset, *, resume: bool = False) -> Private:
+        return make_private(
+            network,
+            torch.optim.Adam(network.parameters()),
+            data,
+            loss=toys.loss,
+            noise_multiplier=1.5,
+            batch_size=60,
+            steps=STEPS,
+            run_dir=tmp_path,
+            resume=resume,
+        )
+
+    first = private(toys.data())
+    before = first._updates.run.ledger.key_id
+    _probe_until(first._updates, 2)
+    first.close()
+    features, targets = toys.data().tensors
+    again = private(TensorDataset(features + 1, targets), resume=True)
+    assert again._updates.run.ledger.key_id != before
+    next(iter(again))
+    assert again._updates.run.ledger.steps_reserved > again.done
+    again.close()
+
+
+def test_without_noise_the_rate_is_found_all_the_same(tmp_path):
+    network = toys.model()
+    private = make_private(
+        network,
+        torch.optim.Adam(network.parameters()),
+        toys.data(),
+        loss=toys.loss,
+        epsilon=math.inf,
+        batch_size=60,
+        steps=STEPS,
+        run_dir=tmp_path,
+    )
+    step = next(iter(private))
+    assert step.verdict is not None
+    assert step.verdict.accepted
+    private.close()
 
 
 class _Dropped(nn.Module):

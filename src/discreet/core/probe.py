@@ -92,7 +92,9 @@ def _passes(model: nn.Module, loss: LossFunction, batches: Batches) -> Iterator[
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
+                # A table that a model makes, or makes longer, as it first meets a size is none of an example's state.
+                if name in kept and kept[name].shape == buffer.shape:
+                    buffer.copy_(kept[name])
 
 
 @contextmanager
