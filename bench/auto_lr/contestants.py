@@ -19,6 +19,7 @@ from torch import nn
 
 from bench.auto_lr.tasks import Task
 from discreet.core.clipping import Clipping
+from discreet.core.gradient import trainable
 from discreet.core.noise import release
 from discreet.core.rng import NoiseSource, seed_key
 from discreet.privacy.plan import Plan
@@ -118,7 +119,7 @@ def _automatic(task: Task, plan: Plan, auto: AutoLR, kind: str, *, seed: int) ->
     with tempfile.TemporaryDirectory() as where:
         private = make_private(
             model,
-            _maker(kind, 1.0)(model.parameters()),
+            _maker(kind, 1.0)(trainable(model).values()),
             task.train,
             loss=task.loss,
             plan=plan,
@@ -143,7 +144,7 @@ def _plain(
     seed: int,
 ) -> Result:
     model = task.model(seed)
-    optimizer = maker(model.parameters())
+    optimizer = maker(trainable(model).values())
     peak = float(optimizer.param_groups[0]["lr"])
     source = NoiseSource.insecure_seed(seed)
     step = _step(task, model)
@@ -168,7 +169,7 @@ def _step(task: Task, model: nn.Module) -> ClippedStep:
         model=model,
         loss=task.loss,
         fetch=lambda indices: fetched.fetch(indices, device=device),
-        parameters=dict(model.named_parameters()),
+        parameters=trainable(model),
         clipping=clipping,
         layout=report.layout,
         microbatch=Microbatch(512),

@@ -7,6 +7,8 @@ contestant gets the same features, and it is rates that are compared.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ class Task:
     def plan(self, epsilon: float) -> Plan:
         """Sizes and noise at this epsilon; delta 1 / N^1.1, on the toy 1e-5."""
         examples = len(self.train)
-        delta = 1e-5 if self.name == "toy" else None
+        delta = 1e-5 if self.name in ("toy", "transfer") else None
         usual = planned(examples=examples, epsilon=epsilon, delta=delta, usual_steps=self.updates)
         batch = self.batch if self.batch is not None else min(LARGEST_BATCH, usual.batch_size)
         return Plan.solve(examples=examples, batch_size=batch, steps=self.updates, epsilon=epsilon, delta=delta)
@@ -96,6 +98,28 @@ def _toy(data: Path) -> Task:
         return nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 10))
 
     return Task("toy", draw(20_000), draw(4_000), build, updates=600, batch=500)
+
+
+def _transfer(data: Path) -> Task:
+    """Fine-tuning: the toy's network, trained without noise on public data, with all features shifted by one vector."""
+    toy = _toy(data)
+    generator = torch.Generator().manual_seed(9)
+    public = toy.train.features + 0.6 * torch.randn(40, generator=generator)
+    model = _trained(toy.model(0), toy.loss, Examples(features=public, targets=toy.train.targets))
+    return dataclasses.replace(toy, name="transfer", build=lambda: copy.deepcopy(model))
+
+
+def _trained(model: nn.Module, loss: LossFunction, public: Examples, *, updates: int = 1500) -> nn.Module:
+    """The model after ordinary training on public data."""
+    generator = torch.Generator().manual_seed(5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(updates):
+        batch = public.batch(torch.randint(len(public), (256,), generator=generator))
+        optimizer.zero_grad()
+        loss(model, batch).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model
 
 
 def _digits(data: Path) -> Task:
@@ -180,7 +204,60 @@ def name_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _names(data: Path) -> Task:
-    lines = (data / "names" / "makemore_names.txt").read_text().split()
+    ids, targets = _spelled((data / "names" / "makemore_names.txt").read_text().split())
+    return Task(
+        "names",
+        Examples(features=ids[3000:], targets=targets[3000:]),
+        Examples(features=ids[:3000], targets=targets[:3000]),
+        NameModel,
+        loss=name_loss,
+        batch=512,
+    )
+
+
+def _lora(data: Path) -> Task:
+    """The model of names, trained in public on surnames of 18 languages, learns first names by adapters of rank 4."""
+    lines = [
+        line
+        for file in sorted((data / "names" / "by_language").glob("*.txt"))
+        for line in file.read_text(encoding="utf-8").split()
+    ]
+    ids, targets = _spelled(lines)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _trained(NameModel(), name_loss, Examples(features=ids, targets=targets))
+
+    def build() -> nn.Module:
+        adapted = copy.deepcopy(model)
+        for parameter in adapted.parameters():
+            parameter.requires_grad_(False)
+        for block in adapted.blocks:
+            block[1], block[2] = Adapted(block[1]), Adapted(block[2])  # type: ignore[index]
+            block[4][0], block[4][2] = Adapted(block[4][0]), Adapted(block[4][2])  # type: ignore[index]
+        return adapted
+
+    return dataclasses.replace(_names(data), name="lora", build=build)
+
+
+class Adapted(nn.Module):
+    """``W x + B A x``, W frozen: a low-rank adapter (arXiv:2106.09685) that starts at zero."""
+
+    def __init__(self, base: nn.Linear, rank: int = 4) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = (
+            nn.Linear(base.in_features, rank, bias=False),
+            nn.Linear(rank, base.out_features, bias=False),
+        )
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs of the base layer, and the adapter's on top."""
+        return self.base(inputs) + self.up(self.down(inputs))
+
+
+def _spelled(lines: list[str]) -> tuple[Tensor, Tensor]:
+    """Names as ids and next characters, shuffled, each of shape (N, LENGTH); -1 behind the end."""
     ids = torch.zeros(len(lines), LENGTH, dtype=torch.int64)
     targets = torch.full((len(lines), LENGTH), -1)
     for row, line in enumerate(lines):
@@ -188,22 +265,17 @@ def _names(data: Path) -> Task:
         ids[row, 1 : len(codes) + 1] = torch.tensor(codes)
         targets[row, : len(codes) + 1] = torch.tensor([*codes, 0])
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))
-    ids, targets = ids[order], targets[order]
-    return Task(
-        "names",
-        Examples(features=ids[3000:], targets=targets[3000:]),
-        Examples(features=ids[:3000], targets=targets[:3000]),
-        NameModel,
-        loss=name_loss,
-    )
+    return ids[order], targets[order]
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {
     "toy": _toy,
+    "transfer": _transfer,
     "digits": _digits,
     "adult": _adult,
     "mnist": _images("mnist"),
     "fashion_mnist": _images("fashion_mnist"),
     "sms": _sms,
     "names": _names,
+    "lora": _lora,
 }
