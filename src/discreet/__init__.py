@@ -46,6 +46,7 @@ from discreet.privacy.ledger import Ledger
 from discreet.privacy.options import Proposal
 from discreet.privacy.plan import Plan
 from discreet.privacy.planning import plan
+from discreet.train.auto_lr import AutoLR
 from discreet.train.check import CheckReport, check
 from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.loop import Private, Result, make_private, train
@@ -55,6 +56,7 @@ from discreet.train.tune import Tuned, tune
 from discreet.train.updates import Step
 
 __all__ = [
+    "AutoLR",
     "BudgetExceeded",
     "BudgetedReport",
     "CalibrationReport",

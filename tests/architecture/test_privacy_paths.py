@@ -24,6 +24,7 @@ MAY_DRAW = {
     "train/loop.py": "the random suffix of a new run folder's name",
     "train/throughput.py": "random numbers of the right shapes to measure on; puts the caller's state back",
     "train/trial.py": "starting weights and dropout, from the trial's key; puts the caller's state back",
+    "train/probing.py": "seeds dropout inside a probe, from the run's key, in a state that the caller puts back",
     "train/run.py": "makes the run's secret key, with the operating system's generator",
     "train/updates.py": "seeds dropout inside one step, from the run's key; puts the caller's state back",
 }
@@ -66,7 +67,8 @@ def test_released_is_made_in_one_place():
 
 
 def test_clipped_sums_are_made_where_the_bound_is_enforced():
-    makers = {"core/gradient.py", "core/world.py", "core/histogram.py", "core/score.py", "core/calibration.py"}
+    bounded = {"core/histogram.py", "core/score.py", "core/calibration.py", "core/probe.py"}
+    makers = {"core/gradient.py", "core/world.py", *bounded}
     others = [source for source in sources() if source.path not in makers]
     assert findings(lambda source: constructions(source, "ClippedSum"), others) == []
 

@@ -308,7 +308,6 @@ class TestRefused:
             ({"steps": 0}, "steps=0"),
             ({"microbatch": 0}, "microbatch=0"),
             ({"learning_rate": "fast"}, '"fast"'),
-            ({"learning_rate": "auto"}, "SGD"),
             ({"learning_rate": -1.0}, "-1.0"),
             ({"checkpoint_steps": 0}, "checkpoint_steps=0"),
             ({"noise_multiplier": -1.0}, "-1.0"),

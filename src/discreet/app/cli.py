@@ -184,7 +184,7 @@ def _add_training(command: _Parser) -> None:
     command.add_argument(
         "--steps", type=int, metavar="S", help="updates; fewer get a larger batch, so no run gets cheaper"
     )
-    command.add_argument("--learning-rate", default="auto", metavar="R", help='"auto" or the peak of a linear decay')
+    command.add_argument("--learning-rate", metavar="R", help='"auto": sets itself; or the peak of a linear decay')
     command.add_argument(
         "--clipping",
         type=_clipping,

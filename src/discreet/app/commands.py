@@ -25,6 +25,7 @@ from discreet.insight.origin import Origin
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
 from discreet.privacy.repetitions import Stopping
+from discreet.train.auto_lr import AutoLR
 from discreet.train.setup import clipping_of
 
 DEMO_EPSILON = 3.0
@@ -301,9 +302,11 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ConfigError(f"--delta {options.delta}: must be above 0 and below 1; the default is 1 / examples^1.1.")
 
 
-def _learning_rate(text: str) -> float | None:
-    if text == "auto":
+def _learning_rate(text: str | None) -> float | AutoLR | None:
+    if text is None:
         return None
+    if text == "auto":
+        return AutoLR()
     try:
         rate = float(text)
     except ValueError:

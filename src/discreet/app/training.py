@@ -38,6 +38,7 @@ from discreet.privacy.compute import parse_time
 from discreet.privacy.plan import Calibration, Plan, default_delta
 from discreet.privacy.planner import plan as make_plan
 from discreet.privacy.planning import bound_of
+from discreet.train.auto_lr import AutoLR
 from discreet.train.environment import describe_data
 from discreet.train.loop import Private, make_private, new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
@@ -87,7 +88,7 @@ class TrainOptions:
     model: models.ModelKind = models.ModelKind.AUTO
     batch_size: int | None = None
     steps: int | None = None
-    learning_rate: float | None = None
+    learning_rate: float | AutoLR | None = None
     clipping: Clipping | None = None
     plan: Plan | None = None
     compute: str | None = None
@@ -354,7 +355,7 @@ def _train(
     rate = options.learning_rate if options.learning_rate is not None else models.defaults(kind).learning_rate
     private = make_private(
         model,
-        torch.optim.Adam(model.parameters(), lr=rate),
+        torch.optim.Adam(model.parameters()),
         prepared.train,
         loss=models.loss,
         learning_rate=rate,
@@ -418,6 +419,7 @@ def _conclude(
         statements=(
             *prepared.statements,
             *statement(private.plan, private.run.ledger),
+            *_rate_found(private),
             *_cut_short(private),
             *_weak_delta(private.plan),
         ),
@@ -440,6 +442,15 @@ def _weak_delta(plan: Plan) -> tuple[str, ...]:
     return (
         f"Warning: delta {plan.delta:g} is above 1 / examples, {1 / plan.examples:.2g}; such a promise says little.",
     )
+
+
+def _rate_found(private: Private) -> tuple[str, ...]:
+    """The sentence about a learning rate that set itself."""
+    verdict = private.verdict
+    if verdict is None:
+        return ()
+    known = "" if verdict.tolerance is None else f"; noise of {verdict.tolerance:.3g} in every weight doubles the loss"
+    return (f"The learning rate set itself, inside the budget ({verdict.reason}{known}).",)
 
 
 def _cut_short(private: Private) -> tuple[str, ...]:

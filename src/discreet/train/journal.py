@@ -66,6 +66,8 @@ class SumJournal:
 
     def _digest(self, total: ClippedSum) -> str:
         digest = hashlib.blake2b(key=self._digest_key, digest_size=_DIGEST_BYTES)
+        # The same draw on one sum at two scales would give the sum away; a probe's scale is a released number.
+        digest.update(f"{total.sensitivity!r}|".encode())
         for name, value in sorted(total.tensors.items()):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

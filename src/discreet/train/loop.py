@@ -25,7 +25,7 @@ from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
 from discreet.privacy.compute import Machine
 from discreet.privacy.plan import Plan
-from discreet.train.auto_lr import LearningRate, RateControl
+from discreet.train.auto_lr import GradientNoise, LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
@@ -33,6 +33,7 @@ from discreet.train.run import Run
 from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, solve_plan
 from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
+from discreet.train.tolerance import Verdict
 from discreet.train.updates import Conclusion, Step, Updates, begin
 
 CHECK_RANGE = 1e4
@@ -82,6 +83,11 @@ class Private:
         """Updates in the whole run."""
         return self._updates.last
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """Where an automatic learning rate comes from, in released numbers; None when the rate was given."""
+        return self._updates.verdict
+
     def epsilon(self) -> float:
         """What the ledger says is spent: reservations included, so never less than the truth."""
         return self._run.ledger.epsilon()
@@ -93,6 +99,7 @@ class Private:
     def __iter__(self) -> Iterator[Step]:
         """One private update per iteration, until the plan's last; then the run is finished."""
         updates = self._updates
+        updates.find_rate()
         while not updates.finished:
             index = updates.done
             step = updates.update(updates.clipped_sum(), index=index)
@@ -230,7 +237,8 @@ def make_private(
         compute: the time that the updates may take, "90s", "5m", "2h"; the planner then measures the model for a few
             seconds, on random numbers of the data's shapes, and chooses within it. Reading the data comes on top.
         clipping: automatic by default.
-        learning_rate: "auto", a peak rate with linear decay, a torch scheduler, or None for the optimizer's own.
+        learning_rate: "auto" or an `AutoLR`: found by a few private probes, which are updates of the plan; a peak rate
+            with linear decay; a torch scheduler; or None for the optimizer's own.
         microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
         run_dir: where ledger, checkpoints and release go; None: a new directory below ``runs/``.
         resume: continue the run in ``run_dir``.
@@ -278,9 +286,10 @@ def make_private(
             on_failure.callback(run.close)
         the_plan = run.plan if run is not None else new_plan()
         check_plan(the_plan, clipping=clipping, examples=examples.count)
-        rates = RateControl(optimizer, learning_rate, steps=the_plan.steps)
-        size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         rule = clipping_of(the_plan)
+        noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, rule.sensitivity)
+        rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
+        size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         report = self_check(model, loss, examples, rule, device)
         if run is None:
             run = Run.create(

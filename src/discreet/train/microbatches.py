@@ -39,6 +39,7 @@ class MicrobatchLoader:
     def __iter__(self) -> Iterator[Any]:
         """The batches, as the data set collates them; when the last update is made, the run is finished."""
         updates = self._updates
+        updates.find_rate()
         while not updates.finished:
             indices = updates.draw()
             self.index = updates.done

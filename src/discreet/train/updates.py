@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,8 @@ from torch import nn
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable, zero_sum
-from discreet.core.noise import release
+from discreet.core.noise import Released, release
+from discreet.core.probe import LEVELS, RISES
 from discreet.core.world import world_sum
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.plan import Plan
@@ -25,8 +26,10 @@ from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
 from discreet.train.horizon import updates_allowed
+from discreet.train.probing import probe_sum
 from discreet.train.run import Run, Stage
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
+from discreet.train.tolerance import Asked, Question, Verdict
 
 RESERVE_STEPS = 16
 """Steps charged to the ledger at once: one fsync for all of them. A crash over-counts by at most this many."""
@@ -40,9 +43,11 @@ class Step:
     """One private update, as the loop sees it: released or public values only.
 
     Attributes:
-        index: 0 for the first update.
+        index: position among the updates that the plan pays for. The first ones may have gone into probes of the
+            learning rate, so that a loop does not see them.
         steps: updates in the whole run.
         learning_rate: of the first parameter group, at this update.
+        verdict: why an automatic rate is what it is; None when the rate was given.
         plan: every public number of the run.
     """
 
@@ -50,6 +55,7 @@ class Step:
     steps: int
     learning_rate: float
     plan: Plan
+    verdict: Verdict | None = None
 
     @cached_property
     def epsilon(self) -> float:
@@ -125,6 +131,11 @@ class Updates:
         """Whether no update is left."""
         return self.done >= self.last
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """Where an automatic learning rate comes from; None when the rate was given."""
+        return self._rates.verdict
+
     def draw(self) -> np.ndarray:
         """The Poisson batch of the next update, after its charge is durable; indices, shape (realised batch,).
 
@@ -143,6 +154,25 @@ class Updates:
             self.run.ledger.reserve_steps(first=self.done, count=count)
             self._reserved = self.done + count
         return self.plan.sampling.draw(key=self.run.sampling_key, step=self.done)
+
+    def find_rate(self) -> None:
+        """Spend updates on probes of the loss, for as long as the learning rate asks for them.
+
+        A probe is an update like any other: the same charge, a Poisson batch of its own, one release of one bounded sum
+        with the plan's noise. Only what is released is a number about the loss, and the weights stay where they are.
+        """
+        while not self.finished and (question := self._rates.question()) is not None:
+            index, indices = self.done, self.draw()
+            with self.model_randomness():
+                total = world_sum(self._probe_sum(question, indices))
+            released = self._release(total, index=index)
+            if released is None:
+                continue
+            name = LEVELS if question.asked is Asked.LEVEL else RISES
+            said = self._rates.observe(question, released.tensors[name].tolist())
+            self.done += 1
+            self.run.log({"step": self.done, **said})
+            self.checkpoint_if_due()
 
     def clipped_sum(self) -> ClippedSum:
         """The clipped sum of the next update."""
@@ -176,23 +206,48 @@ class Updates:
                 "`private` or `private.loader`, and only once at a time."
             )
         total = world_sum(total)
-        if not self._sums.admits(index, total):
-            self._renew_key("the sum of a repeated step")
+        released = self._release(total, index=index, into=gradient_memory(total, self.step.parameters))
+        if released is None:
             return None
-        self._source.seek(index)
-        released = release(
-            total,
-            noise_multiplier=self.plan.noise_multiplier,
-            source=self._source,
-            divisor=self.plan.batch_size,
-            into=gradient_memory(total, self.step.parameters),
-        )
         write_gradient(released, self.step.parameters)
         rate = self._rates.before_update(index)
         self._move()
         self._rates.after_update()
         self.done += 1
-        return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan)
+        return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan, verdict=self.verdict)
+
+    def _release(
+        self, total: ClippedSum, *, index: int, into: Mapping[str, torch.Tensor] | None = None
+    ) -> Released | None:
+        """Release the one sum of an update over the expected batch; None when another one was released so."""
+        if not self._sums.admits(index, total):
+            self._renew_key("the sum of a repeated step")
+            return None
+        self._source.seek(index)
+        return release(
+            total,
+            noise_multiplier=self.plan.noise_multiplier,
+            source=self._source,
+            divisor=self.plan.batch_size,
+            into=into,
+        )
+
+    def _probe_sum(self, question: Question, indices: np.ndarray) -> ClippedSum:
+        """The bounded sum of a probe; displacements are a function of (key, update, parameter)."""
+        index, directions = self.done, self.run.noise("displacements of probes")
+        ratio_of = {
+            id(parameter): ratio
+            for group, ratio in zip(self._optimizer.param_groups, self._rates.ratios, strict=True)
+            for parameter in group["params"]
+        }
+        return probe_sum(
+            question,
+            step=self.step,
+            indices=indices,
+            seed=self.run.torch_seed(index),
+            directions=lambda name, entries: directions.normal(entries, position=index, name=name),
+            ratios={name: ratio_of[id(parameter)] for name, parameter in self.step.parameters.items()},
+        )
 
     def _adopt_key(self) -> None:
         """Take noise, journal and horizon from the run's key in force."""
@@ -262,6 +317,7 @@ class Updates:
                 optimizer=self._optimizer.state_dict(),
                 scheduler=scheduler.state_dict() if scheduler is not None else None,
                 ledger_head=self.run.ledger.head,
+                rates=self._rates.state(),
             ),
         )
 
@@ -351,4 +407,5 @@ def _restore(
         raise ConfigError(f"the checkpoint of update {found.step} has other groups of parameters; {remedy}") from None
     if rates.scheduler is not None and found.scheduler is not None:
         rates.scheduler.load_state_dict(dict(found.scheduler))
+    rates.restore(found.rates)
     step.microbatch.size = found.microbatch

@@ -8,6 +8,7 @@ from discreet.app.report import parts
 from discreet.app.report.believed import run_section
 from discreet.app.report.evidence import check_section, data_section, plan_section, verify_section
 from discreet.app.report.files import write_whole
+from discreet.app.report.rate import rate_section
 from discreet.app.report.record import RunRecord, read_run
 from discreet.app.report.story import (
     budget_section,
@@ -32,6 +33,7 @@ def render_report(run: RunRecord) -> str:
             run_section(run),
             budget_section(run),
             curves_section(run),
+            rate_section(run),
             data_section(run),
             check_section(run),
             plan_section(run),

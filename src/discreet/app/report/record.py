@@ -17,7 +17,18 @@ from typing import Any
 from discreet.errors import DataError
 
 MAX_BYTES = 64 << 20
-METRIC_KEYS = ("epsilon", "learning_rate", "seconds", "test_accuracy", "test_nll")
+METRIC_KEYS = (
+    "epsilon",
+    "learning_rate",
+    "loss_level",
+    "probe_displacement",
+    "probe_noise",
+    "probe_rate",
+    "probe_rise",
+    "seconds",
+    "test_accuracy",
+    "test_nll",
+)
 
 
 class Stamp(enum.Enum):

@@ -218,6 +218,7 @@ def curves_section(run: RunRecord) -> str:
         ("test_accuracy", "Test accuracy", None, True),
         ("test_nll", "Test negative log-likelihood", None, False),
         ("learning_rate", "Learning rate", None, False),
+        ("probe_rate", "Learning rate, as probes found it", None, False),
     ]
     drawings = []
     for key, label, limit, is_share in wanted:
