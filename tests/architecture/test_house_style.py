@@ -28,7 +28,7 @@ MAY_CATCH_ALL = {
 
 _STANDS_IN = "a rule stands in for a torch function and hands its keywords on unchanged"
 MAY_FORWARD = dict.fromkeys(("core/rules/elementwise.py", "core/rules/experts.py", "core/register.py"), _STANDS_IN)
-MAY_FORWARD |= {"core/compiled.py": "the compiler's own settings for one graph are handed on unchanged"}
+MAY_FORWARD |= {"core/lowering.py": "the compiler's own settings for one graph are handed on unchanged"}
 """File -> why its signatures may take ``**named``."""
 
 
