@@ -31,10 +31,10 @@ MAY_DRAW = {
 """File -> why it may draw random numbers. Everything else asks one of these."""
 
 MAY_PIN = {
-    "core/compiled.py": {
+    "core/compiled.py": {"compiled": "the engine's own book notes that a compiled region ran"},
+    "core/lowering.py": {
         "args": "the output node of a graph that is being compiled gets more results",
         "_boxed_call": "how the compiler knows that a function frees its arguments",
-        "compiled": "the engine's own book notes that a compiled region ran",
     },
     "core/traced.py": {
         "inner": "on this file's own tensor subclass, which stands for a parameter in a trace",
