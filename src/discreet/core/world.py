@@ -6,6 +6,8 @@ sensitivity of one share. Noise is added after this sum, once: every rank draws 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -32,4 +34,4 @@ def world_sum(total: ClippedSum) -> ClippedSum:
         sizes = [total.tensors[name].numel() for name in names]
         for name, piece in zip(names, flat.split(sizes), strict=True):
             summed[name] = piece.reshape(total.tensors[name].shape)
-    return ClippedSum(tensors={name: summed[name] for name in total.tensors}, sensitivity=total.sensitivity)
+    return replace(total, tensors={name: summed[name] for name in total.tensors})

@@ -41,6 +41,7 @@ class Checkpoint:
         optimizer: ``optimizer.state_dict()``.
         scheduler: the torch scheduler's state, or None.
         ledger_head: hash of the ledger's last record at that time; a ledger without it was cut.
+        clip_bound: where the bound is that follows a quantile of the norms; None when it does not move.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     scheduler: Mapping[str, Any] | None
     ledger_head: str
+    clip_bound: float | None = None
 
 
 def save(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -65,6 +67,7 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
         "step": checkpoint.step,
         "microbatch": checkpoint.microbatch,
         "ledger_head": checkpoint.ledger_head,
+        "clip_bound": checkpoint.clip_bound,
         "model": _encode(dict(checkpoint.model), "model", tensors),
         "optimizer": _encode(dict(checkpoint.optimizer), "optimizer", tensors),
         "scheduler": _encode(checkpoint.scheduler, "scheduler", tensors),
@@ -127,6 +130,7 @@ def load(directory: Path) -> Checkpoint | None:
         optimizer=_decode(state["optimizer"], tensors),
         scheduler=_decode(state["scheduler"], tensors),
         ledger_head=state["ledger_head"],
+        clip_bound=state.get("clip_bound"),
     )
 
 

@@ -66,6 +66,8 @@ class SumJournal:
 
     def _digest(self, total: ClippedSum) -> str:
         digest = hashlib.blake2b(key=self._digest_key, digest_size=_DIGEST_BYTES)
+        # The same sum under another bound would get the same noise at another scale, and the two would tell both.
+        digest.update(repr((total.sensitivity, sorted(total.noise_weights.items()))).encode())
         for name, value in sorted(total.tensors.items()):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -67,7 +67,9 @@ class MicrobatchLoader:
         book, self._book = self._book, None
         with self._guarded:
             backward(book, losses_B * self._weight)
-        self._total = self._total + settle(book, self._updates.step.clipping)
+        share = settle(book, self._updates.step.clipping)
+        # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.
+        self._total = self._total + share if self._weight else self._total
 
     def take(self) -> ClippedSum | None:
         """The sum over the whole batch, once; None while microbatches of it are still to come.

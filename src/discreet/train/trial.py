@@ -162,6 +162,7 @@ def run_trial(
                 into=total.tensors,
             )
             write_gradient(released, parameters)
+            step = step.after(released)
             rates.before_update(index)
             optimizer.step()
             rates.after_update()

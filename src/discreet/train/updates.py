@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -182,6 +182,7 @@ class Updates:
         rate = self._rates.before_update(index)
         self._move()
         self._rates.after_update()
+        self.step = self.step.after(released)
         self.done += 1
         return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan)
 
@@ -243,7 +244,7 @@ class Updates:
 
     def save(self) -> Path:
         """Write a checkpoint now, atomically."""
-        scheduler = self._rates.scheduler
+        scheduler, rule = self._rates.scheduler, self.step.clipping
         return checkpoints.save(
             self.run.checkpoint_dir,
             checkpoints.Checkpoint(
@@ -253,6 +254,7 @@ class Updates:
                 optimizer=self._optimizer.state_dict(),
                 scheduler=scheduler.state_dict() if scheduler is not None else None,
                 ledger_head=self.run.ledger.head,
+                clip_bound=rule.clip_bound if rule.following is not None else None,
             ),
         )
 
@@ -289,6 +291,8 @@ def begin(
         )
     run.adopt(environment, stage=Stage.TRAINING)
     done = found.step if found is not None else 0
+    if found is not None and found.clip_bound is not None:
+        step = replace(step, clipping=replace(step.clipping, clip_bound=found.clip_bound))
     updates = Updates(
         run=run, step=step, optimizer=optimizer, rates=rates, done=done, checkpoint_steps=checkpoint_steps
     )
