@@ -33,10 +33,11 @@ from discreet.privacy.options import Proposal
 from discreet.privacy.plan import Plan
 from discreet.privacy.planning import plan
 from discreet.train.check import CheckReport, check
+from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.loop import Private, Result, make_private, train
 from discreet.train.throughput import measure
 from discreet.train.trial import Recipe
-from discreet.train.tune import Choice, PrivateScore, PublicScore, Tuned, tune
+from discreet.train.tune import Tuned, tune
 from discreet.train.updates import Step
 
 __all__ = [

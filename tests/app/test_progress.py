@@ -9,11 +9,13 @@ from discreet.app.progress import Progress
 def test_plain_lines_when_not_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 6.0, 7.0, 20.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    asked: list[float] = []
     with Progress(steps=10) as shown:
         for done, epsilon in ((1, 0.5), (2, 0.8), (3, 0.9), (10, 2.0)):
-            shown.show(done, epsilon=epsilon)
+            shown.show(done, epsilon=lambda spent=epsilon: asked.append(spent) or spent)
     printed = capsys.readouterr()
     assert printed.out == ""
+    assert asked == [0.8, 2.0]  # what is not shown is not composed
     assert printed.err.splitlines() == [
         "step 2/10  epsilon 0.800  24s left",
         "step 10/10  epsilon 2.000  0s left",
@@ -25,7 +27,7 @@ def test_steps_of_an_earlier_process_do_not_count_as_fast(
 ) -> None:
     clock = iter([0.0, 10.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    Progress(steps=400, done=200).show(210, epsilon=1.0)
+    Progress(steps=400, done=200).show(210, epsilon=lambda: 1.0)
     assert capsys.readouterr().err == "step 210/400  epsilon 1.000  3m 10s left\n"
 
 

@@ -23,6 +23,7 @@ FILE_LINES = 600
 MAY_CATCH_ALL = {
     "app/cli.py": "the edge of the program withholds messages that may quote an example, and exits with 1",
     "core/compiled.py": "whatever stops a compiler, the graph that it was given is run instead, with a warning",
+    "core/team.py": "what a thread raises is carried over and raised in the one that asked",
 }
 """File -> why it may catch every exception."""
 

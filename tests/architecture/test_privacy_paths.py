@@ -23,8 +23,7 @@ MAY_DRAW = {
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
     "train/loop.py": "the random suffix of a new run folder's name",
     "train/throughput.py": "random numbers of the right shapes to measure on; puts the caller's state back",
-    "train/trial.py": "seeds dropout inside one step, from the trial's key; puts the caller's state back",
-    "train/tune.py": "starting weights of each run, from its key, before any example is seen",
+    "train/trial.py": "starting weights and dropout, from the trial's key; puts the caller's state back",
     "train/run.py": "makes the run's secret key, with the operating system's generator",
     "train/updates.py": "seeds dropout inside one step, from the run's key; puts the caller's state back",
 }
@@ -188,7 +187,7 @@ def test_putting_a_model_into_eval_mode_is_no_finding():
 MAY_RUN_TRIALS = {
     "insight/curves.py": "on public data, or stamped",
     "insight/simulated_run.py": "on public data, or stamped",
-    "train/tune.py": "all its trials are charged as one query before the first",
+    "train/contest.py": "all its trials are charged as one query before the first",
 }
 """File -> why it may train without a ledger of its own."""
 

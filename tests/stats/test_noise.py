@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from discreet.core import normal, rng
+from discreet.core import noise, normal, rng
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import clipped_gradient, zero_sum
 from discreet.core.noise import release
@@ -232,6 +232,17 @@ def test_the_number_of_threads_changes_nothing(threads):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_another_device_adds_the_same_bits(dtype, monkeypatch):
+    """The way that sums on an accelerator take, on the CPU: piece by piece, in float64, rounded once."""
+    total = ClippedSum({"w": torch.randn(2 * rng.PIECE + 3, dtype=dtype), "b": torch.randn(3, dtype=dtype)}, 0.7)
+    arguments = {"noise_multiplier": 1.3, "divisor": 48.0}
+    here = release(total, source=NoiseSource.insecure_seed(3), **arguments).tensors
+    monkeypatch.setattr(noise, "_on_host", lambda value: False)
+    there = release(total, source=NoiseSource.insecure_seed(3), **arguments).tensors
+    assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 @pytest.mark.parametrize("divisor", [0.0, -1.0, math.inf, math.nan])

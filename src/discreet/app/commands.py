@@ -158,13 +158,7 @@ def _training(options: argparse.Namespace) -> TrainOptions:
     _check_numbers(options)
     if options.microbatch is not None and options.microbatch < 1:
         raise ConfigError(f"--microbatch {options.microbatch}: must be at least 1; leave it out for the default.")
-    if options.plan is not None:
-        return _planned_training(options)
-    if options.epsilon is None and options.command != "demo":
-        raise ConfigError("--epsilon: is missing; say how much may be revealed, e.g. --epsilon 3, or pass a --plan.")
-    if options.compute is not None and options.batch_size is not None and options.steps is not None:
-        raise ConfigError("--compute with --batch-size and --steps: leaves nothing to choose; leave one of them out.")
-    return TrainOptions(
+    asked = TrainOptions(
         epsilon=DEMO_EPSILON if options.epsilon is None else options.epsilon,
         delta=options.delta,
         model=ModelKind(options.model),
@@ -179,9 +173,16 @@ def _training(options: argparse.Namespace) -> TrainOptions:
         device=options.device,
         seed=options.seed,
     )
+    if options.plan is not None:
+        return _planned(asked, options)
+    if options.epsilon is None and options.command != "demo":
+        raise ConfigError("--epsilon: is missing; say how much may be revealed, e.g. --epsilon 3, or pass a --plan.")
+    if options.compute is not None and options.batch_size is not None and options.steps is not None:
+        raise ConfigError("--compute with --batch-size and --steps: leaves nothing to choose; leave one of them out.")
+    return asked
 
 
-def _planned_training(options: argparse.Namespace) -> TrainOptions:
+def _planned(asked: TrainOptions, options: argparse.Namespace) -> TrainOptions:
     """Training by a saved plan, which nothing on the command line may contradict."""
     for name in ("epsilon", "delta", "batch_size", "steps", "clipping", "compute"):
         value = getattr(options, name)
@@ -190,20 +191,14 @@ def _planned_training(options: argparse.Namespace) -> TrainOptions:
             raise ConfigError(f"--{shown} with --plan: the plan says it already; leave it out, or make another plan.")
     plan = Plan.load(options.plan)
     plan.check()
-    return TrainOptions(
+    return dataclasses.replace(
+        asked,
         epsilon=plan.epsilon,
         delta=plan.delta,
-        model=ModelKind(options.model),
         batch_size=plan.batch_size,
         steps=plan.steps,
         clipping=clipping_of(plan),
         plan=plan,
-        learning_rate=_learning_rate(options.learning_rate),
-        microbatch=options.microbatch,
-        out=options.out,
-        resume=options.resume,
-        device=options.device,
-        seed=options.seed,
     )
 
 

@@ -15,6 +15,7 @@ from discreet.app.data import Prepared, Preprocessing, Source, TableInput, digit
 from discreet.app.evaluation import Evaluation, evaluate
 from discreet.app.progress import Progress
 from discreet.app.report import write_report
+from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, sizes
 from discreet.app.stand_ins import measure_spec
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
@@ -96,11 +97,8 @@ class Outcome:
             "run_dir": str(self.run_dir),
             "report": str(self.report),
             "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
-            "delta": self.plan.delta,
-            "noise_multiplier": self.plan.noise_multiplier,
-            "batch_size": self.plan.batch_size,
+            **sizes(self.plan),
             "steps": self.updates,
-            "examples": self.plan.examples,
             "seconds": round(self.seconds, 3),
             "private": self.private,
             "model": self.model,
@@ -196,15 +194,25 @@ def _open_run(
 ) -> Run:
     """Resume the run, or plan and create one."""
     if options.resume:
-        if options.out is None:
-            raise ConfigError("--resume without --out: name the run directory to continue.")
-        run = Run.resume(options.out, seed=options.seed)
-        try:
-            _check_same(run.plan, options, examples=examples, delta=delta, before=before)
-        except ConfigError:
-            run.close()
-            raise
-        return run
+
+        def asked(plan: Plan) -> AskedAndPlanned:
+            """What may not differ in a single run."""
+            given = None if options.plan is None else options.plan.fingerprint()
+            return {
+                "--plan": (given, plan.fingerprint()),
+                **asked_and_planned(
+                    plan,
+                    examples=examples,
+                    epsilon=options.epsilon,
+                    delta=delta,
+                    batch_size=options.batch_size,
+                    steps=options.steps,
+                    clipping=options.clipping,
+                    before=before,
+                ),
+            }
+
+        return resume_run(options.out, seed=options.seed, asked=asked)
     plan = options.plan
     if plan is None:
         plan = _new_plan(options, spec, device=device, examples=examples, delta=delta, before=before)
@@ -263,25 +271,6 @@ def _named(queries: tuple[Query, ...]) -> str:
     return ", ".join(str(query_to_json(query)) for query in queries) if queries else "no private statistics"
 
 
-def _check_same(plan: Plan, options: TrainOptions, *, examples: int, delta: float, before: tuple[Query, ...]) -> None:
-    """A resumed run keeps its plan; options that say otherwise are refused and not ignored."""
-    asked = {
-        "examples": (examples, plan.examples),
-        "--epsilon": (options.epsilon, plan.epsilon),
-        "--delta": (delta, plan.delta),
-        "--batch-size": (options.batch_size or plan.batch_size, plan.batch_size),
-        "--steps": (options.steps or plan.steps, plan.steps),
-        "private statistics": (before, plan.before),
-    }
-    if options.plan is not None:
-        asked["--plan"] = (options.plan.fingerprint(), plan.fingerprint())
-    if options.clipping is not None:
-        asked["--clipping"] = (options.clipping.describe(), dict(plan.clipping))
-    for name, (now, planned) in asked.items():
-        if now != planned:
-            raise ConfigError(f"{name}: {now} now, {planned} in the plan of this run; resume with the same options.")
-
-
 def _train(
     prepared: Prepared,
     run: Run,
@@ -316,7 +305,7 @@ def _iterate(private: Private, prepared: Prepared) -> None:
     with Progress(steps=private.steps, done=private.done) as progress:
         for step in private:
             done = step.index + 1
-            progress.show(done, epsilon=step.epsilon)
+            progress.show(done, epsilon=lambda step=step: step.epsilon)
             if done % interval and done < private.steps:
                 continue
             record: dict[str, float | int] = {"step": done, "learning_rate": step.learning_rate}

@@ -374,8 +374,10 @@ class Book:
             count = rule.below(norm_B).reshape(1) / len(self._division.groups)
             self._sums[BELOW] = self._sums[BELOW] + count if BELOW in self._sums else count
         bad = None if all_finite else ~torch.isfinite(norm_B)
-        while parts:
-            for name, total in parts.pop().weighted_sums(factor_B, bad):
+        summands = [summand for part in parts for summand in part.summands()]
+        parts.clear()
+        while summands:
+            for name, total in summands.pop().weighted_sums(factor_B, bad):
                 self._sums[name] = total.to(sum_dtype(self.parameters[name]))
                 del self._records[name]
         unused = {name: self.parameters[name] for name in group if name not in self._sums}

@@ -109,7 +109,8 @@ class Clipping:
     """How each example's contribution to a sum is bounded, over all parameters or group by group (`Style`).
 
     - ``Clipping.abadi(R)``: ``min(1, R / n)`` (Abadi et al., arXiv:1607.00133).
-    - ``Clipping.automatic(gamma)``: ``R / (n + gamma)`` with R = 1 (AUTO-S, arXiv:2206.07136). R only rescales the rate.
+    - ``Clipping.automatic(gamma)``: ``R / (n + gamma)`` with R = 1, which only rescales the rate (AUTO-S,
+      arXiv:2206.07136).
     - ``Clipping.normalized()``: ``1 / n`` (AUTO-V, the same paper), 0 for norms below 1e-6.
     - ``Clipping.psac(r)``: ``1 / (n + r / (n + r))`` (arXiv:2212.00328): small gradients are not blown up.
     - ``Clipping.global_(R)``: 1 up to R and 0 beyond (the final form of arXiv:2106.07830). Experimental: whatever is

@@ -217,12 +217,16 @@ class Lookup(Form):
         """
         if self.merged:
             return self
-        cells, cell_of = torch.unique(self._cell_BS().flatten(), return_inverse=True)
+        cell_N = self._cell_BS().flatten()
+        # Every place is sent to the first of its cell. `torch.unique` would do, and wait for the device to count them.
+        order_N = cell_N.argsort(stable=True)
+        fresh_N = torch.ones_like(cell_N, dtype=torch.bool)
+        fresh_N[1:] = cell_N[order_N].diff() != 0
+        place_N = torch.arange(len(cell_N), device=cell_N.device)
+        start_N = torch.where(fresh_N, place_N, 0).cummax(0).values if len(cell_N) else place_N
+        first_N = torch.empty_like(order_N).scatter_(0, order_N, order_N[start_N])
         grad_BSD = wide(self.grad)
-        sums = grad_BSD.new_zeros(cells.numel(), grad_BSD.shape[-1]).index_add_(0, cell_of, grad_BSD.flatten(0, 1))
-        position = torch.arange(cell_of.numel(), device=cell_of.device)
-        first = torch.full_like(cells, cell_of.numel()).scatter_reduce_(0, cell_of, position, "amin")
-        grad = torch.zeros_like(grad_BSD).flatten(0, 1).index_copy_(0, first, sums)
+        grad = torch.zeros_like(grad_BSD).flatten(0, 1).index_add_(0, first_N, grad_BSD.flatten(0, 1))
         return replace(self, grad=grad.reshape(grad_BSD.shape), merged=True)
 
     def _cell_BS(self) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.rng import PIECE, NoiseSource, Scratch
+from discreet.core.team import for_each
 from discreet.errors import ConfigError
 
 
@@ -46,11 +47,11 @@ def release(
     A tensor with a noise weight g gets noise of g times that.
 
     **Guarantees.** One Gaussian query of noise multiplier sigma on the stacked vector of all tensors, each over its
-    noise weight (Dwork & Roth, Theorem A.1; composed by the accountant); scaling back is post-processing. Every entry of
-    every tensor gets noise, also of parameters that the batch did not touch and of an empty batch. Sum and noise meet
-    in float64 and are rounded once. Where the result stays float64, the noise is the normalised sum of two independent
-    draws: the low bits of a single Box-Muller draw could be told from any other number (arXiv:2112.05307); rounding to
-    float32 removes them.
+    noise weight (Dwork & Roth, Theorem A.1; composed by the accountant); scaling back is post-processing. Every entry
+    of every tensor gets noise, also of parameters that the batch did not touch and of an empty batch. Sum and noise
+    meet in float64 and are rounded once. Where the result stays float64, the noise is the normalised sum of two
+    independent draws: the low bits of a single Box-Muller draw could be told from any other number (arXiv:2112.05307);
+    rounding to float32 removes them.
 
     Args:
         total: the bounded sum.
@@ -79,33 +80,29 @@ def release(
     noise_std = noise_multiplier * total.sensitivity
     shares = _shares(total.tensors, targets, threads=torch.get_num_threads())
     scales = {name: noise_std * total.noise_weights.get(name, 1.0) / divisor for name in total.tensors}
-    add = partial(_add_noise, source=source, position=position, scales=scales, share=1.0 / divisor)
-    first, *others = shares
-    if not others:
-        add(first)
-    else:
-        with ThreadPoolExecutor(len(others)) as pool:
-            running = [pool.submit(add, share) for share in others]
-            add(first)
-            for each in running:
-                each.result()
+    for_each(partial(_add_noise, source=source, position=position, scales=scales, share=1.0 / divisor), shares)
     return Released(tensors=targets, noise_std=noise_std / divisor, private=source.private)
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`."""
+    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`.
+
+    Attributes:
+        stream: the CUDA stream that the sum is made on; a worker thread would begin on another, and not wait for it.
+    """
 
     name: str
     value: Tensor
     target: Tensor
     start: int
+    stream: torch.cuda.Stream | None
 
 
 def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, threads: int) -> list[list[_Stretch]]:
-    """All entries of all tensors, cut at multiples of `PIECE` into about equal shares, one for each thread."""
+    """All entries of all tensors, cut at multiples of `PIECE` into about equal shares, one a thread where that pays."""
     pieces = [(name, start) for name, value in values.items() for start in range(0, value.numel(), PIECE)]
-    count = max(1, min(threads, len(pieces)))
+    count = max(1, min(threads, sum(value.numel() for value in values.values()) // PIECE))
     shares = []
     for number in range(count):
         mine = pieces[number * len(pieces) // count : (number + 1) * len(pieces) // count]
@@ -113,7 +110,9 @@ def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, thre
         for name, group in itertools.groupby(mine, key=lambda piece: piece[0]):
             starts = [start for _, start in group]
             rows = slice(starts[0], starts[-1] + PIECE)
-            stretches.append(_Stretch(name, values[name].reshape(-1)[rows], targets[name].view(-1)[rows], starts[0]))
+            value, target = values[name].reshape(-1)[rows], targets[name].view(-1)[rows]
+            stream = torch.cuda.current_stream(value.device) if value.is_cuda else None
+            stretches.append(_Stretch(name, value, target, starts[0], stream))
         shares.append(stretches)
     return shares
 
@@ -132,13 +131,14 @@ def _add_noise(
     with source.scratch() as scratch:
         for stretch in stretches:
             scale = scales[stretch.name]
-            if stretch.value.device.type == "cpu" and stretch.value.dtype is torch.float32:
+            if _on_host(stretch.value) and stretch.value.dtype is torch.float32:
                 # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
                 value, target = stretch.value.numpy(), stretch.target.numpy()
                 where = {"position": position, "name": stretch.name, "start": stretch.start}
                 source.add(value, target, scratch, **where, scale=scale, share=share)
             else:
-                _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
+                with contextlib.nullcontext() if stretch.stream is None else torch.cuda.stream(stretch.stream):
+                    _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
 
 
 def _add_by_pieces(
@@ -154,7 +154,11 @@ def _add_by_pieces(
             noise = source.piece(len(value), scratch, **where, layer=1)
             np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
         np.multiply(noise, scale, out=noise)
-        if value.device.type == "cpu":
+        if _on_host(value):
             np.add(noise, np.multiply(value.numpy(), share), out=target.numpy())
         else:
             target.copy_(value.to(torch.float64).mul_(share).add_(torch.from_numpy(noise).to(value.device)))
+
+
+def _on_host(value: Tensor) -> bool:
+    return value.device.type == "cpu"

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 from discreet.errors import LedgerError
@@ -59,16 +60,19 @@ class AppendOnlyFile:
         except OSError as error:
             raise LedgerError(f"{path}: cannot be created ({_why(error)}); choose a writable run directory.") from None
         file = cls(path, descriptor, size=0)
-        try:
-            file._lock()
-            file.append(first)
-            _sync_folder(path.parent)
-        except OSError as error:
-            file._discard()
-            raise LedgerError(f"{path}: cannot be made durable ({_why(error)}); nothing was released.") from None
-        except LedgerError:
-            file._discard()
-            raise
+        with ExitStack() as on_failure:  # an interrupt included: the lock must not outlive the attempt
+            on_failure.callback(file.close)
+            try:
+                file._lock()
+                file.append(first)
+                _sync_folder(path.parent)
+            except OSError as error:
+                file._discard()
+                raise LedgerError(f"{path}: cannot be made durable ({_why(error)}); nothing was released.") from None
+            except LedgerError:
+                file._discard()
+                raise
+            on_failure.pop_all()
         return file
 
     @classmethod
@@ -85,15 +89,14 @@ class AppendOnlyFile:
                 f"{path}: cannot be opened ({_why(error)}); pass the run directory of an earlier run."
             ) from None
         file = cls(path, descriptor, size=0)
-        try:
-            file._lock()
-            content = file._read()
-        except OSError as error:
-            file.close()
-            raise LedgerError(f"{path}: cannot be read ({_why(error)}); check disk and permissions.") from None
-        except LedgerError:
-            file.close()
-            raise
+        with ExitStack() as on_failure:
+            on_failure.callback(file.close)
+            try:
+                file._lock()
+                content = file._read()
+            except OSError as error:
+                raise LedgerError(f"{path}: cannot be read ({_why(error)}); check disk and permissions.") from None
+            on_failure.pop_all()
         file._size = len(content)
         return file, content
 

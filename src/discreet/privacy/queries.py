@@ -23,6 +23,9 @@ from discreet.privacy.repetitions import Repetitions, Stopping
 SMALLEST_NOISE = 0.01
 """A noise multiplier below this counts as none: its epsilon would be in the thousands, and is said to be infinite."""
 
+LARGEST_NOISE = 1e12
+"""No search looks at a larger noise multiplier: what cannot be reached with it cannot be reached."""
+
 
 class Relation(enum.Enum):
     """When two data sets are neighbours."""

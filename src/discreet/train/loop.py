@@ -30,7 +30,7 @@ from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.run import Run
-from discreet.train.setup import check_plan, clipping_of, covered_parameters, solve_plan
+from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, solve_plan
 from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
 from discreet.train.updates import Step, Updates, begin
@@ -269,7 +269,7 @@ def make_private(
             clipping=clipping,
         )
 
-    run = _existing_run(run_dir, resume=resume, seed=seed)
+    run = existing_run(run_dir, resume=resume, seed=seed)
     with ExitStack() as on_failure:
         if run is not None:
             on_failure.callback(run.close)
@@ -302,16 +302,6 @@ def make_private(
 def new_run_dir() -> Path:
     """A new directory below ``runs/``, named by the time in UTC and a random suffix."""
     return Path("runs") / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def _existing_run(run_dir: str | Path | Run | None, *, resume: bool, seed: int | None) -> Run | None:
-    if isinstance(run_dir, Run):
-        return run_dir
-    if not resume:
-        return None
-    if run_dir is None:
-        raise ConfigError("resume=True without run_dir: name the run directory to continue.")
-    return Run.resume(Path(run_dir), seed=seed)
 
 
 def _measure(model: nn.Module, loss: LossFunction, examples: Examples, rule: Clipping, device: torch.device) -> Machine:

@@ -104,6 +104,10 @@ class Run:
             raise ConfigError(
                 f"{path}: holds a run already; continue it with resume (--resume), or name another directory."
             )
+        if (path / MODEL).exists():
+            raise ConfigError(
+                f"{path / MODEL}: is left of another run, whose ledger is gone; name another directory, or remove it."
+            )
         key = secrets.token_bytes(KEY_BYTES) if seed is None else seed_key(seed)
         try:
             (path / "release").mkdir(parents=True, exist_ok=True)
@@ -111,6 +115,8 @@ class Run:
             (path / "private").chmod(0o700)
             for left in (SUMS, STATE):
                 (path / left).unlink(missing_ok=True)
+            if (path / SEARCH).exists():
+                shutil.rmtree(path / SEARCH)
             replace_secret(path / KEY, key)
             plan.save(path / PLAN)
         except OSError as error:

@@ -4,7 +4,7 @@ A trial writes nothing, charges nothing and returns nothing but the trained mode
 `discreet.insight.simulated_run` and `curves`, whose data are public, and `discreet.train.tune`, which charges all its
 trials as one query before the first of them begins. `tests/architecture` keeps the list.
 
-A trial is a function of (key, data, numbers): batches, noise and dropout masks all follow from the key.
+A trial is a function of (key, data, numbers): weights, batches, noise and dropout masks all follow from the key.
 """
 
 from __future__ import annotations
@@ -97,6 +97,13 @@ class Schedule:
     def examples_processed(self) -> int:
         """Expected number of per-example gradients, ``B S``."""
         return self.sampling.batch_size * self.steps
+
+
+def fresh_model(build: Callable[[], nn.Module], *, key: bytes) -> nn.Module:
+    """A model whose weights follow from the key: torch's global generator is seeded, and put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(subkey(key, "initial weights")[:8], "little") >> 1)
+        return build()
 
 
 def run_trial(
