@@ -221,9 +221,3 @@ def test_blocks_are_found_in_module_lists():
     assert len(style.split(dict(Stack().named_parameters()))) == 4
     with pytest.raises(ConfigError, match="ModuleList"):
         Style.blocks(_deep())
-
-
-def test_shares_add_up_to_the_bound():
-    for count in (1, 2, 7, 300):
-        share = Clipping.abadi(3.0).share(count)
-        assert math.sqrt(count) * share.clip_bound == pytest.approx(3.0, rel=1e-12)

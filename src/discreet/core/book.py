@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discreet.core.clipping import Clipping
+from discreet.core.clipping import BELOW, Clipping, Division
 from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.route import Route
@@ -151,9 +151,9 @@ class Book:
         self._collecting = False
         self._clipping = clipping
         self._sums: dict[str, Tensor] = {}
-        groups = clipping.style.split(self.parameters) if clipping is not None else ()
+        self._division = clipping.divide(self.parameters) if clipping is not None else Division({}, {}, 0.0)
+        groups = self._division.groups
         self._group_of = {name: group for group in groups for name in group} if len(groups) > 1 else {}
-        self._rule = clipping.share(len(groups)) if clipping is not None else None
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
 
@@ -358,23 +358,27 @@ class Book:
         assert self._clipping in (None, clipping)
         if self.verified is not None:
             self.verified.check_counts(self._meetings)
-        groups = clipping.style.split(self.parameters)
-        self._rule = clipping.share(len(groups))
+        self._division = clipping.divide(self.parameters)
         with full_precision():
-            for group in groups:
+            for group in self._division.groups:
                 if group[0] not in self._sums:
                     self._settle_group(group)
         sums, self._sums = self._sums, {}
         self.discard()
-        return {name: sums[name] for name in self.parameters}
+        count = {BELOW: sums[BELOW]} if BELOW in sums else {}
+        return {name: sums[name] for name in self.parameters} | count
 
     def _settle_group(self, group: tuple[str, ...]) -> None:
         """Norms over these parameters, factors, and their sums."""
-        assert self._rule is not None
+        rule = self._division.rules[group]
         parts = arranged(group, self._records, self.examples)
         norm2_B, all_finite = self._norm2(parts)
         norm_B = norm2_B.sqrt()
-        factor_B = drop_vanishing(self._rule.factor(norm_B)) * self._summing_margin()
+        factor_B = drop_vanishing(rule.factor(norm_B)) * self._summing_margin(rule)
+        if rule.following is not None:
+            # The mean over groups, so that one example counts once; exact, but for 2^-53 where K is no power of 2.
+            count = rule.below(norm_B).reshape(1) / len(self._division.groups)
+            self._sums[BELOW] = self._sums[BELOW] + count if BELOW in self._sums else count
         bad = None if all_finite else ~torch.isfinite(norm_B)
         summands = [summand for part in parts for summand in part.summands()]
         parts.clear()
@@ -385,16 +389,12 @@ class Book:
         unused = {name: self.parameters[name] for name in group if name not in self._sums}
         self._sums.update(zeros_like_sums(unused))
 
-    def _summing_margin(self) -> float:
+    def _summing_margin(self, rule: Clipping) -> float:
         """Shrinks factors by what one example may move the float32 rounding of a sum over all of them.
 
         One spacing for each example, and 256 for opposed uses that meet others in a sum: hostile batches moved 4e-5 R.
         """
-        if (
-            self._rule is None
-            or math.isinf(self._rule.clip_bound)
-            or all(p.dtype is torch.float64 for p in self.parameters.values())
-        ):
+        if math.isinf(rule.clip_bound) or all(p.dtype is torch.float64 for p in self.parameters.values()):
             return 1.0
         return 1.0 - (256 + self.examples) * torch.finfo(torch.float32).eps
 

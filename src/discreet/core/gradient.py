@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from discreet.core import compiled, rules
 from discreet.core.book import Book, Layout
-from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.layout import nodes, observed_layout
 from discreet.core.parameter import Guarded, guard
 from discreet.core.uses import zeros_like_sums
@@ -43,7 +43,8 @@ def clipped_gradient(
     book-keeping (arXiv:2210.00038, Algorithm 1): one forward, one backward without weight gradients, one weighted
     contraction per parameter.
 
-    **Guarantees.** Adding or removing one example changes the result by at most ``clipping.sensitivity`` in L2 norm,
+    **Guarantees.** Adding or removing one example changes the gradients by at most ``clipping.sensitivity`` in L2 norm,
+    and all tensors, each over its noise weight, by at most the sum's own ``sensitivity``,
     provided that no example's loss depends on another (`discreet.check` tests this). An example whose gradient is not
     finite contributes exactly zero. A use of a parameter that no rule covers raises `UnsupportedUse`.
 
@@ -144,12 +145,20 @@ def _strays(book: Book, losses_B: Tensor) -> list[Tensor]:
 def settle(book: Book, clipping: Clipping) -> ClippedSum:
     """Turn what was booked into a clipped sum; the book is empty afterwards."""
     with torch.no_grad():
-        return ClippedSum(tensors=book.settle(clipping), sensitivity=clipping.sensitivity)
+        return _bounded(book.settle(clipping), book.parameters, clipping)
 
 
 def zero_sum(parameters: Mapping[str, Tensor], clipping: Clipping) -> ClippedSum:
     """The clipped sum of no example: what an empty Poisson batch releases noise on."""
-    return ClippedSum(tensors=zeros_like_sums(parameters), sensitivity=clipping.sensitivity)
+    sums = zeros_like_sums(parameters)
+    if clipping.following is not None:
+        sums[BELOW] = torch.zeros(1, dtype=torch.float64, device=next(iter(sums.values())).device)
+    return _bounded(sums, parameters, clipping)
+
+
+def _bounded(sums: Mapping[str, Tensor], parameters: Mapping[str, Tensor], clipping: Clipping) -> ClippedSum:
+    division = clipping.divide(parameters)
+    return ClippedSum(tensors=sums, sensitivity=division.sensitivity, noise_weights=division.noise_weights)
 
 
 def batch_size_of(batch: Any) -> int:

@@ -25,7 +25,7 @@ class Released:
 
     Attributes:
         tensors: name -> noisy sum over ``divisor``, same shape and dtype as in the clipped sum, or as where it went.
-        noise_std: standard deviation of the noise in every entry.
+        noise_std: standard deviation of the noise in every entry of a tensor whose noise weight is 1.
         private: False when there was no noise, or when the noise came from a test seed.
     """
 
@@ -44,11 +44,14 @@ def release(
 ) -> Released:
     """Add Gaussian noise of standard deviation ``noise_multiplier * total.sensitivity`` to every entry, and divide.
 
-    **Guarantees.** One Gaussian query of noise multiplier sigma on the stacked vector of all tensors (Dwork & Roth,
-    Theorem A.1; composed by the accountant). Every entry of every tensor gets noise, also of parameters that the batch
-    did not touch and of an empty batch. Sum and noise meet in float64 and are rounded once. Where the result stays
-    float64, the noise is the normalised sum of two independent draws: the low bits of a single Box-Muller draw could be
-    told from any other number (arXiv:2112.05307); rounding to float32 removes them.
+    A tensor with a noise weight g gets noise of g times that.
+
+    **Guarantees.** One Gaussian query of noise multiplier sigma on the stacked vector of all tensors, each over its
+    noise weight (Dwork & Roth, Theorem A.1; composed by the accountant); scaling back is post-processing. Every entry
+    of every tensor gets noise, also of parameters that the batch did not touch and of an empty batch. Sum and noise
+    meet in float64 and are rounded once. Where the result stays float64, the noise is the normalised sum of two
+    independent draws: the low bits of a single Box-Muller draw could be told from any other number (arXiv:2112.05307);
+    rounding to float32 removes them.
 
     Args:
         total: the bounded sum.
@@ -59,7 +62,7 @@ def release(
             memory.
 
     Raises:
-        ConfigError: sigma is negative or not finite, or noise is asked for on an unbounded sum.
+        ConfigError: sigma is negative or not finite, noise is asked for on an unbounded sum, or a noise weight is none.
     """
     if not (0 <= noise_multiplier < math.inf):
         raise ConfigError(f"noise_multiplier={noise_multiplier}: must be finite and >= 0; solve it with Plan.solve().")
@@ -68,6 +71,8 @@ def release(
     position = source.claim()
     if noise_multiplier and not math.isfinite(total.sensitivity):
         raise ConfigError("an unclipped sum has no finite sensitivity: no noise protects it; use Clipping.automatic().")
+    if not all(0 < weight < math.inf for weight in total.noise_weights.values()):
+        raise ConfigError(f"noise weights {dict(total.noise_weights)}: must be finite and above 0.")
     targets = {name: _target(value, (into or {}).get(name)) for name, value in total.tensors.items()}
     if noise_multiplier == 0:
         for name, value in total.tensors.items():
@@ -75,8 +80,8 @@ def release(
         return Released(tensors=targets, noise_std=0.0, private=False)
     noise_std = noise_multiplier * total.sensitivity
     shares = _shares(total.tensors, targets, threads=torch.get_num_threads())
-    add = partial(_add_noise, source=source, position=position, scale=noise_std / divisor, share=1.0 / divisor)
-    for_each(add, shares)
+    scales = {name: noise_std * total.noise_weights.get(name, 1.0) / divisor for name in total.tensors}
+    for_each(partial(_add_noise, source=source, position=position, scales=scales, share=1.0 / divisor), shares)
     return Released(tensors=targets, noise_std=noise_std / divisor, private=source.private)
 
 
@@ -124,10 +129,13 @@ def _target(value: Tensor, offered: Tensor | None) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-def _add_noise(stretches: list[_Stretch], *, source: NoiseSource, position: int, scale: float, share: float) -> None:
+def _add_noise(
+    stretches: list[_Stretch], *, source: NoiseSource, position: int, scales: Mapping[str, float], share: float
+) -> None:
     """``target = value * share + draw * scale``, in one worker's memory."""
     with source.scratch() as scratch:
         for stretch in stretches:
+            scale = scales[stretch.name]
             if _on_host(stretch.value) and stretch.value.dtype is stretch.target.dtype is torch.float32:
                 # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
                 value, target = stretch.value.numpy(), stretch.target.numpy()

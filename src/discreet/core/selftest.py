@@ -210,8 +210,7 @@ def _brute_force(
     clipping: Clipping,
 ) -> _BruteForce:
     """Per-example gradients by autograd alone; only one example's gradients are held at a time."""
-    groups = clipping.style.split(parameters)
-    rule = clipping.share(len(groups))
+    rules = clipping.divide(parameters).rules
     sums = zeros_like_sums(parameters)
     norms: dict[str, list[Tensor]] = {name: [] for name in parameters}
     added = []
@@ -222,7 +221,7 @@ def _brute_force(
         }
         for name, gradient in each.items():
             norms[name].append(gradient.norm())
-        for group in groups:
+        for group, rule in rules.items():
             norm = torch.stack([norms[name][-1] for name in group]).norm()
             if not bool(torch.isfinite(norm)):
                 continue

@@ -6,6 +6,8 @@ sensitivity of one share. Noise is added after this sum, once: every rank draws 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -28,4 +30,4 @@ def world_sum(total: ClippedSum) -> ClippedSum:
     dist.all_reduce(flat, op=dist.ReduceOp.SUM)
     pieces = flat.split([value.numel() for value in total.tensors.values()])
     summed = {n: piece.view(value.shape) for (n, value), piece in zip(total.tensors.items(), pieces, strict=True)}
-    return ClippedSum(tensors=summed, sensitivity=total.sensitivity)
+    return replace(total, tensors=summed)

@@ -69,9 +69,10 @@ class MicrobatchLoader:
         with self._guarded:
             backward(book, losses_B * self._weight)
         share = settle(book, self._updates.step.clipping)
-        if self._is_first:
+        # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.
+        if self._weight and self._is_first:
             self._total = share
-        else:
+        elif self._weight:
             self._total += share
 
     def take(self) -> ClippedSum | None:

@@ -129,8 +129,22 @@ def _rule_of(record: Mapping[str, str | float]) -> Clipping:
     kind, style = ClippingKind(record["kind"]), Style.parse(str(record["style"]))
     if kind is ClippingKind.AUTOMATIC:
         return Clipping.automatic(gamma=float(record["gamma"]), style=style)
+    if kind is ClippingKind.NORMALIZED:
+        return Clipping.normalized(style=style)
+    if kind is ClippingKind.PSAC:
+        return Clipping.psac(float(record["r"]), style=style)
     if kind is ClippingKind.ABADI:
         return Clipping.abadi(float(record["clip_bound"]), style=style)
+    if kind is ClippingKind.GLOBAL:
+        return Clipping.global_(float(record["clip_bound"]), style=style)
+    if kind is ClippingKind.QUANTILE:
+        return Clipping.quantile(
+            float(record["quantile"]),
+            clip_bound=float(record["clip_bound"]),
+            rate=float(record["rate"]),
+            count_share=float(record["count_share"]),
+            style=style,
+        )
     return Clipping.none()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from discreet.core.book import Layout
-from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
 from discreet.core.uses import sum_dtype
@@ -76,6 +76,16 @@ class ClippedStep:
                 torch.cuda.empty_cache()
             self.microbatch.halve(realised=len(indices))
 
+    def after(self, released: Released) -> ClippedStep:
+        """The next step: a bound that follows a quantile moves by the released count; all else stays.
+
+        Args:
+            released: the release of this step's sum over the expected batch.
+        """
+        if self.clipping.following is None:
+            return self
+        return replace(self, clipping=self.clipping.followed(float(released.tensors[BELOW])))
+
     def _attempt(self, indices: np.ndarray) -> ClippedSum:
         total = None
         for part in self.microbatch.split(indices):
@@ -112,12 +122,13 @@ def gradient_memory(total: ClippedSum, parameters: Mapping[str, nn.Parameter]) -
     return {
         name: value if value.dtype is sum_dtype(parameters[name]) else torch.empty_like(value, dtype=torch.float32)
         for name, value in total.tensors.items()
+        if name in parameters
     }
 
 
 def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter]) -> None:
     """Set ``p.grad`` of every trainable parameter to the released mean: the sum over the expected batch, a constant."""
-    if released.tensors.keys() != parameters.keys():
+    if released.tensors.keys() - {BELOW} != parameters.keys():
         raise ConfigError(
             "the released sum and the model have different parameters; do not freeze or unfreeze mid-run."
         )

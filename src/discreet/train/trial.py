@@ -169,6 +169,7 @@ def run_trial(
                 into=gradient_memory(total, parameters),
             )
             write_gradient(released, parameters)
+            step = step.after(released)
             rates.before_update(index)
             optimizer.step()
             rates.after_update()

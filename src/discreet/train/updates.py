@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -213,6 +213,7 @@ class Updates:
         rate = self._rates.before_update(index)
         self._move()
         self._rates.after_update()
+        self.step = self.step.after(released)
         self.done += 1
         return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan, verdict=self.verdict)
 
@@ -307,7 +308,7 @@ class Updates:
 
     def save(self) -> Path:
         """Write a checkpoint now, atomically."""
-        scheduler = self._rates.scheduler
+        scheduler, rule = self._rates.scheduler, self.step.clipping
         return checkpoints.save(
             self.run.checkpoint_dir,
             checkpoints.Checkpoint(
@@ -318,6 +319,7 @@ class Updates:
                 scheduler=scheduler.state_dict() if scheduler is not None else None,
                 ledger_head=self.run.ledger.head,
                 rates=self._rates.state(),
+                clip_bound=rule.clip_bound if rule.following is not None else None,
             ),
         )
 
@@ -357,6 +359,8 @@ def begin(
         )
     run.adopt(environment, stage=Stage.TRAINING)
     done = found.step if found is not None else 0
+    if found is not None and found.clip_bound is not None:
+        step = replace(step, clipping=replace(step.clipping, clip_bound=found.clip_bound))
     updates = Updates(
         run=run,
         step=step,
