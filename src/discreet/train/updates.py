@@ -196,6 +196,7 @@ class Updates:
                 f"a batch drawn for update {index}, at update {self.done}: each batch is released once; iterate either "
                 "`private` or `private.loader`, and only once at a time."
             )
+        self._rates.refuse_others()
         released = self._release(world_sum(total), index=index)
         if released is None:
             return None
