@@ -96,9 +96,10 @@ def test_a_second_writer_of_the_rate_is_refused() -> None:
     optimizer = _adam()
     control = _control(optimizer)
     control.before_update(0)
+    control.refuse_others()
     optimizer.param_groups[0]["lr"] = 0.5
     with pytest.raises(ConfigError, match="also writes lr"):
-        control.before_update(1)
+        control.refuse_others()
 
 
 def test_a_scheduler_made_beside_auto_is_refused_at_once() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from discreet.core.probe import LEVELS, RISES
+from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
 from discreet.privacy.ledger import Ledger
 from discreet.train import updates as updates_module
@@ -268,6 +269,33 @@ def test_without_noise_the_rate_is_found_all_the_same(tmp_path):
     assert step.verdict is not None
     assert step.verdict.accepted
     private.close()
+
+
+def test_a_scheduler_beside_auto_is_refused_before_anything_is_released(tmp_path, monkeypatch):
+    private = _private(tmp_path)
+    steps = iter(private)
+    next(steps)
+    private._updates._optimizer.param_groups[0]["lr"] = 0.5
+    monkeypatch.setattr(updates_module, "release", None)
+    with pytest.raises(ConfigError, match="also writes lr"):
+        next(steps)
+    private.close()
+
+
+def test_a_probe_that_does_not_fit_is_done_again_in_halves():
+    """Nothing is dropped or counted twice: the sum is that of the whole batch."""
+    sizes: list[int] = []
+
+    class Hungry(_Linear):
+        def forward(self, rows: Tensor) -> Tensor:
+            sizes.append(len(rows))
+            if len(rows) > 5:
+                raise MemoryError
+            return super().forward(rows)
+
+    assert _asked(Hungry(), microbatch=20) == pytest.approx(_asked(_Linear(), microbatch=20), rel=1e-12)
+    assert sizes[:2] == [20, 10]
+    assert max(sizes[2:]) == 5
 
 
 class _Dropped(nn.Module):

@@ -44,6 +44,11 @@ def test_the_rehearsal_leaves_the_optimizer_alone():
     assert all(parameter.grad is None for parameter in optimizer.param_groups[0]["params"])
 
 
+def test_named_parameters_and_ways_of_computing_are_left_out():
+    named = torch.optim.Adam(toys.model().named_parameters(), foreach=True)
+    assert response(named, noise_std=0.01) == response(_of(torch.optim.Adam), noise_std=0.01)
+
+
 class _Unmakeable(torch.optim.SGD):
     def __init__(self, parameters: object, secret: int) -> None:
         super().__init__(parameters, lr=1.0)

@@ -167,10 +167,22 @@ class RateControl:
             "probe_rate": self._peak(),
         }
 
+    def refuse_others(self) -> None:
+        """Two who write the rate: one of them is ignored, and nobody would know which. Asked before a release.
+
+        Raises:
+            ConfigError: "auto" rules, and the rate is not what it set.
+        """
+        found = self._rates()
+        if self._auto is not None and found != self._written:
+            raise ConfigError(
+                f'lr={found[0]} although learning_rate="auto" set {self._written[0]}: a scheduler or the loop also '
+                "writes lr; pass the scheduler as AutoLR(scheduler=...), or set learning_rate=None."
+            )
+
     def before_update(self, step: int) -> float:
         """Set the rates for this update; returns the first group's."""
         if self._auto is not None:
-            self._refuse_others()
             if self.scheduler is None:
                 factors = [1.0 - step / self._steps] * len(self.ratios)
             else:
@@ -251,15 +263,6 @@ class RateControl:
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self._written = self._rates()
-
-    def _refuse_others(self) -> None:
-        """Two who write the rate: one of them is ignored, and nobody would know which."""
-        found = self._rates()
-        if found != self._written:
-            raise ConfigError(
-                f'lr={found[0]} although learning_rate="auto" set {self._written[0]}: a scheduler or the loop also '
-                "writes lr; pass the scheduler as AutoLR(scheduler=...), or set learning_rate=None."
-            )
 
 
 _UNIT = 1e-3

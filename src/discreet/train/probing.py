@@ -43,9 +43,13 @@ def probe_sum(
             yield batch, len(part)
 
     if question.asked is Asked.LEVEL:
-        return counted_levels(step.model, step.loss, batches)
+        return step.fitted(lambda: counted_levels(step.model, step.loss, batches), realised=len(indices))
     shift = {
-        name: directions(name, parameter.numel()).view(parameter.shape) * (question.displacement * ratios[name])
+        name: (directions(name, parameter.numel()) * (question.displacement * ratios[name]))
+        .to(parameter.dtype)
+        .view(parameter.shape)
         for name, parameter in step.parameters.items()
     }
-    return summed_rises(step.model, step.loss, batches, shift=shift, bound=question.bound)
+    return step.fitted(
+        lambda: summed_rises(step.model, step.loss, batches, shift=shift, bound=question.bound), realised=len(indices)
+    )

@@ -23,6 +23,8 @@ _SEED = 20_777
 _WEIGHTS = 1_024
 _UPDATES = 200
 _RATE = 1e-3
+_NOT_REHEARSED = ("params", "param_names", "capturable", "foreach", "fused")
+"""What a group holds beyond its options: its parameters, and how updates are computed, which changes none."""
 
 
 def response(optimizer: torch.optim.Optimizer, *, noise_std: float) -> float:
@@ -38,11 +40,11 @@ def response(optimizer: torch.optim.Optimizer, *, noise_std: float) -> float:
         ConfigError: another optimizer of this class cannot be made from its options, or it does not move.
     """
     weights = {"w": nn.Parameter(torch.zeros(_WEIGHTS))}
-    options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    options = {key: value for key, value in optimizer.param_groups[0].items() if key not in _NOT_REHEARSED}
     name, remedy = type(optimizer).__name__, "pass a number, a scheduler, or None for the optimizer's own rate"
     try:
         rehearsed = type(optimizer)([{**options, "params": [weights["w"]], "lr": _RATE}])
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f'learning_rate="auto" with {name}: cannot be rehearsed ({error}); {remedy}.') from None
     nothing, source = zero_sum(weights, Clipping.abadi(1.0)), NoiseSource.insecure_seed(_SEED)
     for _ in range(_UPDATES):

@@ -65,16 +65,20 @@ class ClippedStep:
         none is counted twice, and the bits of the sum are a function of the batch and of the microbatch size alone.
         """
         forget_gradients(self.parameters)
+        return self.fitted(lambda: self._attempt(indices), realised=len(indices))
+
+    def fitted(self, attempt: Callable[[], ClippedSum], *, realised: int) -> ClippedSum:
+        """What ``attempt`` makes of a whole batch; done again in half the microbatch for as long as memory runs out."""
         while True:
             try:
-                return self._attempt(indices)
+                return attempt()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or min(self.microbatch.size, len(indices)) <= 1:
+                if not is_out_of_memory(error) or min(self.microbatch.size, realised) <= 1:
                     raise
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.microbatch.halve(realised=len(indices))
+            self.microbatch.halve(realised=realised)
 
     def after(self, released: Released) -> ClippedStep:
         """The next step: a bound that follows a quantile moves by the released count; all else stays.

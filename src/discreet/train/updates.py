@@ -205,6 +205,7 @@ class Updates:
                 f"a batch drawn for update {index}, at update {self.done}: each batch is released once; iterate either "
                 "`private` or `private.loader`, and only once at a time."
             )
+        self._rates.refuse_others()
         total = world_sum(total)
         released = self._release(total, index=index, into=gradient_memory(total, self.step.parameters))
         if released is None:
