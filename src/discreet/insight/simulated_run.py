@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction
 from discreet.core.rng import seed_key, subkey
