@@ -40,8 +40,8 @@ MAY_PIN = {
         "inner": "on this file's own tensor subclass, which stands for a parameter in a trace",
         "derivation": "the same",
     },
+    "core/meeting.py": {"__class__": "guarding a parameter is exactly this: its class, and nothing else"},
     "core/parameter.py": {
-        "__class__": "guarding a parameter is exactly this: its class, and nothing else",
         "derivation": "on this file's own tensor subclass, which holds a value computed from a parameter",
     },
     "core/precision.py": {"fp32_precision": "torch's own setting for float32 products; put back afterwards"},

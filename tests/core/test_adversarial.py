@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import CASES, B, D, Fn, T, frozen, loss, par, tokens
-from discreet.core.book import Axis, Book, Layout
+from discreet.core.axes import Axis, Layout
+from discreet.core.book import Book
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle
-from discreet.core.parameter import DerivedParameter, PrivateParameter, guard
+from discreet.core.meeting import guard
+from discreet.core.parameter import DerivedParameter, PrivateParameter
 from discreet.errors import ConfigError, UnsupportedUse
 from discreet.train.check import check
 from oracles import abadi, alone, flat, norms, relative_gap, rows, weighted

@@ -25,7 +25,7 @@ from discreet.core import compiled, lowering
 from discreet.core.book import Book
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import backward, clipped_gradient, settle, trainable
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.core.style import Style
 from discreet.errors import UnsupportedUse
 from oracles import abadi, alone, norms, relative_gap, rows, weighted

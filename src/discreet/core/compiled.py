@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from discreet.core.book import Book, Layout
+from discreet.core.axes import Layout
+from discreet.core.book import Book
 from discreet.core.lowering import (
     AS_RECORDED,
     INDUCTOR,
@@ -42,16 +43,8 @@ from discreet.core.lowering import (
     settings,
     without_kernels,
 )
-from discreet.core.parameter import (
-    DerivedParameter,
-    Guarded,
-    PrivateParameter,
-    active,
-    compiled_through,
-    hide_from_compiler,
-    instead,
-    plain,
-)
+from discreet.core.meeting import active, compiled_through, hide_from_compiler, instead
+from discreet.core.parameter import DerivedParameter, Guarded, PrivateParameter, plain
 from discreet.core.traced import KIND, TracedBook, TracedParameter, mapped
 from discreet.core.uses import Derivation
 from discreet.errors import UnsupportedUse

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from discreet.core import compiled, rules
-from discreet.core.book import Book, Layout
+from discreet.core.axes import Layout
+from discreet.core.book import Book
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.layout import nodes, observed_layout
-from discreet.core.parameter import Guarded, guard
+from discreet.core.meeting import guard
+from discreet.core.parameter import Guarded
 from discreet.core.uses import zeros_like_sums
 from discreet.errors import ConfigError, UnsupportedUse
 

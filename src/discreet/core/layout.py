@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from discreet.core.book import Book, Layout
-from discreet.core.parameter import guard
+from discreet.core.axes import Layout
+from discreet.core.book import Book
+from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 
 SEED = 20_777

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discreet.core.book import Book, Layout
+from discreet.core.axes import Layout
+from discreet.core.book import Book
 from discreet.core.clipping import Clipping
 from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, backward, batch_size_of, check_losses, settle, trainable
 from discreet.core.layout import SEED, awake, frozen_state, other_rows, recomputes, take
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.core.route import Route, forced
 from discreet.core.uses import zeros_like_sums
 

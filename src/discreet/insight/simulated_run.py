@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction
 from discreet.core.rng import seed_key, subkey

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, batch_size_of
 from discreet.core.selftest import IsolationVerdict, NormVerdict, compare_with_brute_force, examine_isolation

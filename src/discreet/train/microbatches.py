@@ -12,7 +12,7 @@ from torch import Tensor
 from discreet.core.book import Book
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import backward, open_book, settle
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 from discreet.train.updates import Updates
 

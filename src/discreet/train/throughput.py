@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, batch_size_of, clipped_gradient, trainable
 from discreet.core.noise import release
