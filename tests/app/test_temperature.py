@@ -282,4 +282,10 @@ def test_shares_are_shares(share):
 
 @pytest.mark.parametrize(("rows", "share"), [(1000, 0.2), (30_000, 0.1), (60_000, 0.05), (10**7, 0.05), (0, 0.2)])
 def test_the_usual_share_is_about_three_thousand_rows(rows, share):
-    assert usual_share(rows) == pytest.approx(share)
+    assert usual_share(rows) == share
+
+
+def test_one_row_more_moves_no_other_row():
+    """A share in proportion to 1 / N would: some rows' hashes lie between 3000 / N and 3000 / (N + 1)."""
+    changes = [rows for rows in range(1, 100_000) if usual_share(rows) != usual_share(rows + 1)]
+    assert len(changes) == 2

@@ -68,9 +68,8 @@ def calibration_section(record: Mapping[str, Any], *, temperature: Mapping[str, 
 
 _CAPTION = (
     "Bars: how often it was right among answers of that confidence. Where a bar ends below the diagonal the model is "
-    "too sure, "
-    "and the gap is red; above it, not sure enough. Whiskers: 95 % intervals. Below: how many rows each bin holds; "
-    "trust the tall ones."
+    "too sure, and the gap is red; above it, not sure enough. Whiskers: 95 % intervals. Below: how many rows each bin "
+    "holds; trust the tall ones."
 )
 
 

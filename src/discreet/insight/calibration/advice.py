@@ -13,6 +13,9 @@ from dataclasses import dataclass
 TOO_SURE, TOO_UNSURE = 1.2, 0.85
 """Temperatures beyond which the clip bound is worth a change."""
 
+_NORMALISING = ("automatic", "normalized", "psac")
+"""Kinds of clipping whose bound only scales the learning rate."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -65,9 +68,8 @@ def _temperature(seen: Seen) -> list[str]:
     again = "Fit the temperature again on more rows" if seen.tempered else "Divide the logits by a temperature"
     return [
         f"{again}: the model is {word}, and T = {seen.temperature:.2f} would win {seen.loss:.3f} nats per row and "
-        "change no "
-        "answer. It is the cheapest remedy: `discreet train --private-temperature` costs no epsilon beyond that of "
-        "training, since its rows are in no other query; on public rows it is exact."
+        "change no answer. It is the cheapest remedy: `discreet train --private-temperature` costs no epsilon beyond "
+        "that of training, since its rows are in no other query; on public rows it is exact."
     ]
 
 
@@ -76,25 +78,22 @@ def _clipping(seen: Seen) -> list[str]:
         return []
     kind = str(seen.clipping.get("kind", ""))
     if seen.temperature > TOO_SURE and _sure(seen) > 0:
-        if kind == "abadi":
+        if kind in _NORMALISING:
             return [
-                f"Or raise the clip bound of {seen.clipping.get('clip_bound')} three- to tenfold, towards the 90 to "
-                "95 % "
-                "quantile of gradient norms: below it, examples that are already right pull as hard as those that are "
-                "wrong, and confidence grows without end. With plain descent divide the learning rate by the same "
-                "factor; with Adam leave it."
+                "Or clip by a bound instead of normalising every gradient, e.g. --clipping abadi:10: normalised, "
+                "examples that are already right pull as hard as those that are wrong, and confidence grows without "
+                "end. What normalises more softly (a larger gamma, PSAC) lies between."
             ]
         return [
-            "Or clip by a bound instead of normalising every gradient, e.g. --clipping abadi:10: normalised, "
-            "examples that "
-            "are already right pull as hard as those that are wrong, and confidence grows without end. What normalises "
-            "more softly (a larger gamma, PSAC) lies between."
+            f"Or raise the clip bound of {seen.clipping.get('clip_bound')} three- to tenfold, towards the 90 to 95 % "
+            "quantile of gradient norms: below it, examples that are already right pull as hard as those that are "
+            "wrong, and confidence grows without end. With plain descent divide the learning rate by the same factor; "
+            "with Adam leave it."
         ]
     if seen.temperature < TOO_UNSURE and _sure(seen) < 0:
         return [
             "Or make more progress: more steps, a higher learning rate, or a lower clip bound. A bound far above the "
-            "gradients' norms only adds noise, and with plain descent a rate that was lowered with it learns too "
-            "little."
+            "gradients' norms only adds noise; with plain descent, a rate that was lowered with it learns too little."
         ]
     return []
 

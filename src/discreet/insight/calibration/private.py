@@ -138,9 +138,8 @@ def check_support(examples: int, *, epsilon: float) -> None:
     if examples < LEAST_EXAMPLES or examples * epsilon < LEAST_EXAMPLE_EPSILONS:
         raise ConfigError(
             f"private temperature from {examples} examples at epsilon {epsilon:g}: needs at least {LEAST_EXAMPLES}, "
-            "and "
-            f"examples times epsilon of at least {LEAST_EXAMPLE_EPSILONS:g}; raise epsilon, set more examples apart, "
-            "or use public data."
+            f"and examples times epsilon of at least {LEAST_EXAMPLE_EPSILONS:g}; raise epsilon, set more examples "
+            "apart, or use public data."
         )
 
 
