@@ -35,6 +35,7 @@ from discreet.privacy.planning import plan
 from discreet.train.check import CheckReport, check
 from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.loop import Private, Result, make_private, train
+from discreet.train.tempered import Tempered, tempered_cross_entropy
 from discreet.train.throughput import measure
 from discreet.train.trial import Recipe
 from discreet.train.tune import Tuned, tune
@@ -70,6 +71,7 @@ __all__ = [
     "Simulation",
     "Step",
     "Style",
+    "Tempered",
     "Tuned",
     "UnsupportedUse",
     "check",
@@ -83,6 +85,7 @@ __all__ = [
     "register_rule",
     "release",
     "simulate",
+    "tempered_cross_entropy",
     "train",
     "tune",
     "verify",
