@@ -50,6 +50,7 @@ from discreet.train.auto_lr import AutoLR
 from discreet.train.check import CheckReport, check
 from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.loop import Private, Result, make_private, train
+from discreet.train.tempered import Tempered, tempered_cross_entropy
 from discreet.train.throughput import measure
 from discreet.train.trial import Recipe
 from discreet.train.tune import Tuned, tune
@@ -94,6 +95,7 @@ __all__ = [
     "Step",
     "Style",
     "Temperature",
+    "Tempered",
     "Tuned",
     "UnsupportedUse",
     "budgeted_report",
@@ -110,6 +112,7 @@ __all__ = [
     "register_rule",
     "release",
     "simulate",
+    "tempered_cross_entropy",
     "train",
     "tune",
     "verify",

@@ -189,7 +189,8 @@ def _add_training(command: _Parser) -> None:
         "--clipping",
         type=_clipping,
         metavar="RULE",
-        help='"automatic" (default) or "abadi:R"; "@per_layer", "@groups:A,B" clip in groups',
+        help='"auto" (default: abadi, and a temperature in the same query), "automatic[:GAMMA]", "abadi:R", '
+        '"psac[:R]", "normalized", "quantile[:Q]", "global:R" (experimental); "@per_layer", "@groups:A,B": in groups',
     )
     command.add_argument(
         "--private-temperature",
@@ -238,7 +239,7 @@ def _add_planning(command: _Parser) -> None:
     command.add_argument("--epochs", type=float, metavar="E", help="passes over the data, the same in every plan")
     command.add_argument("--steps", type=int, metavar="S", help="updates; default: the planner's")
     command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
-    command.add_argument("--clipping", type=_clipping, metavar="RULE", help='as for train; default "automatic"')
+    command.add_argument("--clipping", type=_clipping, metavar="RULE", help="as for train")
     command.add_argument(
         "--throughput", type=float, metavar="R", help="examples a second of private training; default: measured on DATA"
     )
@@ -276,7 +277,7 @@ def _add_tuning(command: _Parser) -> None:
     )
     command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
     command.add_argument("--steps", type=int, metavar="S", help="updates of each run")
-    command.add_argument("--clipping", type=_clipping, metavar="RULE", help='as for train; default "automatic"')
+    command.add_argument("--clipping", type=_clipping, metavar="RULE", help="as for train")
     command.add_argument("--out", type=Path, metavar="RUN", help="run directory; default: a new one below runs/")
     command.add_argument("--resume", action="store_true", help="continue the search in --out")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -317,20 +318,32 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _clipping(text: str) -> Clipping:
+_SOFTENED = {"automatic": Clipping.automatic, "psac": Clipping.psac, "quantile": Clipping.quantile}
+_BOUNDED = {"abadi": Clipping.abadi, "global": Clipping.global_}
+
+
+def _clipping(text: str) -> Clipping | None:
+    """A rule in words; None for "auto", which leaves it to what is publicly known."""
+    if text == "auto":
+        return None
     how, grouped, groups = text.partition("@")
-    rule, bounded, bound = how.partition(":")
+    rule, bounded, number = how.partition(":")
     try:
         style = Style.parse(groups) if grouped else Style.flat()
-        if rule == "automatic" and not bounded:
-            return Clipping.automatic(style=style)
-        if rule == "abadi":
-            return Clipping.abadi(float(bound), style=style)
+        if rule == "normalized" and not bounded:
+            return Clipping.normalized(style=style)
+        if rule in _SOFTENED:
+            return _SOFTENED[rule](*([float(number)] if bounded else []), style=style)
+        if rule in _BOUNDED:
+            return _BOUNDED[rule](float(number), style=style)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {str(error).removesuffix('.')}") from error
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: the bound must be a number above 0; write abadi:1.0") from error
-    raise argparse.ArgumentTypeError(f'{text!r} is no rule; write "automatic" or "abadi:R", with "@per_layer" if so')
+    raise argparse.ArgumentTypeError(
+        f'{text!r} is no rule; write "auto", "automatic", "abadi:R", "psac", "normalized", "quantile:Q" or "global:R", '
+        'with "@per_layer" if so'
+    )
 
 
 def _fail(error: DiscreetError | str, code: int) -> int:

@@ -42,7 +42,8 @@ from discreet.train.auto_lr import AutoLR
 from discreet.train.environment import describe_data
 from discreet.train.loop import Private, make_private, new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
-from discreet.train.setup import check_plan, default_clipping
+from discreet.train.setup import check_plan, clipping_of
+from discreet.train.tempered import is_tempered, reason, tempered_clipping
 
 _STAND_IN_FEATURES = 24
 _FEATURES_PER_COLUMN = 12
@@ -164,7 +165,7 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
     before = source.queries(preprocessing)
     kind = models.kind_for(options.model, source.kind)
-    spec = stand_in(source, kind=kind)
+    spec = stand_in(source, kind=kind, clipping=_rule(options, source.examples))
     _refuse_unknown_groups(options, spec)
     with _open_run(
         options,
@@ -192,7 +193,8 @@ def train_digits(options: TrainOptions, *, calibration: SetApart | None = None) 
     delta = default_delta(examples + apart) if options.delta is None else options.delta
     asked = None if not apart else plan_calibration(examples, apart=apart, epsilon=options.epsilon, delta=delta)
     kind = models.resolve(options.model, prepared.input)
-    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes))
+    tempered = is_tempered(_rule(options, examples))
+    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes), tempered=tempered)
     _refuse_unknown_groups(options, spec)
     with _open_run(options, spec, device=device, examples=examples, delta=delta, before=(), calibration=asked) as run:
         return _train(prepared, run, options, kind, device=device, started=started, origin=Origin.PUBLIC)
@@ -214,11 +216,20 @@ def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
     )
 
 
-def stand_in(source: Source, *, kind: models.ModelKind) -> models.ModelSpec:
+def stand_in(source: Source, *, kind: models.ModelKind, clipping: Clipping) -> models.ModelSpec:
     """The model for this data, as far as it is public: numbers that are private until released are stood in for."""
     features = max(_STAND_IN_FEATURES, _FEATURES_PER_COLUMN * len(source.statistics))
     input_spec = TableInput(features=features) if source.input is None else source.input
-    return models.specify(kind, input_spec=input_spec, classes=_STAND_IN_CLASSES)
+    return models.specify(kind, input_spec=input_spec, classes=_STAND_IN_CLASSES, tempered=is_tempered(clipping))
+
+
+def _rule(options: TrainOptions, examples: int) -> Clipping:
+    """The clipping rule: the plan's, the user's, or the one that is chosen from public facts."""
+    if options.plan is not None:
+        return clipping_of(options.plan)
+    if math.isinf(options.epsilon):
+        return Clipping.none()
+    return options.clipping if options.clipping is not None else tempered_clipping(examples)
 
 
 def _refuse_unknown_groups(options: TrainOptions, spec: models.ModelSpec) -> None:
@@ -298,10 +309,9 @@ def _new_plan(
     before: tuple[Query, ...],
 ) -> Plan:
     """The planner's choice for what was left open, within ``--compute`` if there is one."""
-    clipping = options.clipping if options.clipping is not None else default_clipping(options.epsilon)
-    if math.isinf(options.epsilon):
-        clipping = Clipping.none()
-    bound = None
+    clipping, bound = _rule(options, examples), None
+    chosen = options.clipping is None and is_tempered(clipping)
+    why = (reason(clipping, examples),) if chosen else ()
     if options.compute is not None:
         parse_time(options.compute)
         machine = measure_spec(spec, device=device, clipping=clipping)
@@ -316,7 +326,7 @@ def _new_plan(
         usual_steps=models.defaults(spec.kind).steps,
         before=before,
         clipping=clipping.describe(),
-        notes=() if bound is None else (f"compute: {bound.said}",),
+        notes=(*(() if bound is None else (f"compute: {bound.said}",)), *why),
     )
 
 
@@ -348,7 +358,8 @@ def _train(
     started: float,
     origin: Origin,
 ) -> Outcome:
-    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes))
+    tempered = is_tempered(clipping_of(run.plan))
+    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes), tempered=tempered)
     with torch.random.fork_rng():
         torch.manual_seed(run.initial_seed)
         model = models.build(spec).to(device)

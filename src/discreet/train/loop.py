@@ -30,8 +30,9 @@ from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.run import Run
-from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, solve_plan
+from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, rule_for, solve_plan
 from discreet.train.step import ClippedStep, Microbatch
+from discreet.train.tempered import check_tempered
 from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
 from discreet.train.tolerance import Verdict
 from discreet.train.updates import Conclusion, Step, Updates, begin
@@ -236,7 +237,7 @@ def make_private(
         steps: updates; None: the planner chooses.
         compute: the time that the updates may take, "90s", "5m", "2h"; the planner then measures the model for a few
             seconds, on random numbers of the data's shapes, and chooses within it. Reading the data comes on top.
-        clipping: automatic by default.
+        clipping: None: automatic, or for a `Tempered` model the rule that keeps its probabilities right.
         learning_rate: "auto" or an `AutoLR`: found by a few private probes, which are updates of the plan; a peak rate
             with linear decay; a torch scheduler; or None for the optimizer's own.
         microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
@@ -277,7 +278,7 @@ def make_private(
             steps=steps,
             compute=compute,
             machine=lambda rule: _measure(model, loss, examples, rule, device),
-            clipping=clipping,
+            clipping=rule_for(model, clipping, epsilon=epsilon, examples=examples.count),
         )
 
     run = existing_run(run_dir, resume=resume, seed=seed)
@@ -287,7 +288,8 @@ def make_private(
         the_plan = run.plan if run is not None else new_plan()
         check_plan(the_plan, clipping=clipping, examples=examples.count)
         rule = clipping_of(the_plan)
-        noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, rule.sensitivity)
+        check_tempered(model, rule)
+        noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, rule.divide(parameters).sensitivity)
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
         size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         report = self_check(model, loss, examples, rule, device)

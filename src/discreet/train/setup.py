@@ -19,6 +19,7 @@ from discreet.privacy.planning import bound_of
 from discreet.train.auto_lr import needs_arguments
 from discreet.train.run import Run
 from discreet.train.step import refuse_unreleased
+from discreet.train.tempered import Tempered, tempered_clipping
 
 
 def covered_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -100,6 +101,13 @@ def solve_plan(
         clipping=rule.describe(),
         notes=() if bound is None else (f"compute: {bound.said}",),
     )
+
+
+def rule_for(model: nn.Module, clipping: Clipping | None, *, epsilon: float | None, examples: int) -> Clipping | None:
+    """What the caller asked for; for a `Tempered` model that is to be private, what its temperature needs."""
+    if clipping is None and isinstance(model, Tempered) and epsilon != float("inf"):
+        return tempered_clipping(examples)
+    return clipping
 
 
 def default_clipping(epsilon: float | None) -> Clipping:
