@@ -14,7 +14,7 @@ from discreet.app.cli import main
 from discreet.app.data import PublicCalibration, SetApart, digits, open_source, usual_share
 from discreet.app.data.split import is_test_row
 from discreet.app.evaluation import logits_of
-from discreet.app.temperature import _fit, conclusion, plan_calibration
+from discreet.app.temperature import _fit, conclusion, plan_calibration, statement
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import HeldOut
 from discreet.privacy.certificate import temperature_of, verify
@@ -194,6 +194,19 @@ def ready(tmp_path):
         model.weight.copy_(torch.tensor([[-4.0, 0.0], [4.0, 0.0]]))
     yield run, model
     run.close()
+
+
+def test_the_sentence_says_whether_the_temperature_is_private(ready, tmp_path):
+    run, model = ready
+    assert "There is no temperature" in statement(run.plan, run.ledger)[0]
+    conclusion(_Rows(400))(run, model)
+    assert "fitted privately on 400 rows" in statement(run.plan, run.ledger)[0]
+    with Run.create(tmp_path / "seeded", plan=run.plan, seed=1) as seeded:
+        conclusion(_Rows(400))(seeded, model)
+        assert "NOT PRIVATELY" in statement(seeded.plan, seeded.ledger)[0]
+    bare = Plan.solve(examples=2000, batch_size=100, steps=2, epsilon=2.0, delta=1e-4)
+    with Run.create(tmp_path / "bare", plan=bare) as without:
+        assert statement(bare, without.ledger) == ()
 
 
 def test_a_repeated_conclusion_asks_nothing_twice(ready):

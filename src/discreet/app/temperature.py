@@ -135,9 +135,12 @@ def statement(plan: Plan, ledger: LedgerView) -> tuple[str, ...]:
     use = f"Divide the model's logits by the temperature {doubt} (release/temperature.json); test figures do."
     if asked is None:
         return (f"{use} It was fitted on {facts['examples']} public rows.",)
+    apart = f"{asked.examples} rows that a public hash had set apart, and nothing else touched"
+    if facts["private"] is not True:
+        return (f"{use} It was fitted on {apart}, NOT PRIVATELY: without noise, or with that of a test seed.",)
     return (
-        f"{use} It was fitted privately on {asked.examples} rows that a public hash had set apart, and nothing else "
-        "touched; of their epsilon and that of training the larger counts (parallel composition).",
+        f"{use} It was fitted privately on {apart}; of their epsilon and that of training the larger counts "
+        "(parallel composition).",
     )
 
 
