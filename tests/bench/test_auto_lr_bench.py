@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from bench.auto_lr import __main__ as program
-from bench.auto_lr import contestants, table
+from bench.auto_lr import contestants, simulated, table
 from bench.auto_lr.tasks import NameModel, Task, load, name_loss
 from torch import nn
 
 from discreet.app.data.source import Examples
+from discreet.core.clipping import Clipping
+from discreet.core.gradient import clipped_gradient
 from discreet.privacy.plan import Plan
 
 
@@ -110,3 +112,22 @@ def test_the_toy_is_what_the_specification_says():
     plan = task.plan(8.0)
     assert (plan.batch_size, plan.steps) == (500, 600)
     assert plan.noise_multiplier == pytest.approx(0.730, rel=0.01)
+
+
+def test_the_simulated_step_is_that_of_the_engine():
+    """A second implementation of automatic clipping, against the first."""
+    features = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(30) % 3
+    world = simulated.World({}, (features, targets, features, targets))
+    weights = world.weights(0)
+    model = nn.Sequential(nn.Linear(5, simulated.HIDDEN), nn.ReLU(), nn.Linear(simulated.HIDDEN, 3))
+    for parameter, layer in zip(model.parameters(), world.layers(weights), strict=True):
+        parameter.data.copy_(layer)
+    total = clipped_gradient(
+        model,
+        lambda network, batch: nn.functional.cross_entropy(network(batch[0]), batch[1], reduction="none"),
+        (features, targets),
+        clipping=Clipping.automatic(),
+    )
+    engine = torch.cat([value.flatten() for value in total.tensors.values()])
+    torch.testing.assert_close(world.clipped(weights, torch.arange(30)), engine, rtol=1e-4, atol=1e-4)
