@@ -464,6 +464,18 @@ def test_overflowing_weights_still_give_json(workplace: Path, capsys: pytest.Cap
     assert json.loads(out)["test"]["nll"] is None
 
 
+def test_a_rate_that_sets_itself_says_how(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the result, in the curve of the log, and on the page."""
+    words = ("demo", "--epsilon", 8, "--steps", 80, "--batch-size", 200, "--learning-rate", "auto", "--out", "run")
+    code, out, err = _run(capsys, *words, "--json")
+    assert code == 0, err
+    assert "The learning rate set itself" in " ".join(json.loads(out)["statements"])
+    release = workplace / "run" / "release"
+    lines = [json.loads(line) for line in (release / "metrics.jsonl").read_text().splitlines()]
+    assert sum("probe_rise" in line for line in lines) >= 1
+    assert "How the learning rate set itself" in (release / "report.html").read_text()
+
+
 @pytest.mark.parametrize("kib", [1, 2, 6, 12])
 def test_a_full_disk_is_one_line_and_resume_goes_on(
     workplace: Path, capsys: pytest.CaptureFixture[str], kib: int

@@ -11,7 +11,7 @@ from discreet.app import cli
 from discreet.app.convergence import RULES, render_page, stationary_figure
 from discreet.core.clipping import Clipping
 from discreet.insight.convergence import Convergence, Flow
-from discreet.insight.simulated_run import Origin
+from discreet.insight.origin import Origin
 
 
 def _found(origin: Origin) -> Convergence:

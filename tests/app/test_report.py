@@ -11,6 +11,8 @@ import pytest
 from discreet.app.report import Stamp, plots, read_run, render_report, write_report
 from discreet.app.report.meaning import certainty, found_members
 from discreet.app.report.parts import MOST_ROWS
+from discreet.app.report.rate import rate_section
+from discreet.app.report.record import Metric, RunRecord
 from discreet.app.report.story import budget_shares
 from discreet.app.report.text import LONGEST, duration, percent, plain, safe, scientific, upward, wilson
 from discreet.errors import DataError
@@ -543,3 +545,15 @@ def test_found_members_is_the_optimal_test_of_randomised_response():
     assert found_members(0.0, delta=0.0, false_alarms=0.01) == pytest.approx(0.01)
     assert found_members(1e4, delta=0.0, false_alarms=0.01) == pytest.approx(1.0)
     assert found_members(math.inf, delta=0.0, false_alarms=0.01) == 1.0
+
+
+def test_every_answer_that_a_learning_rate_rests_on_is_shown() -> None:
+    probe = {"probe_displacement": 0.25, "probe_rise": 1.234, "probe_noise": 0.1, "probe_rate": 0.021}
+
+    def run(*metrics: Metric) -> RunRecord:
+        return RunRecord(name="run", plan={}, certificate={}, result={}, check={}, schema={}, metrics=tuple(metrics))
+
+    page = rate_section(run(Metric(step=1, values={"loss_level": 2.0}), Metric(step=2, values=probe)))
+    for text in ("0.25", "+1.23 ± 0.10", "0.021"):
+        assert text in page
+    assert rate_section(run(Metric(step=1, values={"learning_rate": 0.02}))) == ""

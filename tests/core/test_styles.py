@@ -14,7 +14,7 @@ from cases import CASES, B, D, Fn, loss
 from discreet.core import book as books
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.core.style import Style, StyleKind
 from discreet.errors import ConfigError, UnsupportedUse
 from discreet.train.check import check

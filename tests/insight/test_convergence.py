@@ -22,7 +22,7 @@ from discreet.insight.convergence import (
     stationary_probability,
     tangent_kernel,
 )
-from discreet.insight.simulated_run import Origin
+from discreet.insight.origin import Origin
 
 
 def _network(seed: int, outputs: int = 1) -> tuple[nn.Module, Tensor, Tensor]:

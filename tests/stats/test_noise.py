@@ -275,3 +275,16 @@ def test_noise_on_an_unbounded_sum_is_refused():
     unbounded = ClippedSum({"w": torch.zeros(3)}, sensitivity=math.inf)
     with pytest.raises(ConfigError, match="sensitivity"):
         release(unbounded, noise_multiplier=1.0, source=NoiseSource.system())
+
+
+def test_a_float64_sum_released_as_float32_is_rounded_once_and_takes_one_draw():
+    """What several microbatches add up to gets the noise of a float32 sum, bit by bit."""
+    value = torch.randn(70_001)
+    narrow, wide = (ClippedSum({"w": v}, sensitivity=1.0) for v in (value, value.double()))
+    given = {"w": torch.empty_like(value)}
+    found = release(wide, noise_multiplier=2.0, source=NoiseSource.insecure_seed(3), divisor=3, into=given)
+    assert found.tensors["w"].data_ptr() == given["w"].data_ptr()
+    wanted = release(narrow, noise_multiplier=2.0, source=NoiseSource.insecure_seed(3), divisor=3)
+    assert torch.equal(found.tensors["w"], wanted.tensors["w"])
+    bare = release(wide, noise_multiplier=0.0, source=NoiseSource.insecure_seed(3), divisor=3, into=given)
+    assert torch.equal(bare.tensors["w"], (value.double() / 3).float())

@@ -31,6 +31,12 @@ def test_the_same_sum_is_admitted_again_and_another_is_not(tmp_path: Path) -> No
     assert again.admits(0, _sum(1.0, 2.0))
 
 
+def test_one_sum_at_two_scales_of_noise_is_two_sums(tmp_path: Path) -> None:
+    journal = SumJournal(tmp_path / "sums", key=KEY)
+    assert journal.admits(0, _sum(1.0))
+    assert not journal.admits(0, ClippedSum(tensors={"w": torch.tensor((1.0,))}, sensitivity=2.0))
+
+
 def test_sums_of_another_key_are_no_hindrance(tmp_path: Path) -> None:
     SumJournal(tmp_path / "sums", key=KEY).admits(0, _sum(1.0))
     assert SumJournal(tmp_path / "sums", key=seed_key(2)).admits(0, _sum(2.0))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from discreet.core.clipping import Clipping
@@ -23,6 +24,7 @@ from discreet.privacy.ledger import Ledger
 from discreet.privacy.plan import Plan
 from discreet.privacy.repetitions import Stopping
 from discreet.privacy.tuning import plan_search
+from discreet.train import search_state
 from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.run import KEY, MODEL, SEARCH, Run
 from discreet.train.search_state import SearchState
@@ -501,3 +503,19 @@ class _Remembers(nn.Module):
 def test_a_model_that_remembers_its_inputs_is_not_released(tmp_path):
     with pytest.raises(CheckFailed):
         _tune(tmp_path / "run", choices=[Choice(name="remembers", build=_Remembers, recipe=Recipe(0.1))])
+
+
+def test_a_full_disk_is_an_oserror_and_the_search_goes_on_afterwards(tmp_path, undisturbed, monkeypatch):
+    """safetensors has an error of its own for it, which no caller would take for a full disk."""
+
+    def full(_tensors: Any, name: Path) -> None:
+        Path(name).write_bytes(b"half of it")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_state, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            _tune(tmp_path / "run")
+    found = _tune(tmp_path / "run", resume=True)
+    assert torch.equal(toys.weights(found.model), toys.weights(undisturbed.model))
+    assert _charges(tmp_path / "run") == ["search"]

@@ -115,6 +115,9 @@ def parser() -> argparse.ArgumentParser:
     train = _command(verbs, "train", "train a model on a private file or folder")
     _add_data(train)
     _add_training(train)
+    train.add_argument(
+        "--public-test", action="store_true", help="the rows of --test are public: their figures need no stamp"
+    )
     plan = _command(verbs, "plan", "batch, steps and noise for a data file or a number of examples, and what they cost")
     _add_data(plan, required=False)
     _add_planning(plan)
@@ -136,6 +139,8 @@ def parser() -> argparse.ArgumentParser:
         ("report", "write report.html"),
     ):
         _command(verbs, name, text).add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    calibrate = _command(verbs, "calibrate", "how far the probabilities of any model, or of a run, can be believed")
+    _add_calibration(calibrate)
     demo = _command(verbs, "demo", "train on scikit-learn's digits")
     _add_training(demo)
     return top
@@ -183,7 +188,7 @@ def _add_training(command: _Parser) -> None:
     command.add_argument(
         "--steps", type=int, metavar="S", help="updates; fewer get a larger batch, so no run gets cheaper"
     )
-    command.add_argument("--learning-rate", default="auto", metavar="R", help='"auto" or the peak of a linear decay')
+    command.add_argument("--learning-rate", metavar="R", help='"auto": sets itself; or the peak of a linear decay')
     command.add_argument(
         "--clipping",
         type=_clipping,
@@ -191,11 +196,39 @@ def _add_training(command: _Parser) -> None:
         help='"auto" (default: abadi, and a temperature in the same query), "automatic[:GAMMA]", "abadi:R", '
         '"psac[:R]", "normalized", "quantile[:Q]", "global:R" (experimental); "@per_layer", "@groups:A,B": in groups',
     )
+    command.add_argument(
+        "--private-temperature",
+        action="store_true",
+        help="set some training rows apart, by a public hash, for a private temperature",
+    )
+    command.add_argument(
+        "--public-temperature", type=Path, metavar="DATA", help="PUBLIC rows of the same form for an exact temperature"
+    )
     command.add_argument("--microbatch", type=int, metavar="M", help="examples at a time; never changes the result")
     command.add_argument("--out", type=Path, metavar="RUN", help="run directory; default: a new one below runs/")
     command.add_argument("--resume", action="store_true", help="continue the run in --out")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument("--seed", type=int, metavar="N", help="test mode: reproducible and NOT PRIVATE")
+
+
+def _add_calibration(command: _Parser) -> None:
+    command.add_argument(
+        "data", type=Path, metavar="PREDICTIONS", help="CSV, TSV, Parquet or npz of predictions and labels; or a run"
+    )
+    command.add_argument("--label", metavar="NAME", help="the label column; default: label, target or y")
+    command.add_argument("--group", metavar="NAME", help="a column of groups, each with a report of its own")
+    command.add_argument(
+        "--columns", type=_names, metavar="A,B,C", help="the columns of the classes, in order; default: all others"
+    )
+    command.add_argument("--logits", action="store_true", help="the numbers are logits; default: told from them")
+    command.add_argument("--probabilities", action="store_true", help="the numbers are probabilities")
+    command.add_argument("--public", action="store_true", help="the rows are public; else figures are NON-PRIVATE")
+    command.add_argument("--epsilon", type=float, help="report within this budget, with noise and a ledger")
+    command.add_argument("--delta", type=float, help="default: 1 / rows^1.1")
+    command.add_argument(
+        "--out", type=Path, metavar="RUN", help="directory of that ledger; default: a new one below runs/"
+    )
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
 
 
 def _add_planning(command: _Parser) -> None:

@@ -20,7 +20,7 @@ from discreet.core.clipping import Clipping
 from discreet.core.style import Style
 from discreet.errors import ConfigError
 from discreet.insight.convergence import Convergence, convergence_report, stationary_probability
-from discreet.insight.simulated_run import Origin
+from discreet.insight.origin import Origin
 from discreet.privacy.files import write_atomically
 
 EXAMPLES = 12

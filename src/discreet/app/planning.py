@@ -113,6 +113,9 @@ def plan_data(data: DataOptions | None, options: PlanOptions) -> Planned:
     """
     if options.simulation is not None and options.html is None:
         raise ConfigError("--simulation without --html: it is drawn on the page; name the page, e.g. --html plan.html.")
+    for place in (options.out, options.html):
+        if place is not None:
+            _check_place(place)
     simulation = read_simulation(options.simulation) if options.simulation is not None else None
     if data is not None:
         proposal = _for_data(data, options)
@@ -165,7 +168,9 @@ def _for_numbers(options: PlanOptions) -> Proposal:
     if options.parameters is not None:
         if options.parameters < 1:
             raise ConfigError(f"--parameters {options.parameters}: must be at least 1; leave it out if unknown.")
-        machine = dataclasses.replace(machine, parameters=options.parameters) if machine is not None else None
+        if machine is None:
+            raise ConfigError("--parameters without --throughput: belongs to a machine; tell how fast it is, too.")
+        machine = dataclasses.replace(machine, parameters=options.parameters)
     clipping = _rule(options, options.examples)
     return _propose(
         options, clipping, examples=options.examples, delta=options.delta, before=(), machine=machine, usual_steps=None
@@ -213,9 +218,15 @@ def _choose(proposal: Proposal, name: str | None) -> Option:
     return by_name[name]
 
 
-def _save(chosen: Option, path: Path) -> None:
+def _check_place(path: Path) -> None:
+    """Before anything is measured or drawn."""
     if path.is_dir():
-        raise ConfigError(f"{path}: is a directory; name a file, e.g. plan.json.")
+        raise ConfigError(f"{path}: is a directory; name a file in it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: cannot be written ({path.parent} is no directory); make it, or name another.")
+
+
+def _save(chosen: Option, path: Path) -> None:
     try:
         chosen.plan.save(path)
     except OSError as error:

@@ -25,7 +25,8 @@ from discreet.app.progress import Progress
 from discreet.app.training import DataOptions, open_data, pick_device
 from discreet.core.rng import NoiseSource
 from discreet.errors import ConfigError, DataError
-from discreet.insight.simulated_run import Candidate, Origin, Proxy
+from discreet.insight.origin import Origin
+from discreet.insight.simulated_run import Candidate, Proxy
 from discreet.insight.simulation import Simulation, simulate
 from discreet.privacy.files import write_atomically
 from discreet.privacy.plan import Plan

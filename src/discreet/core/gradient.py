@@ -5,6 +5,7 @@ Shape legend: B = examples of the batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from discreet.core import compiled, rules
-from discreet.core.book import Book, Layout
+from discreet.core.axes import Layout
+from discreet.core.book import Book
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.layout import nodes, observed_layout
-from discreet.core.parameter import Guarded, guard
+from discreet.core.meeting import guard
+from discreet.core.parameter import Guarded
 from discreet.core.uses import zeros_like_sums
 from discreet.errors import ConfigError, UnsupportedUse
 
@@ -103,8 +106,10 @@ def backward(book: Book, losses_B: Tensor) -> None:
     check_losses(losses_B, examples=book.examples)
     if isinstance(losses_B, Guarded) or not losses_B.requires_grad:
         raise ConfigError("the losses depend on no trainable parameter and example together; use the model's output.")
-    _refuse_strays(book, losses_B)
-    with book.collecting():
+    with contextlib.ExitStack() as stack:
+        for leaf in _strays(book, losses_B):
+            stack.callback(leaf.register_hook(torch.zeros_like).remove)
+        stack.enter_context(book.collecting())
         losses_B.sum().backward()
 
 
@@ -118,8 +123,13 @@ def check_losses(losses: object, *, examples: int) -> None:
         )
 
 
-def _refuse_strays(book: Book, losses_B: Tensor) -> None:
-    """Whatever else would get a gradient gets a raw one, without clipping or noise: only activations may."""
+def _strays(book: Book, losses_B: Tensor) -> list[Tensor]:
+    """What else the backward would give a gradient, raw, without clipping or noise: activations, which get zeros.
+
+    Raises:
+        UnsupportedUse: a parameter, or a tensor that is no activation by its shape.
+    """
+    found = []
     known = {id(book.sink), *(id(parameter) for parameter in book.parameters.values())}
     for node in nodes(losses_B):
         leaf = getattr(node, "variable", None)
@@ -130,6 +140,8 @@ def _refuse_strays(book: Book, losses_B: Tensor) -> None:
                 f"a trainable tensor of shape {tuple(leaf.shape)} is no parameter of this model: it would get a raw "
                 "gradient; register it in the model, or detach it."
             )
+        found.append(leaf)
+    return found
 
 
 def settle(book: Book, clipping: Clipping) -> ClippedSum:

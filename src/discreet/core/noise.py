@@ -24,7 +24,7 @@ class Released:
     """Tensors that carry their noise: safe to log, plot, save and compute with.
 
     Attributes:
-        tensors: name -> noisy sum over ``divisor``, same shape and dtype as in the clipped sum.
+        tensors: name -> noisy sum over ``divisor``, same shape and dtype as in the clipped sum, or as where it went.
         noise_std: standard deviation of the noise in every entry of a tensor whose noise weight is 1.
         private: False when there was no noise, or when the noise came from a test seed.
     """
@@ -58,7 +58,8 @@ def release(
         noise_multiplier: sigma >= 0. Zero releases the bare sum and marks it not private.
         source: the keyed stream; this call claims one position of it.
         divisor: a public constant, such as the expected batch, that the noisy sum is divided by.
-        into: where to write: name -> tensor of the sum's shape, dtype and device. Others get new memory.
+        into: where to write: name -> tensor of the sum's shape and device, in its dtype or in float32. Others get new
+            memory.
 
     Raises:
         ConfigError: sigma is negative or not finite, noise is asked for on an unbounded sum, or a noise weight is none.
@@ -118,8 +119,12 @@ def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, thre
 
 
 def _target(value: Tensor, offered: Tensor | None) -> Tensor:
-    wanted = (value.shape, value.dtype, value.device)
-    if offered is not None and (offered.shape, offered.dtype, offered.device) == wanted and offered.is_contiguous():
+    if (
+        offered is not None
+        and (offered.shape, offered.device) == (value.shape, value.device)
+        and offered.dtype in (value.dtype, torch.float32)
+        and offered.is_contiguous()
+    ):
         return offered.detach()
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
@@ -131,7 +136,7 @@ def _add_noise(
     with source.scratch() as scratch:
         for stretch in stretches:
             scale = scales[stretch.name]
-            if _on_host(stretch.value) and stretch.value.dtype is torch.float32:
+            if _on_host(stretch.value) and stretch.value.dtype is stretch.target.dtype is torch.float32:
                 # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
                 value, target = stretch.value.numpy(), stretch.target.numpy()
                 where = {"position": position, "name": stretch.name, "start": stretch.start}
@@ -144,18 +149,18 @@ def _add_noise(
 def _add_by_pieces(
     stretch: _Stretch, scratch: Scratch, *, source: NoiseSource, position: int, scale: float, share: float
 ) -> None:
-    """The same for float64, whose noise is the normalised sum of two draws, and for other devices."""
+    """The same for float64 sums and other devices. Results that stay float64 get the normalised sum of two draws."""
     for start in range(0, len(stretch.value), PIECE):
         value, target = stretch.value[start : start + PIECE], stretch.target[start : start + PIECE]
         where = {"position": position, "name": stretch.name, "start": stretch.start + start}
         noise = source.piece(len(value), scratch, **where)
-        if value.dtype is torch.float64:
+        if target.dtype is torch.float64:
             first = noise.copy()
             noise = source.piece(len(value), scratch, **where, layer=1)
             np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
         np.multiply(noise, scale, out=noise)
         if _on_host(value):
-            np.add(noise, np.multiply(value.numpy(), share), out=target.numpy())
+            np.add(noise, np.multiply(value.numpy(), share), out=target.numpy(), casting="same_kind")
         else:
             target.copy_(value.to(torch.float64).mul_(share).add_(torch.from_numpy(noise).to(value.device)))
 

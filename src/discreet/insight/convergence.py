@@ -30,7 +30,7 @@ from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import backward, clipped_gradient, open_book, trainable
 from discreet.core.parameter import guard
 from discreet.errors import ConfigError
-from discreet.insight.simulated_run import Origin
+from discreet.insight.origin import Origin
 
 MOST_ROWS = 2048
 """Largest kernel that is taken apart; beyond it eigenvalues take minutes."""

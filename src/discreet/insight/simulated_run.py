@@ -10,7 +10,6 @@ log line and its file.
 
 from __future__ import annotations
 
-import enum
 import logging
 import math
 from collections.abc import Callable
@@ -19,11 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction
 from discreet.core.rng import seed_key, subkey
 from discreet.errors import ConfigError
+from discreet.insight.origin import NON_PRIVATE_STAMP, Origin
 from discreet.privacy.plan import Plan
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.check import check
@@ -32,17 +32,8 @@ from discreet.train.loop import Data
 from discreet.train.setup import clipping_of
 from discreet.train.trial import Recipe, Schedule, fresh_model, run_trial
 
-NON_PRIVATE_STAMP = "NON-PRIVATE"
-
 _CHECK_EXAMPLES = 4
 _log = logging.getLogger("discreet")
-
-
-class Origin(enum.Enum):
-    """Whose data a simulation reads."""
-
-    PUBLIC = "public"
-    PRIVATE = "private"
 
 
 @dataclass(frozen=True)

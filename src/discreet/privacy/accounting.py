@@ -18,6 +18,8 @@ What is exact, and what is a bound:
   another example in): an upper bound, as in dp_accounting, and nearly tight where cuts are rare.
 - RDP with replace-one or with truncated batches: not in dp_accounting; see `discreet.privacy.renyi`.
 - searches (`Repeated`): an upper bound, by RDP alone.
+- parts of their own (`HeldOut`): the largest of the parts and the rest counts. For replace-one, an example may also
+  leave one part for another: one removal and one addition, so every two of them are composed as well, by add/remove.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from discreet.privacy.queries import (
     SMALLEST_NOISE,
     Accountant,
     Gaussian,
+    HeldOut,
     Query,
     Relation,
     Repeated,
@@ -51,6 +54,7 @@ from discreet.privacy.search import solve_decreasing
 __all__ = [
     "Accountant",
     "Gaussian",
+    "HeldOut",
     "NoiseSolution",
     "Query",
     "Relation",

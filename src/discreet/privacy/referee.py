@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ def epsilon_of(total: Summary, delta: float, relation: Relation, accountant: Acc
         return math.inf
     if total.empty:
         return 0.0
+    if total.held_out:
+        return max(epsilon_of(side, delta, how, accountant) for side, how in _sides(total, relation))
     if accountant is Accountant.RDP:
         value = _rdp_epsilon(total, left, relation)
     elif not total.steps:
@@ -68,6 +71,8 @@ def delta_of(total: Summary, epsilon: float, relation: Relation, accountant: Acc
     _check_supported(total, accountant)
     if total.noiseless:
         return 1.0
+    if total.held_out:
+        return max(delta_of(side, epsilon, how, accountant) for side, how in _sides(total, relation))
     if math.isinf(epsilon) or total.empty:
         return 0.0
     if accountant is Accountant.RDP:
@@ -79,6 +84,20 @@ def delta_of(total: Summary, epsilon: float, relation: Relation, accountant: Acc
         return value + fourier_margin(total)
     exact = float(_compose(total, relation, extended=True).get_delta_for_epsilon(epsilon))
     return exact + fourier_margin(total, extended=True)
+
+
+def _sides(total: Summary, relation: Relation) -> list[tuple[Summary, Relation]]:
+    """What one example's difference can touch: the rest, or one part; or, when it is replaced, two of them.
+
+    An example that is replaced by one of another part is removed here and added there. The parts make Gaussian queries,
+    whose losses are the same both ways, so add/remove composition covers that. Its names are selected on one side only.
+    """
+    sides = [(side, relation) for side in (total.rest, *total.parts)]
+    if relation is Relation.REPLACE_ONE:
+        crossed = [total.joined(part) for part in total.parts]
+        crossed += [first.joined(second) for first, second in itertools.combinations(total.parts, 2)]
+        sides += [(side, Relation.ADD_REMOVE) for side in crossed]
+    return sides
 
 
 def _pld_epsilon(total: Summary, left: float, relation: Relation) -> float:

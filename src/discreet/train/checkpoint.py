@@ -23,7 +23,7 @@ from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.files import file_digest
 from discreet.train.secret_files import sync
 
-_FORMAT = 1
+_FORMAT = 2
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _TENSOR_MARK = "__tensor__"
 _TUPLE_MARK = "__tuple__"
@@ -40,6 +40,7 @@ class Checkpoint:
         model: ``model.state_dict()``, tensors only.
         optimizer: ``optimizer.state_dict()``.
         scheduler: the torch scheduler's state, or None.
+        rates: what the search for a learning rate has found so far, or None.
         ledger_head: hash of the ledger's last record at that time; a ledger without it was cut.
         clip_bound: where the bound is that follows a quantile of the norms; None when it does not move.
     """
@@ -50,6 +51,7 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     scheduler: Mapping[str, Any] | None
     ledger_head: str
+    rates: Mapping[str, Any] | None = None
     clip_bound: float | None = None
 
 
@@ -71,6 +73,7 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
         "model": _encode(dict(checkpoint.model), "model", tensors),
         "optimizer": _encode(dict(checkpoint.optimizer), "optimizer", tensors),
         "scheduler": _encode(checkpoint.scheduler, "scheduler", tensors),
+        "rates": _encode(checkpoint.rates, "rates", tensors),
     }
     final = _free_name(directory, checkpoint.step)
     temporary = directory / f".{final.name}.tmp"
@@ -130,6 +133,7 @@ def load(directory: Path) -> Checkpoint | None:
         optimizer=_decode(state["optimizer"], tensors),
         scheduler=_decode(state["scheduler"], tensors),
         ledger_head=state["ledger_head"],
+        rates=_decode(state["rates"], tensors),
         clip_bound=state.get("clip_bound"),
     )
 

@@ -66,7 +66,7 @@ class SumJournal:
 
     def _digest(self, total: ClippedSum) -> str:
         digest = hashlib.blake2b(key=self._digest_key, digest_size=_DIGEST_BYTES)
-        # The same sum under another bound would get the same noise at another scale, and the two would tell both.
+        # The same draw on one sum at two scales would give the sum away; a moving bound or a probe changes the scale.
         digest.update(repr((total.sensitivity, sorted(total.noise_weights.items()))).encode())
         for name, value in sorted(total.tensors.items()):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())

@@ -25,7 +25,7 @@ from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
 from discreet.privacy.compute import Machine
 from discreet.privacy.plan import Plan
-from discreet.train.auto_lr import LearningRate, RateControl
+from discreet.train.auto_lr import GradientNoise, LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
@@ -34,7 +34,8 @@ from discreet.train.setup import check_plan, clipping_of, covered_parameters, ex
 from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.tempered import check_tempered
 from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
-from discreet.train.updates import Step, Updates, begin
+from discreet.train.tolerance import Verdict
+from discreet.train.updates import Conclusion, Step, Updates, begin
 
 CHECK_RANGE = 1e4
 """Numbers beyond it are brought to it before the self-check, and NaN and infinity to zero."""
@@ -83,6 +84,11 @@ class Private:
         """Updates in the whole run."""
         return self._updates.last
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """Where an automatic learning rate comes from, in released numbers; None when the rate was given."""
+        return self._updates.verdict
+
     def epsilon(self) -> float:
         """What the ledger says is spent: reservations included, so never less than the truth."""
         return self._run.ledger.epsilon()
@@ -94,6 +100,7 @@ class Private:
     def __iter__(self) -> Iterator[Step]:
         """One private update per iteration, until the plan's last; then the run is finished."""
         updates = self._updates
+        updates.find_rate()
         while not updates.finished:
             index = updates.done
             step = updates.update(updates.clipped_sum(), index=index)
@@ -207,6 +214,7 @@ def make_private(
     run_dir: str | Path | Run | None = None,
     resume: bool = False,
     checkpoint_steps: int = 50,
+    conclude: Conclusion | None = None,
     seed: int | None = None,
 ) -> Private:
     """Set up private training.
@@ -230,11 +238,14 @@ def make_private(
         compute: the time that the updates may take, "90s", "5m", "2h"; the planner then measures the model for a few
             seconds, on random numbers of the data's shapes, and chooses within it. Reading the data comes on top.
         clipping: None: automatic, or for a `Tempered` model the rule that keeps its probabilities right.
-        learning_rate: "auto", a peak rate with linear decay, a torch scheduler, or None for the optimizer's own.
+        learning_rate: "auto" or an `AutoLR`: found by a few private probes, which are updates of the plan; a peak rate
+            with linear decay; a torch scheduler; or None for the optimizer's own.
         microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
         run_dir: where ledger, checkpoints and release go; None: a new directory below ``runs/``.
         resume: continue the run in ``run_dir``.
         checkpoint_steps: updates between checkpoints.
+        conclude: called with run and model after the last update, while the run is still open. Whatever it releases of
+            private examples must be reserved in the run's ledger before; see `discreet.insight.calibration`.
         seed: test mode: reproducible noise; every artefact is stamped NOT PRIVATE.
 
     Raises:
@@ -276,10 +287,11 @@ def make_private(
             on_failure.callback(run.close)
         the_plan = run.plan if run is not None else new_plan()
         check_plan(the_plan, clipping=clipping, examples=examples.count)
-        rates = RateControl(optimizer, learning_rate, steps=the_plan.steps)
-        size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         rule = clipping_of(the_plan)
         check_tempered(model, rule)
+        noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, rule.divide(parameters).sensitivity)
+        rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
+        size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         report = self_check(model, loss, examples, rule, device)
         if run is None:
             run = Run.create(
@@ -295,7 +307,7 @@ def make_private(
             layout=report.layout,
             microbatch=size,
         )
-        updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps)
+        updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
         run.write("check.json", report.to_json())
         on_failure.pop_all()
     return Private(updates, model=model, optimizer=optimizer, check_report=report)

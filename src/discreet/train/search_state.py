@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -96,11 +97,18 @@ class SearchState:
         return state
 
     def keep(self, *, run: int, choice: int, score: float, model: nn.Module) -> None:
-        """Take in one more run: its weights when it is the best, and nothing of it otherwise."""
+        """Take in one more run: its weights when it is the best, and nothing of it otherwise.
+
+        Raises:
+            OSError: the disk refused; what was kept before is untouched on it.
+        """
         if self.best is None or score > self.best.score:
             old = None if self.best is None else self._weights
             name = self._path / f"run-{run}.safetensors"
-            save_file({key: value.contiguous().cpu() for key, value in model_tensors(model).items()}, name)
+            try:
+                save_file({key: value.contiguous().cpu() for key, value in model_tensors(model).items()}, name)
+            except SafetensorError as error:
+                raise OSError(f"{name}: cannot be written ({error})") from error
             name.chmod(0o600)
             sync(name)
             self.best = Best(run=run, choice=choice, score=score, sha256=file_digest(name))

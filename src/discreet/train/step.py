@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
+from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
 
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
@@ -64,16 +65,20 @@ class ClippedStep:
         none is counted twice, and the bits of the sum are a function of the batch and of the microbatch size alone.
         """
         forget_gradients(self.parameters)
+        return self.fitted(lambda: self._attempt(indices), realised=len(indices))
+
+    def fitted(self, attempt: Callable[[], ClippedSum], *, realised: int) -> ClippedSum:
+        """What ``attempt`` makes of a whole batch; done again in half the microbatch for as long as memory runs out."""
         while True:
             try:
-                return self._attempt(indices)
+                return attempt()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or min(self.microbatch.size, len(indices)) <= 1:
+                if not is_out_of_memory(error) or min(self.microbatch.size, realised) <= 1:
                     raise
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.microbatch.halve(realised=len(indices))
+            self.microbatch.halve(realised=realised)
 
     def after(self, released: Released) -> ClippedStep:
         """The next step: a bound that follows a quantile moves by the released count; all else stays.
@@ -92,7 +97,10 @@ class ClippedStep:
             share = clipped_gradient(
                 self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)
             )
-            total = share if total is None else total + share
+            if total is None:
+                total = share
+            else:
+                total += share
         return zero_sum(self.parameters, self.clipping) if total is None else total
 
 
@@ -111,6 +119,15 @@ def forget_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
     """Free the gradients of the last update: the clipped sum of the next one takes their place in memory."""
     for parameter in parameters.values():
         parameter.grad = None
+
+
+def gradient_memory(total: ClippedSum, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Where the released gradients may go: the sums' own memory, or new memory where a sum of several is float64."""
+    return {
+        name: value if value.dtype is sum_dtype(parameters[name]) else torch.empty_like(value, dtype=torch.float32)
+        for name, value in total.tensors.items()
+        if name in parameters
+    }
 
 
 def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, trainable
 from discreet.core.noise import release
@@ -27,7 +27,7 @@ from discreet.errors import ConfigError
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.auto_lr import RateControl
 from discreet.train.examples import Examples
-from discreet.train.step import ClippedStep, Microbatch, write_gradient
+from discreet.train.step import ClippedStep, Microbatch, gradient_memory, write_gradient
 
 MICROBATCH = 512
 
@@ -166,7 +166,7 @@ def run_trial(
                 noise_multiplier=schedule.noise_multiplier,
                 source=source,
                 divisor=schedule.sampling.batch_size,
-                into=total.tensors,
+                into=gradient_memory(total, parameters),
             )
             write_gradient(released, parameters)
             step = step.after(released)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable, zero_sum
-from discreet.core.noise import release
+from discreet.core.noise import Released, release
+from discreet.core.probe import LEVELS, RISES
 from discreet.core.world import world_sum
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.plan import Plan
@@ -24,8 +26,10 @@ from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
 from discreet.train.horizon import updates_allowed
+from discreet.train.probing import probe_sum
 from discreet.train.run import Run, Stage
-from discreet.train.step import ClippedStep, refuse_unreleased, write_gradient
+from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
+from discreet.train.tolerance import Asked, Question, Verdict
 
 RESERVE_STEPS = 16
 """Steps charged to the ledger at once: one fsync for all of them. A crash over-counts by at most this many."""
@@ -39,9 +43,11 @@ class Step:
     """One private update, as the loop sees it: released or public values only.
 
     Attributes:
-        index: 0 for the first update.
+        index: position among the updates that the plan pays for. The first ones may have gone into probes of the
+            learning rate, so that a loop does not see them.
         steps: updates in the whole run.
         learning_rate: of the first parameter group, at this update.
+        verdict: why an automatic rate is what it is; None when the rate was given.
         plan: every public number of the run.
     """
 
@@ -49,11 +55,16 @@ class Step:
     steps: int
     learning_rate: float
     plan: Plan
+    verdict: Verdict | None = None
 
     @cached_property
     def epsilon(self) -> float:
         """An upper bound on what is spent after this update, preprocessing included."""
         return self.plan.spent_at_most(self.index + 1)
+
+
+Conclusion = Callable[[Run, nn.Module], None]
+"""What is done with a run and its model after the last update, before the run is closed for good."""
 
 
 class Updates:
@@ -74,6 +85,8 @@ class Updates:
         rates: sets the learning rate.
         done: where to start.
         checkpoint_steps: updates between checkpoints.
+        conclude: called with run and model after the last update, while the run is still open; what it releases must be
+            reserved in the run's ledger before.
     """
 
     def __init__(
@@ -85,7 +98,9 @@ class Updates:
         rates: RateControl,
         done: int,
         checkpoint_steps: int,
+        conclude: Conclusion | None = None,
     ) -> None:
+        self._conclude = conclude
         self.run = run
         self.step = step
         self.done = done
@@ -116,6 +131,11 @@ class Updates:
         """Whether no update is left."""
         return self.done >= self.last
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """Where an automatic learning rate comes from; None when the rate was given."""
+        return self._rates.verdict
+
     def draw(self) -> np.ndarray:
         """The Poisson batch of the next update, after its charge is durable; indices, shape (realised batch,).
 
@@ -134,6 +154,25 @@ class Updates:
             self.run.ledger.reserve_steps(first=self.done, count=count)
             self._reserved = self.done + count
         return self.plan.sampling.draw(key=self.run.sampling_key, step=self.done)
+
+    def find_rate(self) -> None:
+        """Spend updates on probes of the loss, for as long as the learning rate asks for them.
+
+        A probe is an update like any other: the same charge, a Poisson batch of its own, one release of one bounded sum
+        with the plan's noise. Only what is released is a number about the loss, and the weights stay where they are.
+        """
+        while not self.finished and (question := self._rates.question()) is not None:
+            index, indices = self.done, self.draw()
+            with self.model_randomness():
+                total = world_sum(self._probe_sum(question, indices))
+            released = self._release(total, index=index)
+            if released is None:
+                continue
+            name = LEVELS if question.asked is Asked.LEVEL else RISES
+            said = self._rates.observe(question, released.tensors[name].tolist())
+            self.done += 1
+            self.run.log({"step": self.done, **said})
+            self.checkpoint_if_due()
 
     def clipped_sum(self) -> ClippedSum:
         """The clipped sum of the next update."""
@@ -166,25 +205,51 @@ class Updates:
                 f"a batch drawn for update {index}, at update {self.done}: each batch is released once; iterate either "
                 "`private` or `private.loader`, and only once at a time."
             )
+        self._rates.refuse_others()
         total = world_sum(total)
-        if not self._sums.admits(index, total):
-            self._renew_key("the sum of a repeated step")
+        released = self._release(total, index=index, into=gradient_memory(total, self.step.parameters))
+        if released is None:
             return None
-        self._source.seek(index)
-        released = release(
-            total,
-            noise_multiplier=self.plan.noise_multiplier,
-            source=self._source,
-            divisor=self.plan.batch_size,
-            into=total.tensors,
-        )
         write_gradient(released, self.step.parameters)
         rate = self._rates.before_update(index)
         self._move()
         self._rates.after_update()
         self.step = self.step.after(released)
         self.done += 1
-        return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan)
+        return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan, verdict=self.verdict)
+
+    def _release(
+        self, total: ClippedSum, *, index: int, into: Mapping[str, torch.Tensor] | None = None
+    ) -> Released | None:
+        """Release the one sum of an update over the expected batch; None when another one was released so."""
+        if not self._sums.admits(index, total):
+            self._renew_key("the sum of a repeated step")
+            return None
+        self._source.seek(index)
+        return release(
+            total,
+            noise_multiplier=self.plan.noise_multiplier,
+            source=self._source,
+            divisor=self.plan.batch_size,
+            into=into,
+        )
+
+    def _probe_sum(self, question: Question, indices: np.ndarray) -> ClippedSum:
+        """The bounded sum of a probe; displacements are a function of (key, update, parameter)."""
+        index, directions = self.done, self.run.noise("displacements of probes")
+        ratio_of = {
+            id(parameter): ratio
+            for group, ratio in zip(self._optimizer.param_groups, self._rates.ratios, strict=True)
+            for parameter in group["params"]
+        }
+        return probe_sum(
+            question,
+            step=self.step,
+            indices=indices,
+            seed=self.run.torch_seed(index),
+            directions=lambda name, entries: directions.normal(entries, position=index, name=name),
+            ratios={name: ratio_of[id(parameter)] for name, parameter in self.step.parameters.items()},
+        )
 
     def _adopt_key(self) -> None:
         """Take noise, journal and horizon from the run's key in force."""
@@ -254,6 +319,7 @@ class Updates:
                 optimizer=self._optimizer.state_dict(),
                 scheduler=scheduler.state_dict() if scheduler is not None else None,
                 ledger_head=self.run.ledger.head,
+                rates=self._rates.state(),
                 clip_bound=rule.clip_bound if rule.following is not None else None,
             ),
         )
@@ -262,6 +328,8 @@ class Updates:
         """Save the model, end the run, and certify it. A second time does nothing."""
         if not self.run.ledger.finished:
             self._check_hold()
+            if self._conclude is not None:
+                self._conclude(self.run, self.step.model)
             self.run.finish(self.step.model)
 
 
@@ -273,6 +341,7 @@ def begin(
     examples: Examples,
     *,
     checkpoint_steps: int,
+    conclude: Conclusion | None = None,
 ) -> Updates:
     """Put a run where its checkpoint left it, or at its start; decide whether the key may still be used."""
     found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
@@ -294,7 +363,13 @@ def begin(
     if found is not None and found.clip_bound is not None:
         step = replace(step, clipping=replace(step.clipping, clip_bound=found.clip_bound))
     updates = Updates(
-        run=run, step=step, optimizer=optimizer, rates=rates, done=done, checkpoint_steps=checkpoint_steps
+        run=run,
+        step=step,
+        optimizer=optimizer,
+        rates=rates,
+        done=done,
+        checkpoint_steps=checkpoint_steps,
+        conclude=conclude,
     )
     step.microbatch.on_halving = updates.save
     if found is None:
@@ -337,4 +412,5 @@ def _restore(
         raise ConfigError(f"the checkpoint of update {found.step} has other groups of parameters; {remedy}") from None
     if rates.scheduler is not None and found.scheduler is not None:
         rates.scheduler.load_state_dict(dict(found.scheduler))
+    rates.restore(found.rates)
     step.microbatch.size = found.microbatch

@@ -10,14 +10,25 @@ import enum
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from discreet.errors import DataError
 
 MAX_BYTES = 64 << 20
-METRIC_KEYS = ("epsilon", "learning_rate", "seconds", "test_accuracy", "test_nll")
+METRIC_KEYS = (
+    "epsilon",
+    "learning_rate",
+    "loss_level",
+    "probe_displacement",
+    "probe_noise",
+    "probe_rate",
+    "probe_rise",
+    "seconds",
+    "test_accuracy",
+    "test_nll",
+)
 
 
 class Stamp(enum.Enum):
@@ -43,7 +54,7 @@ class RunRecord:
     Attributes:
         name: name of the run folder.
         plan: ``plan.json``.
-        certificate, result, check, schema: the files of these names; empty when absent.
+        certificate, result, check, schema, calibration, temperature: the files of these names; empty when absent.
         metrics: the lines of ``metrics.jsonl``, in the order written; empty when absent.
     """
 
@@ -54,6 +65,8 @@ class RunRecord:
     check: Mapping[str, Any]
     schema: Mapping[str, Any]
     metrics: tuple[Metric, ...]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    temperature: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stamp(self) -> Stamp:
@@ -144,6 +157,8 @@ def read_run(run_dir: Path) -> RunRecord:
         check=_read_object(release / "check.json"),
         schema=_read_object(release / "schema.json"),
         metrics=tuple(_read_metrics(release / "metrics.jsonl")),
+        calibration=_read_object(release / "calibration.json"),
+        temperature=_read_object(release / "temperature.json"),
     )
 
 

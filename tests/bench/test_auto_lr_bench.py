@@ -1,0 +1,112 @@
+"""The benchmark of learning rates: its table on made-up figures, and one tiny run of each kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench.auto_lr import __main__ as program
+from bench.auto_lr import contestants, table
+from bench.auto_lr.tasks import NameModel, Task, load, name_loss
+from torch import nn
+
+from discreet.app.data.source import Examples
+from discreet.privacy.plan import Plan
+
+
+def _row(contestant: str, accuracy: float, *, seed: int = 0, rate: float = 0.02) -> dict[str, Any]:
+    key = {"task": "toy", "epsilon": 1.0, "seed": seed, "contestant": contestant}
+    return {**key, "accuracy": accuracy, "rate": rate, "updates": 9, "probes": 0, "cpu_seconds": 1.0}
+
+
+ROWS = [
+    _row("auto", 0.80),
+    _row("auto", 0.90, seed=1),
+    _row("grid:adam:0.02:linear", 0.86),
+    _row("grid:adam:0.02:linear", 0.88, seed=1),
+    _row("grid:adam:0.1:linear", 0.99),
+    _row("grid:adam:0.1:linear", 0.51, seed=1),
+    _row("auto-from-0.0001", 0.84),
+    _row("auto-from-1", 0.85),
+]
+
+
+def test_the_oracle_is_one_setting_for_all_seeds():
+    assert table.oracle(ROWS, "toy", 1.0) == ("grid:adam:0.02:linear", pytest.approx(87.0))
+    assert table.gap(ROWS, "toy", 1.0) == pytest.approx(2.0)
+    assert table.spread(ROWS, "toy", 1.0) == pytest.approx(1.0)
+
+
+def test_what_is_missing_is_a_dash():
+    assert table.gap([_row("auto", 0.8)], "toy", 1.0) is None
+    text = table.render(ROWS)
+    assert "adam:0.02:linear" in text
+    assert "mean gap to the oracle at epsilon 1, over 1 tasks: auto +2.00" in text
+
+
+def test_the_grid_is_that_of_the_issue():
+    assert len(contestants.grid()) == 7 * 2 * 2
+    assert set(contestants.names()) >= {"auto", "fixed", "prodigy", "dadapt", "search"}
+
+
+class _Small(Task):
+    """Small enough for a test: 100 updates, so that probes are made."""
+
+    def plan(self, epsilon: float) -> Plan:
+        return Plan.solve(examples=len(self.train), batch_size=100, steps=100, epsilon=epsilon, delta=1e-4)
+
+
+def _small() -> Task:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(700, 5, generator=generator)
+    targets = (features[:, 0] > 0).long()
+    train, test = Examples(features[:400], targets[:400]), Examples(features[400:], targets[400:])
+    return _Small("small", train, test, lambda: nn.Linear(5, 2))
+
+
+@pytest.mark.parametrize("contestant", ["auto", "auto-sgdm", "auto-from-1", "fixed", "grid:sgdm:0.3:linear"])
+def test_every_kind_of_contestant_learns_what_is_easy(contestant):
+    result = contestants.run(contestant, _small(), 8.0, seed=0)
+    assert result.accuracy > 0.85
+    assert (result.probes > 0) == contestant.startswith("auto")
+
+
+def test_rows_are_resumed(tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    def run(contestant: str, task: Task, epsilon: float, *, seed: int) -> contestants.Result:
+        asked.append(contestant)
+        return contestants.Result(accuracy=0.5, rate=0.1, updates=1)
+
+    monkeypatch.setattr(contestants, "run", run)
+    monkeypatch.setattr(program, "load", lambda name, data: _small())
+    words = ["--tasks", "toy", "--epsilons", "1", "--contestants", "auto", "--out", str(tmp_path / "rows.json")]
+    assert program.main([*words, "--seeds", "1"]) == 0
+    once = len(asked)
+    assert program.main([*words, "--seeds", "2"]) == 0
+    assert len(asked) == 2 * once
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2 * once
+
+
+def test_the_model_of_names_looks_back_only_and_gives_one_loss_per_name():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = NameModel()
+    ids = torch.randint(1, 27, (3, 16), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[:, 9:] = 5
+    torch.testing.assert_close(model(ids)[:, :9], model(changed)[:, :9])
+    targets = ids.clone()
+    targets[0, 4:] = -1
+    assert name_loss(model, (ids, targets)).shape == (3,)
+
+
+def test_the_toy_is_what_the_specification_says():
+    task = load("toy", Path())
+    assert (len(task.train), len(task.test)) == (20_000, 4_000)
+    plan = task.plan(8.0)
+    assert (plan.batch_size, plan.steps) == (500, 600)
+    assert plan.noise_multiplier == pytest.approx(0.730, rel=0.01)
