@@ -15,7 +15,7 @@ from architecture.checkers import (
     undocumented,
 )
 
-CORE_LINES = 6_700
+CORE_LINES = 6_711
 RULE_LINES = 2200
 """The engine, clipping, noise and sums; apart from them the rules, which are many small texts read one at a time."""
 FILE_LINES = 600

@@ -128,6 +128,10 @@ def parser() -> argparse.ArgumentParser:
     check = _command(verbs, "check", "check model and loss for the shape of a data file, reading no private value")
     _add_data(check)
     _add_model(check)
+    check.add_argument(
+        "--convergence", action="store_true", help="compare clipping rules: tangent kernel, spectra, slope of the loss"
+    )
+    check.add_argument("--html", type=Path, metavar="FILE", help="with --convergence: write a page with pictures")
     account = _command(verbs, "account", "of epsilon, delta, noise, steps and batch size, the one that is left out")
     add_account_arguments(account)
     for name, text in (

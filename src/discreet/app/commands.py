@@ -11,6 +11,7 @@ from pathlib import Path
 
 from discreet.app.account import answer
 from discreet.app.calibrating import CalibrateOptions, calibrate, short_facts
+from discreet.app.convergence import check_convergence, write_page
 from discreet.app.data import PublicCalibration, SetApart
 from discreet.app.models import ModelKind
 from discreet.app.planning import PlanOptions, plan_data
@@ -47,6 +48,17 @@ def demo(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """`discreet check`; a failed check is an error."""
+    if options.html is not None and not options.convergence:
+        raise ConfigError("--html without --convergence: the self-check has no pictures; add --convergence.")
+    if options.convergence:
+        found = check_convergence(_data(options), kind=ModelKind(options.model))
+        if options.html is not None:
+            write_page(found, options.html)
+        if options.json:
+            _print_json(found.to_json())
+        else:
+            print(found.table())
+        return
     report = check_data(_data(options), kind=ModelKind(options.model))
     if options.json:
         _print_json(report.to_json())

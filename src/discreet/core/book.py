@@ -334,6 +334,14 @@ class Book:
                 norms[name] = self._norm2([uses])[0].sqrt()
         return norms
 
+    def grams(self) -> dict[str, Tensor]:
+        """Inner products between the gradients of a used parameter, name -> (B, B): the tangent kernel of the losses.
+
+        For a handful of public examples: where uses are not of one form, their gradients are instantiated.
+        """
+        with full_precision():
+            return {name: Uses.of(name, records, self.examples).gram() for name, records in self._records.items()}
+
     def routes(self) -> dict[str, tuple[str, ...]]:
         """For each used parameter, how its norms are taken and why, from shapes alone: name -> one line a use."""
         return {

@@ -192,6 +192,12 @@ class Uses(Summand):
             return self.joined.form.norm2()
         return torch.cat([total.norm2() for _, total in self._totals(None)])
 
+    def gram(self) -> Tensor:
+        """Inner products between the gradients of the examples, (B, B)."""
+        if self.joined is not None:
+            return self.joined.form.gram()
+        return Dense(torch.cat([total.per_example() for _, total in self._totals(None)])).gram()
+
     @property
     def is_small(self) -> bool:
         """Whether this is a vector or a scalar as it stands: a bias, a scale, a token."""
