@@ -69,19 +69,32 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['cpu']:6.2f} {row['evaluations']:12d} {row['close']!s:>13}",
             flush=True,
         )
-    for name, *point in POINTS[: options.referee]:
-        sigma, cpu = referee_search(*point)
-        print(f"{name:26} dp_accounting's own search: sigma {sigma:.5g}, {cpu:.1f} CPU seconds", flush=True)
     rows = [random_row(*question) for question in questions(options.random, seed=options.seed)]
     wrong = [row for row in (*published, *rows) if row["wrong"]]
     if rows:
         summarise(rows)
     for row in wrong:
         print("WRONG", json.dumps(row))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"published": published, "random": rows}, indent=1) + "\n")
+    record = {"published": published, "random": rows, "referee": []}
+    _write(options.out, record)
+    for name, *point in POINTS[: options.referee]:
+        sigma, cpu = referee_search(*point)
+        print(f"{name:26} dp_accounting's own search: sigma {sigma:.5g}, {cpu:.1f} CPU seconds", flush=True)
+        record["referee"].append({"name": name, "noise_multiplier": sigma, "cpu": cpu})
+        _write(options.out, record)
     return 1 if wrong else 0
+
+
+def _write(path: Path | None, record: dict[str, list[dict[str, object]]]) -> None:
+    """One line for each row: a thousand rows stay readable, and a change of one is a change of one line."""
+    if path is None:
+        return
+    parts = [
+        f'"{name}": [\n' + ",\n".join(json.dumps(row, sort_keys=True) for row in rows) + "\n]"
+        for name, rows in record.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{" + ",\n".join(parts) + "}\n")
 
 
 def summarise(rows: list[dict[str, object]]) -> None:

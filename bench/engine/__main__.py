@@ -60,21 +60,26 @@ def row(outcome: Outcome, *, baseline: Outcome) -> dict[str, Any]:
     if isinstance(baseline, Figures):
         figures["time_ratio"] = outcome.milliseconds / baseline.milliseconds
         figures["memory_ratio"] = outcome.memory_mib / baseline.memory_mib
+        figures["tensors_ratio"] = outcome.tensors_mib / baseline.tensors_mib
     return figures
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """All figures as aligned text, one line per model and contestant."""
-    lines = [f"{'model':16} {'contestant':16} {'ms':>9} {'time':>7} {'MiB':>8} {'memory':>7}  where the time goes (ms)"]
+    columns = f"{'ms':>9} {'time':>7} {'MiB':>8} {'memory':>7} {'tensors':>7}"
+    lines = [f"{'model':16} {'contestant':16} {columns}  where the time goes (ms)"]
     for model, rows in results.items():
         for kind, figures in rows.items():
             name = f"{model:16} {kind:16}"
             if "refused" in figures:
                 lines.append(f"{name} refused: {figures['refused']}")
                 continue
-            ratios = [f"{figures[key]:6.2f}x" if key in figures else 7 * " " for key in ("time_ratio", "memory_ratio")]
+            keys = ("time_ratio", "memory_ratio", "tensors_ratio")
+            ratios = [f"{figures[key]:6.2f}x" if key in figures else 7 * " " for key in keys]
             phases = ", ".join(f"{phase} {took:.1f}" for phase, took in figures["phases"].items())
-            measured = f"{figures['milliseconds']:9.1f} {ratios[0]} {figures['memory_mib']:8.0f} {ratios[1]}"
+            measured = (
+                f"{figures['milliseconds']:9.1f} {ratios[0]} {figures['memory_mib']:8.0f} {ratios[1]} {ratios[2]}"
+            )
             lines.append(f"{name} {measured}  {phases}")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Contestants take their steps in turn, each in a process of its own; medians of what each took.
 
-Taking turns step by step, all contestants meet the same frequency, temperature and neighbours of the machine.
+Taking turns step by step (or by a tenth of a second, where a step is shorter), all contestants meet the same frequency,
+temperature and neighbours of the machine.
 """
 
 from __future__ import annotations
@@ -9,26 +10,25 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import nn
 
-from bench.engine.contestants import BASELINE, BASELINE_OF, CONTESTANTS
+from bench.engine.contestants import BASELINE, BASELINE_OF, CONTESTANTS, Step
 from bench.engine.stopwatch import MIB, MemoryMeter, Stopwatch
 from bench.engine.workloads import Sizes
 
 _WARM_UP = 2
-# A process that waits for its turn must leave the cores to the one that has it.
-_QUIET = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
-    "KMP_BLOCKTIME": "0",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",
-}
+_TURN_SECONDS = 0.1
+_PAUSE_SECONDS = 0.05
+"""Until the threads of the last contestant, which wait busily after their last operation, have gone to sleep."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,16 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a contestant's step took: medians over the rounds, and the peak over all of them."""
+    """What a contestant's step took: medians over the rounds, and the peak over all of them.
+
+    Attributes:
+        memory_mib: of the process, or of PyTorch's allocator on an accelerator.
+        tensors_mib: of the tensors alone, without what the process's allocator and its caches hold besides.
+    """
 
     milliseconds: float
     memory_mib: float
+    tensors_mib: float
     phases: dict[str, float]
 
 
@@ -63,7 +69,7 @@ Outcome = Figures | Refusal
 
 def measure(model: str, *, contestants: list[str], setting: Setting) -> dict[str, Outcome]:
     """The outcome of each contestant, in their order. All of them are in memory at once, and gone afterwards."""
-    os.environ.update(_QUIET, OMP_NUM_THREADS=str(setting.threads))
+    os.environ.update(OMP_NUM_THREADS=str(setting.threads), TORCHINDUCTOR_COMPILE_THREADS="1")
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], {}
     for kind in contestants:
@@ -76,23 +82,25 @@ def measure(model: str, *, contestants: list[str], setting: Setting) -> dict[str
     outcomes: dict[str, Outcome] = {}
     for turn in range(_WARM_UP + setting.rounds):
         for kind in [kind for kind in contestants if kind not in outcomes]:
+            time.sleep(_PAUSE_SECONDS)
             answer = _ask(pipes[kind], True)
             if isinstance(answer, Refusal):
                 outcomes[kind] = answer
                 print(f"{model}: {kind} refused: {answer.reason}", file=sys.stderr)
             elif turn >= _WARM_UP:
-                seconds[kind].append(answer)
+                seconds[kind] += answer
             elif turn == 0:
                 print(f"{model}: {kind} is ready", file=sys.stderr, flush=True)
     for kind in [kind for kind in contestants if kind not in outcomes]:
-        memory = _ask(pipes[kind], False)
-        outcomes[kind] = memory if isinstance(memory, Refusal) else _figures(seconds[kind], memory_mib=memory)
+        peaks = _ask(pipes[kind], False)
+        outcomes[kind] = peaks if isinstance(peaks, Refusal) else _figures(seconds[kind], peaks=peaks)
     for process in processes:
         process.join()
     return {kind: outcomes[kind] for kind in contestants}
 
 
-def _ask(pipe: Connection, go_on: bool) -> dict[str, float] | float | Refusal:
+def _ask(pipe: Connection, go_on: bool) -> Any:
+    """The steps of a turn, or the peaks of memory at the end; a `Refusal` instead of either."""
     try:
         pipe.send(go_on)
         return pipe.recv()
@@ -100,14 +108,14 @@ def _ask(pipe: Connection, go_on: bool) -> dict[str, float] | float | Refusal:
         return Refusal("the process ended by itself; most often there was not enough memory.")
 
 
-def _figures(steps: list[dict[str, float]], *, memory_mib: float) -> Figures:
+def _figures(steps: list[dict[str, float]], *, peaks: dict[str, float]) -> Figures:
     phases = {phase: 1e3 * statistics.median(step[phase] for step in steps) for phase in steps[0]}
     total = 1e3 * statistics.median(sum(step.values()) for step in steps)
-    return Figures(milliseconds=total, memory_mib=memory_mib, phases=phases)
+    return Figures(milliseconds=total, phases=phases, **peaks)
 
 
 def _contestant(pipe: Connection, setting: Setting, *, model: str, kind: str) -> None:
-    """The life of one process: prepare at the first call, take a step at each, answer with the peak at the end."""
+    """The life of one process: prepare at the first call, take a step at each, answer with the peaks at the end."""
     try:
         _take_turns(pipe, setting, model=model, kind=kind)
     except EOFError:
@@ -131,11 +139,23 @@ def _take_turns(pipe: Connection, setting: Setting, *, model: str, kind: str) ->
     meter.restart()
     go_on = True
     while go_on:
+        pipe.send(_turn(step, watch))
+        go_on = pipe.recv()
+    memory_mib = meter.peak_mib()
+    pipe.send({"memory_mib": memory_mib, "tensors_mib": meter.tensors_mib(partial(step, watch))})
+
+
+def _turn(step: Step, watch: Stopwatch) -> list[dict[str, float]]:
+    """The phases of each step of a turn. Short steps are taken in a row, as in training, and the first is not counted.
+
+    It finds the caches of the contestant before, and costs all of them milliseconds that no training loop pays.
+    """
+    steps, until = [], time.perf_counter() + _TURN_SECONDS
+    while not steps or time.perf_counter() < until:
         watch.start()
         step(watch)
-        pipe.send(watch.seconds)
-        go_on = pipe.recv()
-    pipe.send(meter.peak_mib())
+        steps.append(watch.seconds)
+    return steps[1:] or steps
 
 
 def _load_libraries(device: torch.device) -> None:

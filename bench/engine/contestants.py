@@ -17,7 +17,7 @@ from bench.engine.imported import Logits
 from bench.engine.models import Positions
 from bench.engine.stopwatch import Stopwatch
 from bench.engine.workloads import Workload
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.gradient import trainable
 from discreet.core.style import Style
 from discreet.train.step import forget_gradients, write_gradient

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 MIB = 2.0**20
+_COUNTED = "the step that is counted"
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -69,6 +73,35 @@ class MemoryMeter:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / MIB
         return _resident("VmHWM") - self._libraries
+
+    def tensors_mib(self, step: Callable[[], None]) -> float:
+        """The most that tensors hold at any moment of a step, in MiB.
+
+        On the CPU the resident set has its allocator's holes on top, and what libraries cache; this has neither.
+        """
+        if self._device.type == "cuda":
+            return self.peak_mib()
+        step()
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors()}
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            step()  # the profiler does not see that what was there before is freed: the next step counts
+            with record_function(_COUNTED):
+                step()
+        events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        counting, total, most = False, 0, 0
+        for event in events:
+            counting |= event.name() == _COUNTED
+            if counting and event.name() == "[memory]":
+                total += event.nbytes()
+                most = max(most, total)
+        return (sum(held.values()) + most) / MIB
+
+
+def _tensors() -> list[torch.Tensor]:
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn of their age when they are asked for their class
+        return [value for value in gc.get_objects() if isinstance(value, torch.Tensor) and value.device.type == "cpu"]
 
 
 def _resident(field: str) -> float:

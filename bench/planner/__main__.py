@@ -1,10 +1,11 @@
 """Constant TAN on real data: one table of what a simulation at 1/64 of the compute is worth.
 
-    python -m bench.planner [--data digits fashion_mnist] [--experiments] [--threads 1]
+    python -m bench.planner [--data digits fashion_mnist] [--experiments] [--control] [--threads 1]
 
 For each data set: accuracy over a 64-fold range of batches, agreement of the ranking at B / 64 with that at B, whether
 the accuracy foretold for the chosen candidate holds, compute saved. ``--experiments`` adds E4 to E7 of the planner's
-specification on digits. Seeded throughout; parts that are not measured now are kept from the file.
+specification on digits; ``--control`` measures the sampling noise of small batches with and without privacy, instead of
+the table, on each of ``--data``. Seeded throughout; parts that are not measured now are kept from the file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.planner import constant_tan, digits
+from bench.planner import constant_tan, digits, sampling_noise
 from bench.planner.proxies import SETTINGS
 
 
@@ -35,7 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": options.threads,
     }
     record.setdefault("constant_tan", {})
-    for name in options.data:
+    for name in options.data if options.control else ():
+        known = record["constant_tan"].get(name)
+        chosen = None if known is None else known["ranking"]["chosen"]
+        controls = record.setdefault("sampling_noise", {})
+        controls[name] = sampling_noise.measure(SETTINGS[name], chosen=chosen, say=_say)
+        _write(options.out, record)
+    for name in () if options.control else options.data:
         started = time.monotonic()
         record["constant_tan"][name] = constant_tan.measure(SETTINGS[name], say=_say)
         record["constant_tan"][name]["seconds"] = time.monotonic() - started
@@ -44,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
         record["experiments"] = digits.measure(seeds=options.seeds, say=_say)
         _write(options.out, record)
     print(constant_tan.table(record["constant_tan"]))
+    if "sampling_noise" in record:
+        print(sampling_noise.table(record["sampling_noise"]))
     if "experiments" in record:
         print(digits.table(record["experiments"]))
 
@@ -52,6 +61,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.planner", description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="*", choices=list(SETTINGS), default=["digits", "fashion_mnist"])
     parser.add_argument("--experiments", action="store_true", help="E4 to E7 on digits")
+    parser.add_argument("--control", action="store_true", help="sampling noise, with and without privacy")
     parser.add_argument("--seeds", type=int, default=3, help="of the experiments")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/out/planner.json"))

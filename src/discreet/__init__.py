@@ -21,9 +21,23 @@ from discreet.errors import (
     LedgerError,
     UnsupportedUse,
 )
+from discreet.insight.calibration import (
+    BudgetedReport,
+    CalibrationReport,
+    NonPrivateCalibrationReport,
+    Predictions,
+    PrivateRows,
+    PrivateTemperature,
+    PublicRows,
+    Temperature,
+    budgeted_report,
+    calibration_report,
+    fit_temperature,
+)
 from discreet.insight.curves import measure_curves
+from discreet.insight.origin import Origin
 from discreet.insight.proxy_table import Curves, choose_under_compute
-from discreet.insight.simulated_run import Candidate, Origin, Proxy
+from discreet.insight.simulated_run import Candidate, Proxy
 from discreet.insight.simulation import Simulation, simulate
 from discreet.privacy.accounting import Relation
 from discreet.privacy.certificate import verify
@@ -34,15 +48,19 @@ from discreet.privacy.plan import Plan
 from discreet.privacy.planning import plan
 from discreet.train.auto_lr import AutoLR
 from discreet.train.check import CheckReport, check
+from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.loop import Private, Result, make_private, train
+from discreet.train.tempered import Tempered, tempered_cross_entropy
 from discreet.train.throughput import measure
 from discreet.train.trial import Recipe
-from discreet.train.tune import Choice, PrivateScore, PublicScore, Tuned, tune
+from discreet.train.tune import Tuned, tune
 from discreet.train.updates import Step
 
 __all__ = [
     "AutoLR",
     "BudgetExceeded",
+    "BudgetedReport",
+    "CalibrationReport",
     "Candidate",
     "CheckFailed",
     "CheckReport",
@@ -57,12 +75,17 @@ __all__ = [
     "LedgerError",
     "Machine",
     "NoiseSource",
+    "NonPrivateCalibrationReport",
     "Origin",
     "Plan",
+    "Predictions",
     "Private",
+    "PrivateRows",
     "PrivateScore",
+    "PrivateTemperature",
     "Proposal",
     "Proxy",
+    "PublicRows",
     "PublicScore",
     "Recipe",
     "Relation",
@@ -71,12 +94,17 @@ __all__ = [
     "Simulation",
     "Step",
     "Style",
+    "Temperature",
+    "Tempered",
     "Tuned",
     "UnsupportedUse",
+    "budgeted_report",
+    "calibration_report",
     "check",
     "check_rule",
     "choose_under_compute",
     "clipped_gradient",
+    "fit_temperature",
     "make_private",
     "measure",
     "measure_curves",
@@ -84,6 +112,7 @@ __all__ = [
     "register_rule",
     "release",
     "simulate",
+    "tempered_cross_entropy",
     "train",
     "tune",
     "verify",

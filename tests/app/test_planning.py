@@ -204,6 +204,8 @@ WRONG = {
     ),
     "throughput": (("--examples", 60_000, "--epsilon", 3, "--throughput", -1), "examples per second"),
     "parameters": (("--examples", 60_000, "--epsilon", 3, "--parameters", 0), "--parameters 0"),
+    "parameters alone": (("--examples", 60_000, "--epsilon", 3, "--parameters", 9), "without --throughput"),
+    "no folder": (("--examples", 60_000, "--epsilon", 3, "--out", "nowhere/plan.json"), "nowhere is no directory"),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from discreet.app import tuning
 from discreet.app.cli import main
+from discreet.errors import ConfigError
 from discreet.privacy.ledger import Ledger
 
 
@@ -117,6 +118,50 @@ def test_a_search_on_other_rows_is_refused_and_can_still_be_undone(
     assert "data: changed since the search began" in err
     (workplace / "people.csv").write_text(rows)
     assert _run(capsys, *words, "--resume")[0] == 0
+
+
+def test_a_search_does_not_go_on_with_other_rows_to_score_on(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("test.csv", "public.csv", "other.csv"), start=1):
+        _table(workplace / name, rows=200, seed=seed)
+    beats = iter(range(5))
+    monkeypatch.setattr(tuning.Heartbeat, "beat", lambda self: next(beats))
+    words = ("tune", *WORDS, "--test", "test.csv", "--out", "run", "--score-data")
+    assert _run(capsys, *words, "public.csv")[0] == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    code, _, err = _run(capsys, *words, "other.csv", "--resume")
+    assert code == 2
+    assert "score: changed since the search began" in err
+    assert _run(capsys, *words, "public.csv", "--resume")[0] == 0
+
+
+def test_a_copy_of_the_private_rows_is_not_public(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _table(workplace / "test.csv", rows=200, seed=2)
+    (workplace / "copy.csv").write_bytes((workplace / "people.csv").read_bytes())
+    code, _, err = _run(capsys, "tune", *WORDS, "--test", "test.csv", "--score-data", "copy.csv", "--out", "run")
+    assert code == 2
+    assert "private or the test data" in err
+    assert not (workplace / "run").exists()
+
+
+def test_rows_to_score_on_must_be_read_as_the_training_rows_are() -> None:
+    """Otherwise one draw of noise would meet two sets of counts of the same private rows."""
+
+    class Read:
+        def __init__(self, *columns: str) -> None:
+            self.record, self.test = {"columns": columns}, "rows"
+
+        def prepare(self, **_named: object) -> Read:
+            return self
+
+        def noise(self, _purpose: str) -> None:
+            """As a run has it."""
+
+    assert tuning._scoring_rows(Read("age"), Read("age"), Read(), None) == "rows"
+    with pytest.raises(ConfigError, match="in another way"):
+        tuning._scoring_rows(Read("age", "job"), Read("age"), Read(), None)
 
 
 def test_the_heartbeat_tells_no_number_of_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,7 @@ MAY_DRAW = {
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
     "train/loop.py": "the random suffix of a new run folder's name",
     "train/throughput.py": "random numbers of the right shapes to measure on; puts the caller's state back",
-    "train/trial.py": "seeds dropout inside one step, from the trial's key; puts the caller's state back",
-    "train/tune.py": "starting weights of each run, from its key, before any example is seen",
+    "train/trial.py": "starting weights and dropout, from the trial's key; puts the caller's state back",
     "train/probing.py": "seeds dropout inside a probe, from the run's key, in a state that the caller puts back",
     "train/run.py": "makes the run's secret key, with the operating system's generator",
     "train/updates.py": "seeds dropout inside one step, from the run's key; puts the caller's state back",
@@ -32,17 +31,17 @@ MAY_DRAW = {
 """File -> why it may draw random numbers. Everything else asks one of these."""
 
 MAY_PIN = {
-    "core/compiled.py": {
+    "core/compiled.py": {"compiled": "the engine's own book notes that a compiled region ran"},
+    "core/lowering.py": {
         "args": "the output node of a graph that is being compiled gets more results",
         "_boxed_call": "how the compiler knows that a function frees its arguments",
-        "compiled": "the engine's own book notes that a compiled region ran",
     },
     "core/traced.py": {
         "inner": "on this file's own tensor subclass, which stands for a parameter in a trace",
         "derivation": "the same",
     },
+    "core/meeting.py": {"__class__": "guarding a parameter is exactly this: its class, and nothing else"},
     "core/parameter.py": {
-        "__class__": "guarding a parameter is exactly this: its class, and nothing else",
         "derivation": "on this file's own tensor subclass, which holds a value computed from a parameter",
     },
     "core/precision.py": {"fp32_precision": "torch's own setting for float32 products; put back afterwards"},
@@ -68,7 +67,8 @@ def test_released_is_made_in_one_place():
 
 
 def test_clipped_sums_are_made_where_the_bound_is_enforced():
-    makers = {"core/gradient.py", "core/world.py", "core/histogram.py", "core/score.py", "core/probe.py"}
+    bounded = {"core/histogram.py", "core/score.py", "core/calibration.py", "core/probe.py"}
+    makers = {"core/gradient.py", "core/world.py", *bounded}
     others = [source for source in sources() if source.path not in makers]
     assert findings(lambda source: constructions(source, "ClippedSum"), others) == []
 
@@ -189,7 +189,7 @@ def test_putting_a_model_into_eval_mode_is_no_finding():
 MAY_RUN_TRIALS = {
     "insight/curves.py": "on public data, or stamped",
     "insight/simulated_run.py": "on public data, or stamped",
-    "train/tune.py": "all its trials are charged as one query before the first",
+    "train/contest.py": "all its trials are charged as one query before the first",
 }
 """File -> why it may train without a ledger of its own."""
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from bench.engine.__main__ import main, row, table
 from bench.engine.arena import Figures, Refusal, Setting, baseline_first, measure
 from bench.engine.contestants import BASELINE, BASELINE_OF, CONTESTANTS
+from bench.engine.stopwatch import MemoryMeter
 from bench.engine.workloads import Sizes
 
 TINY = Setting(sizes=Sizes.TINY, device="cpu", dtype=torch.float32, threads=1, rounds=1)
@@ -25,7 +30,8 @@ def test_the_record_holds_every_contestant_of_every_model(tmp_path, capsys):
     rows = record["results"]["mlp"]
     assert list(rows) == ["ordinary", "private"]
     for figures in rows.values():
-        assert set(figures) == {"milliseconds", "memory_mib", "phases", "time_ratio", "memory_ratio"}
+        ratios = {"time_ratio", "memory_ratio", "tensors_ratio"}
+        assert set(figures) == {"milliseconds", "memory_mib", "tensors_mib", "phases", *ratios}
         assert all(took > 0 for took in figures["phases"].values())
     assert list(rows["private"]["phases"]) == ["clipped gradient", "release", "write", "optimizer"]
     assert rows["ordinary"]["time_ratio"] == rows["ordinary"]["memory_ratio"] == 1
@@ -40,7 +46,7 @@ def test_a_contestant_that_cannot_run_says_why_and_the_others_go_on():
 
 
 def test_a_refusal_is_a_line_of_the_table():
-    figures = Figures(milliseconds=2.0, memory_mib=3.0, phases={"forward": 2.0})
+    figures = Figures(milliseconds=2.0, memory_mib=3.0, tensors_mib=1.0, phases={"forward": 2.0})
     rows = {kind: row(outcome, baseline=figures) for kind, outcome in {"a": figures, "b": Refusal("why")}.items()}
     assert rows["b"] == {"refused": "why"}
     lines = table({"model": rows}).splitlines()
@@ -49,7 +55,7 @@ def test_a_refusal_is_a_line_of_the_table():
 
 
 def test_without_a_baseline_there_are_no_ratios():
-    figures = Figures(milliseconds=2.0, memory_mib=3.0, phases={"forward": 2.0})
+    figures = Figures(milliseconds=2.0, memory_mib=3.0, tensors_mib=1.0, phases={"forward": 2.0})
     alone = row(figures, baseline=Refusal("why"))
     assert "time_ratio" not in alone
     assert "x " not in table({"model": {"a": alone}}).splitlines()[1]
@@ -91,3 +97,44 @@ def test_every_model_of_the_real_sizes_can_be_built_without_memory():
             work = Sizes.REAL.workloads[name]()
             size = {"vit-l16": 303_000_000, "resnet50gn": 25_557_032}[name]
             assert sum(parameter.numel() for parameter in work.model.parameters()) == pytest.approx(size, rel=0.01)
+
+
+BUILD = """
+import json, torch
+from bench.engine.workloads import Sizes
+with torch.device("meta"):
+    built = {name: make() for name, make in Sizes.REAL.workloads.items()}
+models = {name: list(work.model.parameters()) for name, work in built.items()}
+assert all(parameter.is_meta for parameters in models.values() for parameter in parameters)
+print(json.dumps({name: sum(parameter.numel() for parameter in parameters) for name, parameters in models.items()}))
+"""
+"""In a process of its own, as a contestant is: importing transformers there hides torchvision from all that follows."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_real_workloads_have_the_sizes_of_their_names(repository):
+    """Built without memory, on the meta device: what an accelerator would be given."""
+    environment = os.environ | {"PYTHONPATH": f"{repository / 'src'}:{repository}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, check=False, timeout=250
+    )
+    assert run.returncode == 0, run.stderr
+    found = {name: count / 1e6 for name, count in json.loads(run.stdout).items()}
+    assert list(found) == list(Sizes.REAL.workloads)
+    known = {"gpt2-small-128": 124, "gpt2-medium-1024": 355, "roberta-large": 355, "vit-l16": 303, "llama-1b": 1236}
+    assert {name: found[name] for name in known} == pytest.approx(known, rel=0.01)
+
+
+def test_the_memory_of_tensors_is_what_they_hold_and_no_more():
+    held = torch.zeros(1 << 20)  # 4 MiB
+
+    def step():
+        first = torch.zeros(2 << 20)
+        del first
+        second, third = torch.zeros(1 << 20), torch.zeros(1 << 20)
+        held.add_(second).add_(third)
+        step.kept = torch.zeros(1 << 19)  # replaces the one of the last step
+
+    meter = MemoryMeter(torch.device("cpu"), tensors_mib=4.0)
+    before = meter.tensors_mib(lambda: None)
+    assert meter.tensors_mib(step) - before == pytest.approx(8 + 2 + 2, abs=0.1)

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
-from bench.planner import constant_tan, digits
+from bench.planner import constant_tan, digits, sampling_noise
 from bench.planner.__main__ import main
 from bench.planner.proxies import RATES, SETTINGS, SHAPES, candidates_of
 
@@ -74,6 +75,49 @@ def test_the_band_is_two_seed_deviations_and_a_spread():
     assert found["seed_sd"] == pytest.approx(0.01)
 
 
+def _record(means: dict[int, float], *, slope: float, seed_sd: float, law: str = "1 / B") -> dict:
+    at = max(means)
+    spread = {"means": {str(batch): mean for batch, mean in means.items()}, "seed_sd": seed_sd}
+    return {"batch_size": at, "range": spread, "simulation": {"fit": {"law": law, "slope": slope}}}
+
+
+def test_the_law_is_taken_out_of_the_band():
+    means = {batch: 0.83 - 0.4 / batch for batch in (64, 256, 4096)}
+    assert constant_tan.after_law(_record(means, slope=-0.4, seed_sd=0.001))["farthest"] == pytest.approx(0)
+    wrong = constant_tan.after_law(_record(means, slope=0.4, seed_sd=0.001))
+    assert not wrong["met"]
+    assert wrong["farthest"] == pytest.approx(0.8 * (1 / 64 - 1 / 4096))
+    falling = {batch: 0.5 - 0.02 * math.log2(batch) for batch in (64, 4096)}
+    assert constant_tan.after_law(_record(falling, slope=-0.02, seed_sd=0.001, law="log2 B"))["met"]
+
+
+def _hits(accuracy: float, *, seed: int, images: int = 2000) -> np.ndarray:
+    return np.random.default_rng(seed).random(images) < accuracy
+
+
+def test_a_law_that_is_there_is_found_and_taken_out():
+    batches = (32, 64, 128, 512, 4096)
+    hits = {b: [_hits(0.8 - 2.0 / b, seed=97 * b + s, images=40_000) for s in range(4)] for b in batches}
+    cheap = {
+        b: [float(_hits(0.8 - 2.0 / b, seed=b + 1000 * s, images=40_000).mean()) for s in (5, 6, 7)]
+        for b in (32, 64, 128)
+    }
+    found = sampling_noise.judged(hits, cheap, at_batch=4096)
+    assert found["slope"] == pytest.approx(-2.0, abs=0.3)
+    assert not found["raw"]["within"]
+    assert found["raw"]["at"] == 32
+    assert found["corrected"]["farthest"] < found["raw"]["farthest"] / 4
+
+
+def test_a_small_test_set_hides_what_a_large_one_shows():
+    hits = {b: [_hits(0.8 - 0.6 / b, seed=b + 10_000 * s, images=40_000) for s in range(5)] for b in (64, 512, 4096)}
+    raw = sampling_noise.deviations({b: [float(r.mean()) for r in runs] for b, runs in hits.items()}, at_batch=4096)
+    small = sampling_noise.small_tests(hits, at_batch=4096)
+    assert not raw["within"]
+    assert small["within"] > 0.8
+    assert small["two_sds"] > 4 * raw["two_sds"]
+
+
 def test_the_grid_is_what_it_says():
     candidates = candidates_of(SETTINGS["digits"], load_digits())
     assert len(candidates) == len(RATES) * len(SHAPES) >= 8
@@ -97,7 +141,7 @@ def test_a_tiny_run_writes_what_it_prints_and_keeps_what_was_there(tmp_path, cap
     assert found["saved"]["examples"] == pytest.approx(2 * 256 / (2 * 4 + 2 + 4 + 8))
     printed = capsys.readouterr().out
     assert printed.startswith("digits: N 1447, B 256, S 4")
-    assert printed.count("met   ") + printed.count("MISSED") == 4
+    assert printed.count("met   ") + printed.count("MISSED") == 5
 
 
 def test_e7_the_wall_to_the_digits_that_the_specification_prints():

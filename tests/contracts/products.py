@@ -6,7 +6,6 @@ Each is held against float64, and against its own bound: what it says to err by 
 from __future__ import annotations
 
 import abc
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -15,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from discreet.core.kernels import dispatch
 from discreet.core.kernels.results import GramProducts, Squares
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install 'discreet[gpu]' on Linux"
+    not dispatch._found(), reason="no Triton of version 3.4 or newer: pip install 'discreet[gpu]' on Linux"
 )
 EPS = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import abc
+import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -141,3 +145,25 @@ def test_subkeys_differ_by_label_and_by_key():
     made = {subkey(key, label) for label in labels} | {subkey(bytes([1] * 32), label) for label in labels}
     assert len(made) == 10
     assert all(len(each) == KEY_BYTES for each in made)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda source: pickle.dumps(source)])
+def test_no_source_is_copied(copied):
+    """A copy would go on at the same position, and put the same noise on another sum."""
+    with pytest.raises(ConfigError, match="used twice"):
+        copied(NoiseSource.system())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
+def test_a_fork_does_not_draw_from_the_source_of_its_parent(monkeypatch):
+    source = NoiseSource.system()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(ConfigError, match="fork"):
+        source.claim()
+
+
+def test_positions_are_handed_out_once_to_any_number_of_threads():
+    source = NoiseSource.system()
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: source.claim(), range(2000)))
+    assert sorted(claimed) == list(range(2000))

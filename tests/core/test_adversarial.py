@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import CASES, B, D, Fn, T, frozen, loss, par, tokens
-from discreet.core.book import Axis, Book, Layout
+from discreet.core.axes import Axis, Layout
+from discreet.core.book import Book
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle
-from discreet.core.parameter import DerivedParameter, PrivateParameter, guard
+from discreet.core.meeting import guard
+from discreet.core.parameter import DerivedParameter, PrivateParameter
 from discreet.errors import ConfigError, UnsupportedUse
 from discreet.train.check import check
 from oracles import abadi, alone, flat, norms, relative_gap, rows, weighted
@@ -361,6 +363,20 @@ def test_a_trainable_tensor_outside_the_model_is_refused():
             _model(lambda s, x, stray=stray: s.l(x * stray), l=nn.Linear(D, 2)), _x(D), "no parameter of this model"
         )
         assert stray.grad is None
+
+
+def test_an_activation_that_is_a_leaf_gets_no_raw_gradient():
+    """A table of 3 B rows might be an activation: training it would be another matter, so nothing comes to it."""
+    stray = torch.ones(3 * B, D, dtype=torch.float64, requires_grad=True)
+    _exact(_model(lambda s, x: s.l(x * stray[: len(x)]), l=nn.Linear(D, 2)), _x(D))
+    assert not stray.grad.any()
+
+
+@pytest.mark.parametrize("function", ["linear", "addmm"])
+def test_a_bias_that_is_spread_over_the_outputs_is_refused(function):
+    """One number for all outputs: its gradient is a sum, and the length of what was summed is no norm of it."""
+    call = {"linear": lambda s, x: F.linear(x, s.l.weight, s.b), "addmm": lambda s, x: s.b.addmm(x, s.l.weight.t())}
+    _refused(_model(call[function], l=nn.Linear(D, 2, bias=False), b=par(1)), _x(D), "b: its shape (1,)", "(2,)")
 
 
 def test_inputs_may_require_a_gradient():

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import Fn, frozen, loss, par
-from discreet.core.book import Axis, Layout
+from discreet.core.axes import Axis, Layout
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient, open_book
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.core.rules.attention import packed_linear
 from discreet.errors import UnsupportedUse
 from discreet.train.check import check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -76,6 +77,20 @@ def test_without_triton_everything_is_as_before(used, monkeypatch):
     assert dispatch.prices(form.input, form.grad) == ACCELERATOR
     torch.testing.assert_close(form.quick_norm2(), form.norm2(), rtol=1e-3, atol=0.0)
     assert used == []
+
+
+@pytest.mark.parametrize(
+    ("version", "found"), [("3.3.1", False), ("3.4.0", True), ("3.10.0+git1", True), (None, False)]
+)
+def test_an_old_triton_is_no_triton(version, found, monkeypatch):
+    def installed(name):
+        assert name == "triton"
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert dispatch._found.__wrapped__() is found
 
 
 @pytest.mark.parametrize("prices", [CPU, ACCELERATOR, KERNELS, TENSOR_CORES])

@@ -15,7 +15,7 @@ from discreet.core.book import Book
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.forms import Dense
 from discreet.core.gradient import backward, clipped_gradient, open_book
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.errors import UnsupportedUse
 from discreet.train.check import check
 from oracles import abadi, alone, norms, relative_gap, weighted

@@ -25,7 +25,7 @@ from oracles import abadi, alone, norms, relative_gap, weighted
 @pytest.fixture(autouse=True)
 def _registry() -> Iterator[None]:
     """Rules that a test registers end with it."""
-    tables = (parameter._rules, parameter._decompositions)
+    tables = (parameter.RULES, parameter.DECOMPOSITIONS)
     before = [dict(table) for table in tables]
     yield
     for table, kept in zip(tables, before, strict=True):

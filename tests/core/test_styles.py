@@ -14,7 +14,7 @@ from cases import CASES, B, D, Fn, loss
 from discreet.core import book as books
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.core.style import Style, StyleKind
 from discreet.errors import ConfigError, UnsupportedUse
 from discreet.train.check import check
@@ -221,9 +221,3 @@ def test_blocks_are_found_in_module_lists():
     assert len(style.split(dict(Stack().named_parameters()))) == 4
     with pytest.raises(ConfigError, match="ModuleList"):
         Style.blocks(_deep())
-
-
-def test_shares_add_up_to_the_bound():
-    for count in (1, 2, 7, 300):
-        share = Clipping.abadi(3.0).share(count)
-        assert math.sqrt(count) * share.clip_bound == pytest.approx(3.0, rel=1e-12)

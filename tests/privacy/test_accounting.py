@@ -12,7 +12,7 @@ from dp_accounting.pld import privacy_loss_distribution as dp_pld
 from scipy import optimize, stats
 
 from discreet.errors import BudgetExceeded, ConfigError
-from discreet.privacy import accounting
+from discreet.privacy import proposal, referee
 from discreet.privacy.accounting import (
     Accountant,
     Gaussian,
@@ -155,7 +155,7 @@ def test_the_closed_form_of_tan_is_ten_times_too_small_there():
 @pytest.mark.parametrize(("rate", "sigma", "steps"), [(4e-5, 0.614, 100_000), (0.01, 2.0, 20_000), (0.2, 15.0, 5_000)])
 def test_float64_and_80_bits_agree_within_the_margin(rate, sigma, steps):
     total = summarise([SampledGaussian(rate, sigma, steps)])
-    plain, extended = (accounting._compose(total, Relation.ADD_REMOVE, extended=flag) for flag in (False, True))
+    plain, extended = (referee._compose(total, Relation.ADD_REMOVE, extended=flag) for flag in (False, True))
     at = epsilon([SampledGaussian(rate, sigma, steps)], delta=1e-9)
     for share in (0.5, 0.8, 1.0, 1.1):
         difference = plain.get_delta_for_epsilon(share * at) - extended.get_delta_for_epsilon(share * at)
@@ -166,11 +166,12 @@ def test_float64_and_80_bits_agree_within_the_margin(rate, sigma, steps):
 def test_without_80_bits_the_margin_is_paid(monkeypatch):
     queries = [SampledGaussian(VAULT_RATE, 0.614, 100_000)]
     with_extended = epsilon(queries, delta=1.1e-10)
-    monkeypatch.setattr(accounting, "EXTENDED", False)
-    accounting._epsilon.cache_clear()
+    for module in (proposal, referee):
+        monkeypatch.setattr(module, "EXTENDED", False)
+    referee.epsilon_of.cache_clear()
     assert with_extended < epsilon(queries, delta=1.1e-10) <= 1.82
     assert delta(queries, epsilon=1.75) > 2.5e-11
-    accounting._epsilon.cache_clear()
+    referee.epsilon_of.cache_clear()
 
 
 def _one_step_delta(rate, sigma, at, *, relation):
@@ -421,6 +422,25 @@ def test_almost_nothing_left_for_training():
     used = epsilon([Gaussian(8.0)], delta=1e-5)
     solution = solve_noise(sample_rate=0.03, steps=800, epsilon=used * 1.0005, delta=1e-5, before=[Gaussian(8.0)])
     assert used < solution.epsilon <= used * 1.0005
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-4, 1 + 1e-7, 1 + 1e-10])
+@pytest.mark.parametrize("before", [[Gaussian(8.0)], [Gaussian(30.0, 3), SampledGaussian(0.01, 2.0, 100)]])
+def test_next_to_nothing_left_is_solved_or_refused(before, factor):
+    used = epsilon(before, delta=1e-5)
+    try:
+        solution = solve_noise(sample_rate=0.03, steps=800, epsilon=used * factor, delta=1e-5, before=before)
+    except ConfigError as error:
+        assert "no noise multiplier reaches it in 800 steps" in str(error)  # noqa: PT017
+    else:
+        assert solution.epsilon <= used * factor
+        assert solution.evaluations <= 60
+
+
+@pytest.mark.parametrize("at", [1e-300, 1e-20])
+def test_a_delta_that_is_not_resolved_is_refused_before_any_search(at):
+    with pytest.raises(ConfigError, match=r"over 800 steps: below .*resolve"):
+        solve_noise(sample_rate=0.03, steps=800, epsilon=3.0, delta=at)
 
 
 @pytest.mark.parametrize(

@@ -177,3 +177,18 @@ def test_append_syncs_before_it_returns(tmp_path, monkeypatch):
     file.append(b"b\n")
     assert events[3:] == ["write", "fsync"]
     file.close()
+
+
+def test_what_could_not_be_written_leaves_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    write_atomically(path, "old")
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="No space"):
+            write_atomically(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+    assert path.read_text() == "old"

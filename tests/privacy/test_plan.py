@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy import accounting
 from discreet.privacy.accounting import Accountant, Gaussian, Relation, SampledGaussian, Selection
-from discreet.privacy.plan import CURVE_POINTS, Plan, Search, default_delta
+from discreet.privacy.plan import CURVE_POINTS, Calibration, Plan, Search, default_delta
 from discreet.privacy.repetitions import Repetitions, Stopping
 
 
@@ -96,6 +96,7 @@ def test_every_field_changes_the_fingerprint(plan):
         "clipping": {"kind": "abadi", "clip_bound": 1.0},
         "before": (),
         "search": Search(Repetitions(Stopping.LOGARITHMIC, 10)),
+        "calibration": Calibration(examples=500, share=0.1, noise_multiplier=9.0, queries=8, bound=4.0),
         "notes": (),
         "versions": {},
     }

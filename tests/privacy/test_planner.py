@@ -146,7 +146,7 @@ def test_the_balance_is_the_best_split_of_the_bound():
 
 
 def test_the_score_is_the_closed_form():
-    """r (1 + H / S) where the seed is exact: at the knee r = 1.05, so 1.05 (1 + 100 / 600)."""
+    """r (1 + H / S) where the seed is exact: at the knee r = 1.05, so 1.05 (1 + H / 600)."""
     mu = gdp_mu(3.0, delta=1e-5)
     batch = knee_batch(examples=60_000, mu=mu, steps=600)
     assert score(60_000, mu=mu, batch_size=batch, steps=600) == pytest.approx(1.05 * (1 + HALF_STEPS / 600), rel=1e-6)

@@ -113,10 +113,9 @@ def test_the_trapezoidal_rule_is_the_integral(rate, sigma, order):
 
 def test_renyi_without_sampling_is_the_gaussian_of_twice_the_distance():
     orders = (1.5, 4.0, 32.0)
-    np.testing.assert_allclose(replace_one_renyi(1.0, 3.0, orders), [order * (2 / 3) ** 2 / 2 for order in orders])
-    np.testing.assert_allclose(
-        replace_one_renyi(1 - 1e-12, 3.0, orders), replace_one_renyi(1.0, 3.0, orders), rtol=1e-6
-    )
+    expected = [order * (2 / 3) ** 2 / 2 for order in orders]
+    np.testing.assert_allclose(replace_one_renyi(1.0, 3.0, orders), expected)
+    np.testing.assert_allclose(replace_one_renyi(1 - 1e-12, 3.0, orders), expected, rtol=1e-5)
 
 
 def test_renyi_of_replacing_is_above_that_of_removing():

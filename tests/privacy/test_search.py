@@ -99,3 +99,16 @@ def test_a_window_saves_evaluations_and_keeps_the_target():
     assert exact.n == 490_000
     assert WINDOW * 700 <= near.value <= 700
     assert near.evaluations <= 6
+
+
+def test_a_floor_above_the_target_ends_at_the_largest_x():
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        return 2.0 + 1 / x
+
+    root = solve_decreasing(function, target=1.0, guess=lambda _: 1.0, guess_value=lambda x: 1 / x, largest=1e12)
+    assert root is None
+    assert max(calls) == 1e12
+    assert len(calls) <= 20

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from discreet.core import normal, rng
+from discreet.core import noise, normal, rng
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import clipped_gradient, zero_sum
 from discreet.core.noise import release
@@ -234,6 +234,17 @@ def test_the_number_of_threads_changes_nothing(threads):
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_another_device_adds_the_same_bits(dtype, monkeypatch):
+    """The way that sums on an accelerator take, on the CPU: piece by piece, in float64, rounded once."""
+    total = ClippedSum({"w": torch.randn(2 * rng.PIECE + 3, dtype=dtype), "b": torch.randn(3, dtype=dtype)}, 0.7)
+    arguments = {"noise_multiplier": 1.3, "divisor": 48.0}
+    here = release(total, source=NoiseSource.insecure_seed(3), **arguments).tensors
+    monkeypatch.setattr(noise, "_on_host", lambda value: False)
+    there = release(total, source=NoiseSource.insecure_seed(3), **arguments).tensors
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
 @pytest.mark.parametrize("divisor", [0.0, -1.0, math.inf, math.nan])
 def test_divisors_that_mean_nothing_are_refused(divisor):
     with pytest.raises(ConfigError, match="divisor"):
@@ -264,3 +275,16 @@ def test_noise_on_an_unbounded_sum_is_refused():
     unbounded = ClippedSum({"w": torch.zeros(3)}, sensitivity=math.inf)
     with pytest.raises(ConfigError, match="sensitivity"):
         release(unbounded, noise_multiplier=1.0, source=NoiseSource.system())
+
+
+def test_a_float64_sum_released_as_float32_is_rounded_once_and_takes_one_draw():
+    """What several microbatches add up to gets the noise of a float32 sum, bit by bit."""
+    value = torch.randn(70_001)
+    narrow, wide = (ClippedSum({"w": v}, sensitivity=1.0) for v in (value, value.double()))
+    given = {"w": torch.empty_like(value)}
+    found = release(wide, noise_multiplier=2.0, source=NoiseSource.insecure_seed(3), divisor=3, into=given)
+    assert found.tensors["w"].data_ptr() == given["w"].data_ptr()
+    wanted = release(narrow, noise_multiplier=2.0, source=NoiseSource.insecure_seed(3), divisor=3)
+    assert torch.equal(found.tensors["w"], wanted.tensors["w"])
+    bare = release(wide, noise_multiplier=0.0, source=NoiseSource.insecure_seed(3), divisor=3, into=given)
+    assert torch.equal(bare.tensors["w"], (value.double() / 3).float())

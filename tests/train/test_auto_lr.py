@@ -11,9 +11,9 @@ from discreet.train.auto_lr import AutoLR, GradientNoise, LearningRate, LinearDe
 from discreet.train.tolerance import PRIOR, Question
 from train import toys
 
-TOO_NOISY = GradientNoise(multiplier=100.0, batch_size=10, clip_bound=1.0)
+TOO_NOISY = GradientNoise(multiplier=100.0, batch_size=10, sensitivity=1.0)
 """Nothing is probed: the rate is the prior's."""
-NOISE = GradientNoise(multiplier=1.0, batch_size=200, clip_bound=1.0)
+NOISE = GradientNoise(multiplier=1.0, batch_size=200, sensitivity=1.0)
 
 
 def _adam(lr: float = 0.3) -> torch.optim.Adam:

@@ -363,3 +363,76 @@ def test_bfloat16_autocast_inside_the_model_passes():
 def test_losses_that_are_not_one_per_example_are_said_to_be_so(bad, said):
     with pytest.raises(ConfigError, match=said):
         check(nn.Linear(5, 3), bad, torch.randn(4, 5))
+
+
+class Gated(nn.Module):
+    """A branch behind a gate that begins at zero, as adapters, LayerScale and adaLN-Zero begin."""
+
+    def __init__(self, branch, *, gate: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.before, self.after, self.inner = nn.Linear(D, D), nn.Linear(D, 2), nn.Linear(D, D)
+        self.gate, self.branch = nn.Parameter(gate), branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        return self.after(h + self.gate * self.branch(self, h))
+
+
+def _time_first(model: nn.Module, h: Tensor) -> Tensor:
+    """Rows in an order that no layout describes: position by position, and not example by example."""
+    folded = model.inner(h.transpose(0, 1).reshape(-1, D)).tanh()
+    return folded.reshape(h.shape[1], -1, D).transpose(0, 1)
+
+
+def _centred(model: nn.Module, h: Tensor) -> Tensor:
+    return h - h.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("gate", [torch.zeros(D), torch.cat([torch.zeros(D - 1), torch.full((1,), -0.0)])])
+@pytest.mark.parametrize(("branch", "what"), [(_time_first, "inner"), (_centred, "isolation")])
+def test_what_is_wrong_behind_a_gate_that_begins_at_zero_is_caught(branch, what, gate):
+    """At zero no gradient and no other example comes through: after the first update the norms would be wrong."""
+    model = Gated(branch, gate=gate)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _failed(model, _features(3, D), what)
+    assert all(torch.equal(value.view(torch.int32), before[n].view(torch.int32)) for n, value in
+               model.state_dict().items())  # fmt: skip
+
+
+def test_what_is_right_behind_a_gate_that_begins_at_zero_passes():
+    model = Gated(lambda s, h: s.inner(h).tanh(), gate=torch.zeros(D))
+    report = check(model, loss, _features(3, D))
+    assert report.passed, report.table()
+    assert not any(row.status is Status.UNUSED for row in report.rows)
+
+
+def test_a_parameter_that_no_gradient_reaches_is_said_not_to_have_been_compared():
+    model = _model(lambda s, x: s.b(x) + (s.a(x) - 1e9).relu(), a=nn.Linear(D, 2), b=nn.Linear(D, 2))
+    report = check(model, loss, _features(D))
+    assert report.passed, report.table()
+    rows = {row.name: row for row in report.rows}
+    assert rows["a.weight"].status is Status.UNUSED
+    assert "nothing to compare" in rows["a.weight"].detail
+    assert rows["b.weight"].status is Status.PASSED
+
+
+@pytest.mark.parametrize("key", [torch.arange(B), torch.arange(B).flip(0)])
+def test_a_batch_that_is_sorted_by_its_data_is_caught_though_it_came_in_order(key):
+    def forward(s, batch: Tensor) -> Tensor:
+        x, order = batch[..., :-1], batch[:, 0, -1].argsort()
+        h = s.a(x).tanh()
+        return s.b(h[order].reshape(-1, D)).reshape(len(x), 3, 2)[order.argsort()]
+
+    torch.manual_seed(3)
+    x = torch.cat([torch.randn(B, 3, D) * torch.tensor([0.1, 1.0, 2.0, 4.0])[:, None, None],
+                   key[:, None, None].expand(B, 3, 1).float()], -1)  # fmt: skip
+    model = _model(forward, a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    _failed(model, {"x": x, "target": torch.randn(B)}, "b.weight")
+
+
+def test_a_failed_check_gives_no_layout():
+    model = _model(lambda s, x: _time_first(s, s.a(x)), a=nn.Linear(D, D), inner=nn.Linear(D, D))
+    report = check(model, loss, _features(3, D))
+    assert not report.passed
+    assert report.layout is None

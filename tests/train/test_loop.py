@@ -16,6 +16,7 @@ import discreet
 from discreet.core.clipping import Clipping
 from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
 from discreet.train.loop import Private, make_private, train
+from discreet.train.run import Run
 from discreet.train.setup import clipping_of
 from train import toys
 
@@ -161,6 +162,23 @@ def test_ledger_is_never_below_the_steps_taken(tmp_path: Path) -> None:
         if step.index < 39:
             assert private.run.ledger.steps_reserved >= step.index + 1
     assert discreet.verify(tmp_path).steps == 40
+
+
+def test_the_conclusion_comes_once_after_the_last_update_while_the_ledger_is_open(tmp_path: Path) -> None:
+    seen = []
+
+    def conclude(run: Run, model: nn.Module) -> None:
+        weights = torch.cat([parameter.flatten() for parameter in model.parameters()])
+        seen.append((run.ledger.steps_reserved, run.ledger.finished, weights))
+        run.ledger.note("seen")
+
+    private = _private(tmp_path / "run", conclude=conclude)
+    weights = _finish(private)
+    assert len(seen) == 1
+    assert seen[0][:2] == (private.steps, False)
+    assert torch.equal(seen[0][2], weights)
+    assert [record.body["note"] for record in private.run.ledger.records if record.kind == "note"] == ["seen"]
+    assert private.run.ledger.finished
 
 
 def test_no_step_beyond_the_plan(tmp_path: Path) -> None:

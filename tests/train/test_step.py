@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from discreet.core.clipping import Clipping
+from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import clipped_gradient, trainable
 from discreet.core.noise import release
 from discreet.core.rng import NoiseSource
 from discreet.errors import ConfigError
+from discreet.train.check import check
 from discreet.train.examples import Examples
 from discreet.train.step import ClippedStep, Microbatch, is_out_of_memory, write_gradient
 from train import toys
@@ -100,3 +101,44 @@ def test_gradient_of_another_set_of_parameters_is_refused() -> None:
     next(model.parameters()).requires_grad_(False)
     with pytest.raises(ConfigError, match="different parameters"):
         write_gradient(released, trainable(model))
+
+
+@pytest.mark.parametrize(("size", "count"), [(64, 1024), (1, 4096)])
+def test_no_example_of_a_large_batch_moves_the_sum_of_its_microbatches_by_more_than_the_bound(
+    size: int, count: int
+) -> None:
+    """All examples alike, the worst that rounding can do: float32 sums moved by 1.0044 bounds, and by 1.0001."""
+    worst = 0.0
+    for bound in (1.0, 0.77, 0.51):
+        model = nn.Linear(32, 4, bias=False)
+        clipping = Clipping.abadi(bound)
+        x = torch.ones(size, 32)
+
+        def share(x: torch.Tensor, model: nn.Module = model, clipping: Clipping = clipping) -> ClippedSum:
+            layout = check(model, _summed, torch.randn(4, 32)).layout
+            return clipped_gradient(model, _summed, x, clipping=clipping, layout=layout, examples=len(x))
+
+        each, less = share(x), share(x[1:])
+        whole, without = (first + each for first in (each, less))
+        for _ in range(count - 2):
+            whole += each
+            without += each
+        moved = (whole.tensors["weight"] - without.tensors["weight"]).norm()
+        worst = max(worst, float(moved) / bound)
+    assert 0.999 < worst <= 1.0
+
+
+def _summed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).sum(1)
+
+
+def test_a_sum_of_sums_leaves_those_that_it_was_made_from_alone() -> None:
+    one, two = (ClippedSum({"w": torch.full((3,), value)}, sensitivity=1.0) for value in (1.0, 2.0))
+    total = one + two
+    total += two
+    assert total.tensors["w"].dtype is torch.float64
+    assert total.tensors["w"].tolist() == [5.0] * 3
+    assert one.tensors["w"].tolist() == [1.0] * 3
+    assert two.tensors["w"].tolist() == [2.0] * 3
+    with pytest.raises(ConfigError, match="one Clipping"):
+        total += ClippedSum({"w": torch.zeros(3)}, sensitivity=2.0)

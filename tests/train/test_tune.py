@@ -25,11 +25,12 @@ from discreet.privacy.ledger import Ledger
 from discreet.privacy.plan import Plan, Search
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.tuning import plan_search
+from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.loop import make_private
 from discreet.train.run import KEY, SEARCH, Run
 from discreet.train.search_state import SearchState
 from discreet.train.trial import Recipe
-from discreet.train.tune import Choice, PrivateScore, PublicScore, Tuned, _uniform, tune
+from discreet.train.tune import Tuned, _uniform, tune
 from train import toys
 
 STEPS = 6
@@ -60,7 +61,8 @@ def _plan(*, runs: float = 4, private_score: bool = True) -> Plan:
 
 def _tune(where: Path, *, score=None, plan: Plan | None = None, seed: int | None = 5, **options) -> Tuned:
     score = score if score is not None else PublicScore(_accuracy)
-    plan = plan if plan is not None else _plan(private_score=isinstance(score, PrivateScore))
+    if plan is None and not options.get("resume"):
+        plan = _plan(private_score=isinstance(score, PrivateScore))
     return tune(CHOICES, toys.data(), loss=toys.loss, score=score, plan=plan, run_dir=where, seed=seed, **options)
 
 
@@ -109,8 +111,9 @@ def test_the_best_of_all_runs_is_released_and_its_score_is_its_own(tmp_path):
     scores: list[float] = []
     score = PublicScore(lambda model: scores.append(_accuracy(model)) or scores[-1])
     tuned = _tune(tmp_path / "run", score=score, plan=_plan(runs=12, private_score=False))
-    assert len(scores) > 1
-    assert tuned.score == max(scores) == _accuracy(tuned.model)
+    trained = scores[len(CHOICES) :]  # each choice's untrained model is scored first, before anything is charged
+    assert len(trained) > 1
+    assert tuned.score == max(trained) == _accuracy(tuned.model)
 
 
 def test_nothing_of_the_other_runs_is_left(tmp_path):
@@ -148,8 +151,9 @@ def test_a_killed_search_goes_on_to_the_same_end_at_the_same_price(tmp_path, dea
     plan = _plan(runs=6, private_score=False)
     whole, _ = _runs_of(tmp_path / "whole", plan=plan, seed=9)
     for number, steps in enumerate(deaths):
+        again = {"resume": True} if number else {"plan": plan}
         with pytest.raises(_Killed):
-            _tune(tmp_path / "run", plan=plan, seed=9, resume=number > 0, on_step=_dies_after(steps))
+            _tune(tmp_path / "run", seed=9, on_step=_dies_after(steps), **again)
         assert Ledger.read(tmp_path / "run" / "ledger.jsonl").epsilon() == plan.spent()
     tuned = _tune(tmp_path / "run", seed=9, resume=True)
     assert (tuned.choice, tuned.score, tuned.epsilon) == (whole.choice, whole.score, whole.epsilon)
@@ -329,8 +333,15 @@ def test_a_model_that_mixes_examples_is_refused(tmp_path):
 @pytest.mark.parametrize("order", [(math.nan, 0.25, 0.5), (0.5, math.nan, 0.25), (math.nan,)])
 def test_a_run_that_scores_nan_wins_only_when_there_is_no_other(tmp_path, order):
     given: list[float] = []
-    score = PublicScore(lambda model: given.append(order[len(given) % len(order)]) or given[-1])
-    tuned = _tune(tmp_path / "run", score=score, plan=_plan(runs=12, private_score=False), seed=9)
+    untrained = iter(range(len(CHOICES)))
+
+    def answer(_model: nn.Module) -> float:
+        if next(untrained, None) is not None:
+            return 1.0
+        given.append(order[len(given) % len(order)])
+        return given[-1]
+
+    tuned = _tune(tmp_path / "run", score=PublicScore(answer), plan=_plan(runs=12, private_score=False), seed=9)
     assert len(given) >= 3
     assert tuned.score == max((value for value in given if not math.isnan(value)), default=-math.inf)
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, trainable
-from discreet.core.parameter import Guarded, guard
+from discreet.core.meeting import guard
+from discreet.core.parameter import Guarded
 from discreet.train.check import check
 from oracles import Gradients, abadi, alone, norms, relative_gap, weighted
 from zoo.model import B, Loss, ZooModel

@@ -115,6 +115,9 @@ def parser() -> argparse.ArgumentParser:
     train = _command(verbs, "train", "train a model on a private file or folder")
     _add_data(train)
     _add_training(train)
+    train.add_argument(
+        "--public-test", action="store_true", help="the rows of --test are public: their figures need no stamp"
+    )
     plan = _command(verbs, "plan", "batch, steps and noise for a data file or a number of examples, and what they cost")
     _add_data(plan, required=False)
     _add_planning(plan)
@@ -132,6 +135,8 @@ def parser() -> argparse.ArgumentParser:
         ("report", "write report.html"),
     ):
         _command(verbs, name, text).add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    calibrate = _command(verbs, "calibrate", "how far the probabilities of any model, or of a run, can be believed")
+    _add_calibration(calibrate)
     demo = _command(verbs, "demo", "train on scikit-learn's digits")
     _add_training(demo)
     return top
@@ -184,13 +189,42 @@ def _add_training(command: _Parser) -> None:
         "--clipping",
         type=_clipping,
         metavar="RULE",
-        help='"automatic" (default) or "abadi:R"; "@per_layer", "@groups:A,B" clip in groups',
+        help='"auto" (default: abadi, and a temperature in the same query), "automatic[:GAMMA]", "abadi:R", '
+        '"psac[:R]", "normalized", "quantile[:Q]", "global:R" (experimental); "@per_layer", "@groups:A,B": in groups',
+    )
+    command.add_argument(
+        "--private-temperature",
+        action="store_true",
+        help="set some training rows apart, by a public hash, for a private temperature",
+    )
+    command.add_argument(
+        "--public-temperature", type=Path, metavar="DATA", help="PUBLIC rows of the same form for an exact temperature"
     )
     command.add_argument("--microbatch", type=int, metavar="M", help="examples at a time; never changes the result")
     command.add_argument("--out", type=Path, metavar="RUN", help="run directory; default: a new one below runs/")
     command.add_argument("--resume", action="store_true", help="continue the run in --out")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument("--seed", type=int, metavar="N", help="test mode: reproducible and NOT PRIVATE")
+
+
+def _add_calibration(command: _Parser) -> None:
+    command.add_argument(
+        "data", type=Path, metavar="PREDICTIONS", help="CSV, TSV, Parquet or npz of predictions and labels; or a run"
+    )
+    command.add_argument("--label", metavar="NAME", help="the label column; default: label, target or y")
+    command.add_argument("--group", metavar="NAME", help="a column of groups, each with a report of its own")
+    command.add_argument(
+        "--columns", type=_names, metavar="A,B,C", help="the columns of the classes, in order; default: all others"
+    )
+    command.add_argument("--logits", action="store_true", help="the numbers are logits; default: told from them")
+    command.add_argument("--probabilities", action="store_true", help="the numbers are probabilities")
+    command.add_argument("--public", action="store_true", help="the rows are public; else figures are NON-PRIVATE")
+    command.add_argument("--epsilon", type=float, help="report within this budget, with noise and a ledger")
+    command.add_argument("--delta", type=float, help="default: 1 / rows^1.1")
+    command.add_argument(
+        "--out", type=Path, metavar="RUN", help="directory of that ledger; default: a new one below runs/"
+    )
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
 
 
 def _add_planning(command: _Parser) -> None:
@@ -205,7 +239,7 @@ def _add_planning(command: _Parser) -> None:
     command.add_argument("--epochs", type=float, metavar="E", help="passes over the data, the same in every plan")
     command.add_argument("--steps", type=int, metavar="S", help="updates; default: the planner's")
     command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
-    command.add_argument("--clipping", type=_clipping, metavar="RULE", help='as for train; default "automatic"')
+    command.add_argument("--clipping", type=_clipping, metavar="RULE", help="as for train")
     command.add_argument(
         "--throughput", type=float, metavar="R", help="examples a second of private training; default: measured on DATA"
     )
@@ -243,7 +277,7 @@ def _add_tuning(command: _Parser) -> None:
     )
     command.add_argument("--batch-size", type=int, metavar="B", help="expected batch; default: the planner's")
     command.add_argument("--steps", type=int, metavar="S", help="updates of each run")
-    command.add_argument("--clipping", type=_clipping, metavar="RULE", help='as for train; default "automatic"')
+    command.add_argument("--clipping", type=_clipping, metavar="RULE", help="as for train")
     command.add_argument("--out", type=Path, metavar="RUN", help="run directory; default: a new one below runs/")
     command.add_argument("--resume", action="store_true", help="continue the search in --out")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -284,20 +318,32 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _clipping(text: str) -> Clipping:
+_SOFTENED = {"automatic": Clipping.automatic, "psac": Clipping.psac, "quantile": Clipping.quantile}
+_BOUNDED = {"abadi": Clipping.abadi, "global": Clipping.global_}
+
+
+def _clipping(text: str) -> Clipping | None:
+    """A rule in words; None for "auto", which leaves it to what is publicly known."""
+    if text == "auto":
+        return None
     how, grouped, groups = text.partition("@")
-    rule, bounded, bound = how.partition(":")
+    rule, bounded, number = how.partition(":")
     try:
         style = Style.parse(groups) if grouped else Style.flat()
-        if rule == "automatic" and not bounded:
-            return Clipping.automatic(style=style)
-        if rule == "abadi":
-            return Clipping.abadi(float(bound), style=style)
+        if rule == "normalized" and not bounded:
+            return Clipping.normalized(style=style)
+        if rule in _SOFTENED:
+            return _SOFTENED[rule](*([float(number)] if bounded else []), style=style)
+        if rule in _BOUNDED:
+            return _BOUNDED[rule](float(number), style=style)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {str(error).removesuffix('.')}") from error
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: the bound must be a number above 0; write abadi:1.0") from error
-    raise argparse.ArgumentTypeError(f'{text!r} is no rule; write "automatic" or "abadi:R", with "@per_layer" if so')
+    raise argparse.ArgumentTypeError(
+        f'{text!r} is no rule; write "auto", "automatic", "abadi:R", "psac", "normalized", "quantile:Q" or "global:R", '
+        'with "@per_layer" if so'
+    )
 
 
 def _fail(error: DiscreetError | str, code: int) -> int:

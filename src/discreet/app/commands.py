@@ -10,14 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from discreet.app.account import answer
+from discreet.app.calibrating import CalibrateOptions, calibrate, short_facts
+from discreet.app.data import PublicCalibration, SetApart
 from discreet.app.models import ModelKind
 from discreet.app.planning import PlanOptions, plan_data
+from discreet.app.predictions import Scale
 from discreet.app.report import write_report
 from discreet.app.selfcheck import check_data
 from discreet.app.simulating import SimulationOptions, simulate_plan
 from discreet.app.training import DataOptions, Outcome, TrainOptions, train_digits, train_file
 from discreet.app.tuning import TuneOptions, tune_file
 from discreet.errors import ConfigError
+from discreet.insight.origin import Origin
 from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
 from discreet.privacy.repetitions import Stopping
@@ -29,12 +33,16 @@ DEMO_EPSILON = 3.0
 
 def train(options: argparse.Namespace) -> None:
     """`discreet train`."""
-    _print_outcome(train_file(_data(options), _training(options)), as_json=options.json)
+    data = dataclasses.replace(_data(options), calibration=_temperature(options), test_origin=_test_origin(options))
+    _print_outcome(train_file(data, _training(options)), as_json=options.json)
 
 
 def demo(options: argparse.Namespace) -> None:
     """`discreet demo`."""
-    _print_outcome(train_digits(_training(options)), as_json=options.json)
+    if options.public_temperature is not None:
+        raise ConfigError("--public-temperature with demo: the digits have no other public rows; leave it out.")
+    calibration = SetApart() if options.private_temperature else None
+    _print_outcome(train_digits(_training(options), calibration=calibration), as_json=options.json)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -117,11 +125,35 @@ def verify_run(options: argparse.Namespace) -> None:
         "ledger_head": found.head,
         "finished": found.finished,
     }
+    if found.temperature is not None:
+        facts["temperature"] = found.temperature
     if options.json:
         _print_json({**facts, "statement": found.statement})
         return
     _print_table(facts)
     print(f"\n{found.statement}")
+
+
+def calibrate_predictions(options: argparse.Namespace) -> None:
+    """`discreet calibrate`."""
+    scales = {options.logits: Scale.LOGITS, options.probabilities: Scale.PROBABILITIES}
+    if options.logits and options.probabilities:
+        raise ConfigError("--logits with --probabilities: the numbers are one of them; leave one out.")
+    found = calibrate(
+        CalibrateOptions(
+            data=options.data,
+            label=options.label,
+            group=options.group,
+            columns=options.columns,
+            scale=scales.get(True, Scale.AUTO),
+            origin=Origin.PUBLIC if options.public else Origin.PRIVATE,
+            epsilon=options.epsilon,
+            delta=options.delta,
+            out=options.out,
+            html=options.html,
+        )
+    )
+    _print_json(found.record) if options.json else print(found.text())
 
 
 def report(options: argparse.Namespace) -> None:
@@ -138,6 +170,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "account": account,
     "verify": verify_run,
     "report": report,
+    "calibrate": calibrate_predictions,
     "demo": demo,
 }
 
@@ -159,13 +192,7 @@ def _training(options: argparse.Namespace) -> TrainOptions:
     _check_numbers(options)
     if options.microbatch is not None and options.microbatch < 1:
         raise ConfigError(f"--microbatch {options.microbatch}: must be at least 1; leave it out for the default.")
-    if options.plan is not None:
-        return _planned_training(options)
-    if options.epsilon is None and options.command != "demo":
-        raise ConfigError("--epsilon: is missing; say how much may be revealed, e.g. --epsilon 3, or pass a --plan.")
-    if options.compute is not None and options.batch_size is not None and options.steps is not None:
-        raise ConfigError("--compute with --batch-size and --steps: leaves nothing to choose; leave one of them out.")
-    return TrainOptions(
+    asked = TrainOptions(
         epsilon=DEMO_EPSILON if options.epsilon is None else options.epsilon,
         delta=options.delta,
         model=ModelKind(options.model),
@@ -180,9 +207,30 @@ def _training(options: argparse.Namespace) -> TrainOptions:
         device=options.device,
         seed=options.seed,
     )
+    if options.plan is not None:
+        return _planned(asked, options)
+    if options.epsilon is None and options.command != "demo":
+        raise ConfigError("--epsilon: is missing; say how much may be revealed, e.g. --epsilon 3, or pass a --plan.")
+    if options.compute is not None and options.batch_size is not None and options.steps is not None:
+        raise ConfigError("--compute with --batch-size and --steps: leaves nothing to choose; leave one of them out.")
+    return asked
 
 
-def _planned_training(options: argparse.Namespace) -> TrainOptions:
+def _temperature(options: argparse.Namespace) -> SetApart | PublicCalibration | None:
+    if options.private_temperature and options.public_temperature is not None:
+        raise ConfigError("--private-temperature with --public-temperature: one of them is enough; leave one out.")
+    if options.public_temperature is not None:
+        return PublicCalibration(options.public_temperature)
+    return SetApart() if options.private_temperature else None
+
+
+def _test_origin(options: argparse.Namespace) -> Origin:
+    if options.public_test and options.test is None:
+        raise ConfigError("--public-test without --test: rows of the private file are not public; name a file.")
+    return Origin.PUBLIC if options.public_test else Origin.PRIVATE
+
+
+def _planned(asked: TrainOptions, options: argparse.Namespace) -> TrainOptions:
     """Training by a saved plan, which nothing on the command line may contradict."""
     for name in ("epsilon", "delta", "batch_size", "steps", "clipping", "compute"):
         value = getattr(options, name)
@@ -191,20 +239,14 @@ def _planned_training(options: argparse.Namespace) -> TrainOptions:
             raise ConfigError(f"--{shown} with --plan: the plan says it already; leave it out, or make another plan.")
     plan = Plan.load(options.plan)
     plan.check()
-    return TrainOptions(
+    return dataclasses.replace(
+        asked,
         epsilon=plan.epsilon,
         delta=plan.delta,
-        model=ModelKind(options.model),
         batch_size=plan.batch_size,
         steps=plan.steps,
         clipping=clipping_of(plan),
         plan=plan,
-        learning_rate=_learning_rate(options.learning_rate),
-        microbatch=options.microbatch,
-        out=options.out,
-        resume=options.resume,
-        device=options.device,
-        seed=options.seed,
     )
 
 
@@ -294,8 +336,14 @@ def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
     }
     if outcome.test is not None:
         facts |= {f"test {name}": value for name, value in outcome.test.to_json().items() if name != "unlisted"}
+        if outcome.calibration is not None:
+            facts |= {f"  {name}": value for name, value in short_facts(outcome.calibration).items()}
+        if outcome.untempered is not None:
+            facts["test ece before the temperature"] = outcome.untempered.ece
         if outcome.test.unlisted:
             facts["test rows of no listed class, counted as wrong"] = outcome.test.unlisted
+    if outcome.temperature is not None:
+        facts["temperature"] = outcome.temperature
     facts |= {"seconds": round(outcome.seconds, 1), "run": outcome.run_dir, "report": outcome.report}
     if not outcome.private:
         print("NOT PRIVATE: trained in test mode or without noise.\n")

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discreet.app.data.source import IGNORED, Examples
-from discreet.insight.calibration import expected_calibration_error
+from discreet.insight.calibration import (
+    CalibrationReport,
+    Predictions,
+    calibration_report,
+    expected_calibration_error,
+)
+from discreet.insight.origin import Origin
 
 _ROWS_AT_ONCE = 1024
 
@@ -41,26 +47,21 @@ class Evaluation:
         return dataclasses.asdict(self)
 
 
-def evaluate(model: nn.Module, examples: Examples) -> Evaluation | None:
-    """Evaluate in evaluation mode, and put the mode back; None when there is no row."""
+def evaluate(model: nn.Module, examples: Examples, *, temperature: float = 1.0) -> Evaluation | None:
+    """Evaluate in evaluation mode, and put the mode back; None when there is no row.
+
+    Args:
+        model: gives logits. examples: held out.
+        temperature: what its logits are divided by.
+    """
     if not len(examples):
         return None
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            parts = [
-                model(examples.batch(rows)[0].to(device)).double().cpu()
-                for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // _ROWS_AT_ONCE))
-            ]
-    finally:
-        model.train(was_training)
-    logits, targets = torch.cat(parts), examples.targets
+    logits, targets = logits_of(model, examples) / temperature, examples.targets
     known = targets != IGNORED
     correct = int((logits.argmax(1) == targets).sum())
     nll = float(F.cross_entropy(logits[known], targets[known])) if bool(known.any()) else 0.0
-    ece = expected_calibration_error(logits[known].softmax(1), targets[known])
+    finite = bool(torch.isfinite(logits[known]).all())
+    ece = expected_calibration_error(logits[known].softmax(1), targets[known]) if finite else math.nan
     return Evaluation(
         accuracy=correct / len(targets),
         nll=_finite(nll),
@@ -68,6 +69,35 @@ def evaluate(model: nn.Module, examples: Examples) -> Evaluation | None:
         examples=len(targets),
         unlisted=int((~known).sum()),
     )
+
+
+def logits_of(model: nn.Module, examples: Examples) -> Tensor:
+    """What a model says of each row, float64 on the CPU, shape (N, K); in evaluation mode, which is put back."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [
+                model(examples.batch(rows)[0].to(device)).double().cpu()
+                for rows in np.array_split(np.arange(len(examples)), max(1, -(-len(examples) // _ROWS_AT_ONCE)))
+            ]
+    finally:
+        model.train(was_training)
+    return torch.cat(parts)
+
+
+def calibration_of(
+    model: nn.Module, examples: Examples, *, origin: Origin, temperature: float = 1.0
+) -> CalibrationReport | None:
+    """The report over the rows whose class is in the list; None where there is none, or weights have overflowed."""
+    if not len(examples):
+        return None
+    logits, targets = logits_of(model, examples) / temperature, examples.targets
+    known = (targets != IGNORED) & torch.isfinite(logits).all(1)
+    if not bool(known.any()) or int(known.sum()) < int((targets != IGNORED).sum()):
+        return None
+    return calibration_report(Predictions.from_logits(logits[known], targets[known]), origin=origin)
 
 
 def _finite(value: float) -> float | None:

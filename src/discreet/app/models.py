@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from discreet.app.data.source import IGNORED, ImageInput, InputSpec, SourceKind, TableInput, TextInput, input_from_json
 from discreet.app.data.text import PADDING, TextUnits
 from discreet.errors import ConfigError
+from discreet.train.tempered import Tempered, tempered_cross_entropy
 
 
 class ModelKind(enum.Enum):
@@ -41,16 +42,19 @@ class ModelSpec:
         input: what it is fed.
         classes: number of classes K.
         width: hidden units, channels of the first layer, or size of an embedding.
+        tempered: whether a temperature is trained beside the model, as `Tempered`.
     """
 
     kind: ModelKind
     input: InputSpec
     classes: int
     width: int
+    tempered: bool = False
 
     def to_json(self) -> dict[str, object]:
         """The record from which `rebuild` makes the same model (with fresh weights)."""
-        return {"kind": self.kind.value, "input": self.input.to_json(), "classes": self.classes, "width": self.width}
+        record = {"kind": self.kind.value, "input": self.input.to_json(), "classes": self.classes, "width": self.width}
+        return {**record, "tempered": True} if self.tempered else record
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     contributes exactly nothing to a clipped sum.
     """
     features, targets = batch
+    if isinstance(model, Tempered):
+        return tempered_cross_entropy(model, features, targets, ignore_index=IGNORED)
     return F.cross_entropy(model(features), targets, reduction="none", ignore_index=IGNORED)
 
 
@@ -105,14 +111,20 @@ def text_units(kind: ModelKind) -> TextUnits:
     return TextUnits.WORDS if kind is ModelKind.TRANSFORMER else TextUnits.NGRAMS
 
 
-def specify(kind: ModelKind, *, input_spec: InputSpec, classes: int) -> ModelSpec:
+def specify(kind: ModelKind, *, input_spec: InputSpec, classes: int, tempered: bool = False) -> ModelSpec:
     """The usual model of a kind for an input and a number of classes."""
     kind = resolve(kind, input_spec)
-    return ModelSpec(kind=kind, input=input_spec, classes=classes, width=64 if kind is ModelKind.MLP else 16)
+    width = 64 if kind is ModelKind.MLP else 16
+    return ModelSpec(kind=kind, input=input_spec, classes=classes, width=width, tempered=tempered)
 
 
 def build(spec: ModelSpec) -> nn.Module:
     """A model with fresh weights, drawn from torch's global generator (public: initial weights tell nothing)."""
+    body = _body(spec)
+    return Tempered(body) if spec.tempered else body
+
+
+def _body(spec: ModelSpec) -> nn.Module:
     if isinstance(spec.input, TextInput):
         if spec.kind is ModelKind.TRANSFORMER:
             return TextTransformer(spec.input, width=spec.width, classes=spec.classes)
@@ -144,8 +156,10 @@ def spec_from_json(record: Mapping[str, object]) -> ModelSpec:
         raise ConfigError("model record: needs a known kind and an input; use the record that training wrote.")
     if not isinstance(classes, int) or not isinstance(width, int):
         raise ConfigError("model record: classes and width must be whole numbers; use the record that training wrote.")
-    kind = kinds[str(record["kind"])]
-    return ModelSpec(kind=kind, input=input_from_json(input_record), classes=classes, width=width)
+    kind, tempered = kinds[str(record["kind"])], record.get("tempered", False)
+    if not isinstance(tempered, bool):
+        raise ConfigError("model record: tempered must be true or false; use the record that training wrote.")
+    return ModelSpec(kind=kind, input=input_from_json(input_record), classes=classes, width=width, tempered=tempered)
 
 
 _BAG_WIDTH = 16

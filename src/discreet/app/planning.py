@@ -25,6 +25,7 @@ from discreet.privacy.compute import Machine, parse_time
 from discreet.privacy.options import Option, Proposal
 from discreet.privacy.planning import checked_delta
 from discreet.privacy.planning import plan as propose
+from discreet.train.tempered import tempered_clipping
 
 _LABELS = {
     "batch_size": "batch size",
@@ -110,14 +111,16 @@ def plan_data(data: DataOptions | None, options: PlanOptions) -> Planned:
     Raises:
         ConfigError: neither or both of data and a number of examples, or an argument is outside its range.
     """
-    clipping = options.clipping if options.clipping is not None else Clipping.automatic()
     if options.simulation is not None and options.html is None:
         raise ConfigError("--simulation without --html: it is drawn on the page; name the page, e.g. --html plan.html.")
+    for place in (options.out, options.html):
+        if place is not None:
+            _check_place(place)
     simulation = read_simulation(options.simulation) if options.simulation is not None else None
     if data is not None:
-        proposal = _for_data(data, options, clipping)
+        proposal = _for_data(data, options)
     else:
-        proposal = _for_numbers(options, clipping)
+        proposal = _for_numbers(options)
     chosen = _choose(proposal, options.choose)
     if options.out is not None:
         _save(chosen, options.out)
@@ -132,7 +135,7 @@ def plan_data(data: DataOptions | None, options: PlanOptions) -> Planned:
     )
 
 
-def _for_data(data: DataOptions, options: PlanOptions, clipping: Clipping) -> Proposal:
+def _for_data(data: DataOptions, options: PlanOptions) -> Proposal:
     if options.examples is not None or options.parameters is not None:
         raise ConfigError("--examples or --parameters with DATA: the file says them; leave them out.")
     if options.compute is not None:
@@ -140,7 +143,8 @@ def _for_data(data: DataOptions, options: PlanOptions, clipping: Clipping) -> Pr
     source = open_data(data, kind=options.model)
     delta = checked_delta(options.delta, examples=source.examples)
     kind = models.kind_for(options.model, source.kind)
-    spec = stand_in(source, kind=kind)
+    clipping = _rule(options, source.examples)
+    spec = stand_in(source, kind=kind, clipping=clipping)
     _check_epsilon(options.epsilon)
     if options.throughput is not None:
         machine = Machine.told(options.throughput)
@@ -157,17 +161,24 @@ def _for_data(data: DataOptions, options: PlanOptions, clipping: Clipping) -> Pr
     )
 
 
-def _for_numbers(options: PlanOptions, clipping: Clipping) -> Proposal:
+def _for_numbers(options: PlanOptions) -> Proposal:
     if options.examples is None:
         raise ConfigError("discreet plan: needs DATA or --examples N; name the file, or say how many rows it has.")
     machine = None if options.throughput is None else Machine.told(options.throughput)
     if options.parameters is not None:
         if options.parameters < 1:
             raise ConfigError(f"--parameters {options.parameters}: must be at least 1; leave it out if unknown.")
-        machine = dataclasses.replace(machine, parameters=options.parameters) if machine is not None else None
+        if machine is None:
+            raise ConfigError("--parameters without --throughput: belongs to a machine; tell how fast it is, too.")
+        machine = dataclasses.replace(machine, parameters=options.parameters)
+    clipping = _rule(options, options.examples)
     return _propose(
         options, clipping, examples=options.examples, delta=options.delta, before=(), machine=machine, usual_steps=None
     )
+
+
+def _rule(options: PlanOptions, examples: int) -> Clipping:
+    return options.clipping if options.clipping is not None else tempered_clipping(examples)
 
 
 def _propose(
@@ -207,9 +218,15 @@ def _choose(proposal: Proposal, name: str | None) -> Option:
     return by_name[name]
 
 
-def _save(chosen: Option, path: Path) -> None:
+def _check_place(path: Path) -> None:
+    """Before anything is measured or drawn."""
     if path.is_dir():
-        raise ConfigError(f"{path}: is a directory; name a file, e.g. plan.json.")
+        raise ConfigError(f"{path}: is a directory; name a file in it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: cannot be written ({path.parent} is no directory); make it, or name another.")
+
+
+def _save(chosen: Option, path: Path) -> None:
     try:
         chosen.plan.save(path)
     except OSError as error:

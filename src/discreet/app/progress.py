@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
 SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_FIGURES = 1.0
+"""On a bar: a composition takes tens of milliseconds, as long as a whole step of a small model."""
 
 
 class Progress:
@@ -32,18 +35,20 @@ class Progress:
 
             self._bar = tqdm(total=steps, initial=done, unit=unit, file=sys.stderr, dynamic_ncols=True)
 
-    def show(self, done: int, *, epsilon: float | None = None, of: int | None = None) -> None:
-        """Report that ``done`` updates are made and at most ``epsilon`` is spent.
+    def show(self, done: int, *, epsilon: Callable[[], float] | None = None, of: int | None = None) -> None:
+        """Report that ``done`` updates are made and at most ``epsilon()`` is spent.
 
         Args:
-            epsilon: None where nothing is spent.
+            epsilon: asked only when it is shown; None where nothing is spent.
             of: steps in all, where that is known only now.
         """
         self._steps = of if of is not None else self._steps
         if self._bar is not None:
             self._bar.total = self._steps
-            if epsilon is not None:
-                self._bar.set_postfix_str(f"epsilon {epsilon:.3f}", refresh=False)
+            now = time.monotonic()
+            if epsilon is not None and (now - self._shown >= _SECONDS_BETWEEN_FIGURES or done >= self._steps):
+                self._shown = now
+                self._bar.set_postfix_str(f"epsilon {epsilon():.3f}", refresh=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
@@ -51,7 +56,7 @@ class Progress:
             return
         self._shown = now
         left = (now - self._started) / max(1, done - self._first) * (self._steps - done)
-        spent = "" if epsilon is None else f"  epsilon {epsilon:.3f}"
+        spent = "" if epsilon is None else f"  epsilon {epsilon():.3f}"
         print(f"{self._unit} {done}/{self._steps}{spent}  {_clock(left)} left", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:

@@ -10,11 +10,14 @@ from discreet.app import models
 from discreet.app.stand_ins import random_examples
 from discreet.app.training import DataOptions, open_data, stand_in
 from discreet.train.check import CheckReport, check
+from discreet.train.tempered import tempered_clipping
 
 _EXAMPLES = 4
 
 
 def check_data(data: DataOptions, *, kind: models.ModelKind) -> CheckReport:
     """Check the model that `discreet train` would build for this data."""
-    spec = stand_in(open_data(data, kind=kind), kind=kind)
-    return check(models.build(spec), models.loss, random_examples(spec, count=_EXAMPLES))
+    source = open_data(data, kind=kind)
+    rule = tempered_clipping(source.examples)
+    spec = stand_in(source, kind=kind, clipping=rule)
+    return check(models.build(spec), models.loss, random_examples(spec, count=_EXAMPLES), clipping=rule)

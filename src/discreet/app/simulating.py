@@ -25,10 +25,13 @@ from discreet.app.progress import Progress
 from discreet.app.training import DataOptions, open_data, pick_device
 from discreet.core.rng import NoiseSource
 from discreet.errors import ConfigError, DataError
-from discreet.insight.simulated_run import Candidate, Origin, Proxy
+from discreet.insight.origin import Origin
+from discreet.insight.simulated_run import Candidate, Proxy
 from discreet.insight.simulation import Simulation, simulate
 from discreet.privacy.files import write_atomically
 from discreet.privacy.plan import Plan
+from discreet.train.setup import clipping_of
+from discreet.train.tempered import is_tempered
 from discreet.train.trial import Recipe
 
 USUAL_RATES = (0.005, 0.01, 0.02, 0.04)
@@ -157,7 +160,9 @@ def _grid(
     for steps in options.steps or (plan.steps,):
         its_plan = with_steps(plan, steps)
         for kind in dict.fromkeys(kinds):
-            spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes))
+            spec = models.specify(
+                kind, input_spec=prepared.input, classes=len(prepared.classes), tempered=is_tempered(clipping_of(plan))
+            )
             for rate in dict.fromkeys(rates):
                 recipe = Recipe(rate).for_steps(steps, instead_of=plan.steps)
                 ending = "" if options.steps is None else f", {steps} steps"

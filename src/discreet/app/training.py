@@ -11,24 +11,39 @@ from pathlib import Path
 import torch
 
 from discreet.app import models
-from discreet.app.data import Prepared, Preprocessing, Source, TableInput, digits, open_source
-from discreet.app.evaluation import Evaluation, evaluate
+from discreet.app.calibrating import with_advice
+from discreet.app.data import (
+    Prepared,
+    Preprocessing,
+    PublicCalibration,
+    SetApart,
+    Source,
+    TableInput,
+    digits,
+    open_source,
+)
+from discreet.app.evaluation import Evaluation, calibration_of, evaluate
 from discreet.app.progress import Progress
 from discreet.app.report import write_report
+from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, sizes
 from discreet.app.stand_ins import measure_spec
+from discreet.app.temperature import conclusion, plan_calibration, planned, statement
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
+from discreet.insight.calibration import CalibrationReport
+from discreet.insight.origin import Origin
 from discreet.privacy.accounting import Query, query_to_json
 from discreet.privacy.certificate import verify
 from discreet.privacy.compute import parse_time
-from discreet.privacy.plan import Plan, default_delta
+from discreet.privacy.plan import Calibration, Plan, default_delta
 from discreet.privacy.planner import plan as make_plan
 from discreet.privacy.planning import bound_of
 from discreet.train.auto_lr import AutoLR
 from discreet.train.environment import describe_data
 from discreet.train.loop import Private, make_private, new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
-from discreet.train.setup import check_plan, default_clipping
+from discreet.train.setup import check_plan, clipping_of
+from discreet.train.tempered import is_tempered, reason, tempered_clipping
 
 _STAND_IN_FEATURES = 24
 _FEATURES_PER_COLUMN = 12
@@ -36,12 +51,19 @@ _FEATURES_PER_COLUMN = 12
 _STAND_IN_CLASSES = 3
 
 EVALUATIONS = 10
-"""How often the held-out examples are looked at during training, for the curve in the report."""
+"""How often the held-out examples are looked at during training, for the curve in the report; see `evaluations`."""
+_EVALUATION_SHARE = 0.05
+_FORWARD = 1 / 3
+"""What evaluating an example costs, of what an update on it does."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where the data lie and what is publicly known about them. See `open_source`."""
+    """Where the data lie and what is publicly known about them. See `open_source`.
+
+    Attributes:
+        calibration: rows for a temperature. test_origin: whether the user says that the test rows are public.
+    """
 
     path: Path
     target: str | None = None
@@ -51,6 +73,8 @@ class DataOptions:
     classes: int | tuple[str, ...] | None = None
     text_column: str | None = None
     image_size: tuple[int, int] | None = None
+    calibration: SetApart | PublicCalibration | None = None
+    test_origin: Origin = Origin.PRIVATE
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,9 @@ class Outcome:
     model: dict[str, object]
     test: Evaluation | None
     statements: tuple[str, ...]
+    calibration: CalibrationReport | None = None
+    temperature: float | None = None
+    untempered: Evaluation | None = None
 
     def to_json(self) -> dict[str, object]:
         """The object that ``--json`` prints, and ``result.json``."""
@@ -97,17 +124,33 @@ class Outcome:
             "run_dir": str(self.run_dir),
             "report": str(self.report),
             "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
-            "delta": self.plan.delta,
-            "noise_multiplier": self.plan.noise_multiplier,
-            "batch_size": self.plan.batch_size,
+            **sizes(self.plan),
             "steps": self.updates,
-            "examples": self.plan.examples,
             "seconds": round(self.seconds, 3),
             "private": self.private,
             "model": self.model,
-            "test": self.test.to_json() if self.test is not None else None,
+            "temperature": self.temperature,
+            "test": _test_record(self.test, self.calibration, self.untempered),
             "statements": list(self.statements),
         }
+
+
+def _test_record(
+    test: Evaluation | None, calibration: CalibrationReport | None, untempered: Evaluation | None
+) -> dict[str, object] | None:
+    """The test figures with the single numbers of the calibration report, and the figures before the temperature."""
+    if test is None:
+        return None
+    record: dict[str, object] = dict(test.to_json())
+    if calibration is not None:
+        whole = calibration.to_json()
+        record |= {
+            name: value for name, value in whole.items() if isinstance(value, float | int) and name != "examples"
+        }
+        record["stamp"] = calibration.stamp
+    if untempered is not None:
+        record["before_temperature"] = {"nll": untempered.nll, "ece": untempered.ece}
+    return record
 
 
 def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
@@ -115,32 +158,46 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     started = time.monotonic()
     device = pick_device(options.device)
     source = open_data(data, kind=options.model)
-    delta = default_delta(source.examples) if options.delta is None else options.delta
+    private = isinstance(data.calibration, SetApart)
+    rows = source.examples + ((source.calibration_examples or 0) if private else 0)
+    delta = default_delta(rows) if options.delta is None else options.delta
+    calibration = planned(source, private=private, epsilon=options.epsilon, delta=delta)
     preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
     before = source.queries(preprocessing)
     kind = models.kind_for(options.model, source.kind)
-    spec = stand_in(source, kind=kind)
+    spec = stand_in(source, kind=kind, clipping=_rule(options, source.examples))
     _refuse_unknown_groups(options, spec)
-    with _open_run(options, spec, device=device, examples=source.examples, delta=delta, before=before) as run:
+    with _open_run(
+        options,
+        spec,
+        device=device,
+        examples=source.examples,
+        delta=delta,
+        before=before,
+        calibration=calibration,
+    ) as run:
         run.adopt(describe_data(source.fingerprint()), stage=Stage.DATA)
         for position, query in enumerate(before):
             run.reserve_query(f"preprocessing {position}", query)
         prepared = source.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing)
-        return _train(prepared, run, options, kind, device=device, started=started)
+        return _train(prepared, run, options, kind, device=device, started=started, origin=data.test_origin)
 
 
-def train_digits(options: TrainOptions) -> Outcome:
+def train_digits(options: TrainOptions, *, calibration: SetApart | None = None) -> Outcome:
     """Train on scikit-learn's bundled digits."""
     started = time.monotonic()
     device = pick_device(options.device)
-    prepared = digits()
+    prepared = digits(calibration)
     examples = len(prepared.train)
-    delta = default_delta(examples) if options.delta is None else options.delta
+    apart = 0 if prepared.calibration is None else len(prepared.calibration)
+    delta = default_delta(examples + apart) if options.delta is None else options.delta
+    asked = None if not apart else plan_calibration(examples, apart=apart, epsilon=options.epsilon, delta=delta)
     kind = models.resolve(options.model, prepared.input)
-    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes))
+    tempered = is_tempered(_rule(options, examples))
+    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes), tempered=tempered)
     _refuse_unknown_groups(options, spec)
-    with _open_run(options, spec, device=device, examples=examples, delta=delta, before=()) as run:
-        return _train(prepared, run, options, kind, device=device, started=started)
+    with _open_run(options, spec, device=device, examples=examples, delta=delta, before=(), calibration=asked) as run:
+        return _train(prepared, run, options, kind, device=device, started=started, origin=Origin.PUBLIC)
 
 
 def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
@@ -155,14 +212,24 @@ def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
         text_column=data.text_column,
         image_size=data.image_size,
         text_units=models.text_units(kind),
+        calibration=data.calibration,
     )
 
 
-def stand_in(source: Source, *, kind: models.ModelKind) -> models.ModelSpec:
+def stand_in(source: Source, *, kind: models.ModelKind, clipping: Clipping) -> models.ModelSpec:
     """The model for this data, as far as it is public: numbers that are private until released are stood in for."""
     features = max(_STAND_IN_FEATURES, _FEATURES_PER_COLUMN * len(source.statistics))
     input_spec = TableInput(features=features) if source.input is None else source.input
-    return models.specify(kind, input_spec=input_spec, classes=_STAND_IN_CLASSES)
+    return models.specify(kind, input_spec=input_spec, classes=_STAND_IN_CLASSES, tempered=is_tempered(clipping))
+
+
+def _rule(options: TrainOptions, examples: int) -> Clipping:
+    """The clipping rule: the plan's, the user's, or the one that is chosen from public facts."""
+    if options.plan is not None:
+        return clipping_of(options.plan)
+    if math.isinf(options.epsilon):
+        return Clipping.none()
+    return options.clipping if options.clipping is not None else tempered_clipping(examples)
 
 
 def _refuse_unknown_groups(options: TrainOptions, spec: models.ModelSpec) -> None:
@@ -194,23 +261,41 @@ def _open_run(
     examples: int,
     delta: float,
     before: tuple[Query, ...],
+    calibration: Calibration | None,
 ) -> Run:
     """Resume the run, or plan and create one."""
     if options.resume:
-        if options.out is None:
-            raise ConfigError("--resume without --out: name the run directory to continue.")
-        run = Run.resume(options.out, seed=options.seed)
-        try:
-            _check_same(run.plan, options, examples=examples, delta=delta, before=before)
-        except ConfigError:
-            run.close()
-            raise
-        return run
+
+        def asked(plan: Plan) -> AskedAndPlanned:
+            """What may not differ in a single run."""
+            given = None if options.plan is None else options.plan.fingerprint()
+            return {
+                "--plan": (given, plan.fingerprint()),
+                "--private-temperature": (calibration or "none", plan.calibration or "none"),
+                **asked_and_planned(
+                    plan,
+                    examples=examples,
+                    epsilon=options.epsilon,
+                    delta=delta,
+                    batch_size=options.batch_size,
+                    steps=options.steps,
+                    clipping=options.clipping,
+                    before=before,
+                ),
+            }
+
+        return resume_run(options.out, seed=options.seed, asked=asked)
     plan = options.plan
     if plan is None:
         plan = _new_plan(options, spec, device=device, examples=examples, delta=delta, before=before)
+        plan = dataclasses.replace(plan, calibration=calibration)
     else:
         refuse_other_data(plan, examples=examples, before=before)
+        if plan.calibration != calibration:
+            raise ConfigError(
+                "--plan: and --private-temperature do not agree on the examples that are set apart; leave out "
+                "--plan, or use the same data and options as the run that the plan is of."
+            )
     return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
 
 
@@ -224,10 +309,9 @@ def _new_plan(
     before: tuple[Query, ...],
 ) -> Plan:
     """The planner's choice for what was left open, within ``--compute`` if there is one."""
-    clipping = options.clipping if options.clipping is not None else default_clipping(options.epsilon)
-    if math.isinf(options.epsilon):
-        clipping = Clipping.none()
-    bound = None
+    clipping, bound = _rule(options, examples), None
+    chosen = options.clipping is None and is_tempered(clipping)
+    why = (reason(clipping, examples),) if chosen else ()
     if options.compute is not None:
         parse_time(options.compute)
         machine = measure_spec(spec, device=device, clipping=clipping)
@@ -242,7 +326,7 @@ def _new_plan(
         usual_steps=models.defaults(spec.kind).steps,
         before=before,
         clipping=clipping.describe(),
-        notes=() if bound is None else (f"compute: {bound.said}",),
+        notes=(*(() if bound is None else (f"compute: {bound.said}",)), *why),
     )
 
 
@@ -264,25 +348,6 @@ def _named(queries: tuple[Query, ...]) -> str:
     return ", ".join(str(query_to_json(query)) for query in queries) if queries else "no private statistics"
 
 
-def _check_same(plan: Plan, options: TrainOptions, *, examples: int, delta: float, before: tuple[Query, ...]) -> None:
-    """A resumed run keeps its plan; options that say otherwise are refused and not ignored."""
-    asked = {
-        "examples": (examples, plan.examples),
-        "--epsilon": (options.epsilon, plan.epsilon),
-        "--delta": (delta, plan.delta),
-        "--batch-size": (options.batch_size or plan.batch_size, plan.batch_size),
-        "--steps": (options.steps or plan.steps, plan.steps),
-        "private statistics": (before, plan.before),
-    }
-    if options.plan is not None:
-        asked["--plan"] = (options.plan.fingerprint(), plan.fingerprint())
-    if options.clipping is not None:
-        asked["--clipping"] = (options.clipping.describe(), dict(plan.clipping))
-    for name, (now, planned) in asked.items():
-        if now != planned:
-            raise ConfigError(f"{name}: {now} now, {planned} in the plan of this run; resume with the same options.")
-
-
 def _train(
     prepared: Prepared,
     run: Run,
@@ -291,8 +356,10 @@ def _train(
     *,
     device: torch.device,
     started: float,
+    origin: Origin,
 ) -> Outcome:
-    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes))
+    tempered = is_tempered(clipping_of(run.plan))
+    spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes), tempered=tempered)
     with torch.random.fork_rng():
         torch.manual_seed(run.initial_seed)
         model = models.build(spec).to(device)
@@ -305,19 +372,21 @@ def _train(
         learning_rate=rate,
         microbatch=options.microbatch,
         run_dir=run,
+        conclude=conclusion(prepared.calibration),
     )
     run.write("schema.json", prepared.record)
     _iterate(private, prepared)
-    return _conclude(private, prepared, spec, seconds=time.monotonic() - started)
+    return _conclude(private, prepared, spec, seconds=time.monotonic() - started, origin=origin)
 
 
 def _iterate(private: Private, prepared: Prepared) -> None:
     """Run the updates; log what is released or public, and figures on held-out examples now and then."""
-    interval = max(1, private.steps // EVALUATIONS)
+    held_out = 0 if prepared.test is None else len(prepared.test)
+    interval = max(1, private.steps // evaluations(private.plan, held_out=held_out))
     with Progress(steps=private.steps, done=private.done) as progress:
         for step in private:
             done = step.index + 1
-            progress.show(done, epsilon=step.epsilon)
+            progress.show(done, epsilon=lambda step=step: step.epsilon)
             if done % interval and done < private.steps:
                 continue
             record: dict[str, float | int] = {"step": done, "learning_rate": step.learning_rate}
@@ -331,8 +400,23 @@ def _iterate(private: Private, prepared: Prepared) -> None:
             private.run.log(record)
 
 
-def _conclude(private: Private, prepared: Prepared, spec: models.ModelSpec, *, seconds: float) -> Outcome:
+def evaluations(plan: Plan, *, held_out: int) -> int:
+    """How many evaluations on the way take at most a twentieth of the training: from 1 to `EVALUATIONS`.
+
+    A function of public sizes: a bound on time must not be spent on figures, and no clock decides what is logged.
+    """
+    affordable = _EVALUATION_SHARE * plan.batch_size * plan.steps / (_FORWARD * max(1, held_out))
+    return max(1, min(EVALUATIONS, math.floor(affordable)))
+
+
+def _conclude(
+    private: Private, prepared: Prepared, spec: models.ModelSpec, *, seconds: float, origin: Origin
+) -> Outcome:
     verified = verify(private.run_dir)
+    model, held_out = private.model, prepared.test
+    divisor = 1.0 if verified.temperature is None else verified.temperature
+    test = None if held_out is None else evaluate(model, held_out, temperature=divisor)
+    calibration = None if held_out is None else calibration_of(model, held_out, origin=origin, temperature=divisor)
     outcome = Outcome(
         run_dir=private.run_dir,
         report=private.run_dir / "release" / "report.html",
@@ -341,12 +425,24 @@ def _conclude(private: Private, prepared: Prepared, spec: models.ModelSpec, *, s
         plan=private.plan,
         updates=private.done,
         private=verified.private,
-        model={**spec.to_json(), "parameters": sum(p.numel() for p in private.model.parameters())},
-        test=evaluate(private.model, prepared.test) if prepared.test is not None else None,
-        statements=(*prepared.statements, *_rate_found(private), *_cut_short(private), *_weak_delta(private.plan)),
+        model={**spec.to_json(), "parameters": sum(p.numel() for p in model.parameters())},
+        test=test,
+        statements=(
+            *prepared.statements,
+            *statement(private.plan, private.run.ledger),
+            *_rate_found(private),
+            *_cut_short(private),
+            *_weak_delta(private.plan),
+        ),
+        calibration=calibration,
+        temperature=verified.temperature,
+        untempered=evaluate(model, held_out) if held_out is not None and verified.temperature is not None else None,
     )
     outcome.report.unlink(missing_ok=True)
     private.run.write("result.json", outcome.to_json())
+    if calibration is not None:
+        told = with_advice(calibration, clipping=dict(private.plan.clipping), tempered=verified.temperature is not None)
+        private.run.write("calibration.json", told)
     return dataclasses.replace(outcome, report=write_report(private.run_dir))
 
 

@@ -17,20 +17,22 @@ from discreet.app.data import Examples, Prepared, Preprocessing, Source
 from discreet.app.evaluation import Evaluation, evaluate
 from discreet.app.progress import SECONDS_BETWEEN_LINES
 from discreet.app.report import write_report
+from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, sizes
 from discreet.app.training import DataOptions, open_data, pick_device
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Query
 from discreet.privacy.certificate import Verification, verify
-from discreet.privacy.files import write_atomically
+from discreet.privacy.files import file_digest, write_atomically
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.repetitions import Stopping
 from discreet.privacy.tuning import USUAL_RUNS, one_run, plan_search
+from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.environment import describe_data
 from discreet.train.loop import new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
 from discreet.train.trial import Recipe
-from discreet.train.tune import Choice, PrivateScore, PublicScore, Tuned, tune
+from discreet.train.tune import Tuned, tune
 
 _LONG = 0.95
 
@@ -74,16 +76,11 @@ class TuneOutcome:
 
     def to_json(self) -> dict[str, object]:
         """The object that ``--json`` prints, and ``result.json``. How long it took is not in it: time tells K."""
-        plan = self.tuned.plan
         return {
             "run_dir": str(self.tuned.run_dir),
             "report": str(self.report),
             "epsilon": self.verified.epsilon,
-            "delta": plan.delta,
-            "noise_multiplier": plan.noise_multiplier,
-            "batch_size": plan.batch_size,
-            "steps": plan.steps,
-            "examples": plan.examples,
+            **sizes(self.tuned.plan),
             "private": self.verified.private,
             "chosen": self.tuned.choice,
             "learning_rate": self.rate,
@@ -134,10 +131,7 @@ def tune_file(data: DataOptions, options: TuneOptions) -> TuneOutcome:
         for position, query in enumerate(before):
             run.reserve_query(f"preprocessing {position}", query)
         prepared = source.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing)
-        scoring = None
-        if judge is not None:
-            # The same released statistics: the same rows, noise and charge, so that both are encoded alike.
-            scoring = judge.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing).test
+        scoring = None if judge is None else _scoring_rows(judge, prepared, run, preprocessing)
         settings = _settings(prepared, kinds, options.rates)
         choices = [
             Choice(name=name, build=lambda spec=spec: models.build(spec).to(device), recipe=Recipe(rate))
@@ -148,7 +142,7 @@ def tune_file(data: DataOptions, options: TuneOptions) -> TuneOutcome:
             choices,
             prepared.train,
             loss=models.loss,
-            score=PrivateScore(right_answers) if scoring is None else PublicScore(lambda model: _share(model, scoring)),
+            score=PrivateScore(right_answers) if judge is None else _public_score(judge, scoring),
             run_dir=run,
             on_step=Heartbeat().beat,
         )
@@ -205,18 +199,41 @@ def _judge(data: DataOptions, options: TuneOptions, kind: models.ModelKind, sour
     """The data again, with the public rows to score on in the place of the test rows."""
     if options.score_data is None:
         return None
-    places = {place.resolve() for place in (data.path, data.test) if place is not None}
-    if options.score_data.resolve() in places:
+    places = [place for place in (data.path, data.test) if place is not None]
+    if any(_same_content(options.score_data, place) for place in places):
         raise ConfigError(
             f"--score-data {options.score_data}: is the private or the test data; name public data, or leave it out."
         )
     judge = open_data(dataclasses.replace(data, test=options.score_data), kind=kind)
+    if judge.statistics != source.statistics:
+        raise ConfigError("--score-data: with these rows other columns would be counted; give a --schema for both.")
     if judge.examples != source.examples:
         raise ConfigError(
             f"--score-data without --test: {judge.examples} training rows with it and {source.examples} without; give "
             "the test rows by --test too, so that the training rows are the same."
         )
     return judge
+
+
+def _same_content(path: Path, other: Path) -> bool:
+    """Whether two paths lead to the same place, or to files of the same bytes."""
+    if path.resolve() == other.resolve():
+        return True
+    return path.is_file() and other.is_file() and file_digest(path) == file_digest(other)
+
+
+def _scoring_rows(judge: Source, prepared: Prepared, run: Run, preprocessing: Preprocessing) -> Examples | None:
+    """The public rows, encoded by the same released statistics: the same rows under the same noise, charged once."""
+    found = judge.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing)
+    if found.record != prepared.record:
+        raise ConfigError(
+            "--score-data: with these rows the training rows are read in another way; give a --schema for both."
+        )
+    return found.test
+
+
+def _public_score(judge: Source, rows: Examples | None) -> PublicScore:
+    return PublicScore(lambda model: _share(model, rows), data=judge.fingerprint())
 
 
 def _settings(
@@ -248,14 +265,24 @@ def _open_run(
     before: tuple[Query, ...],
 ) -> Run:
     if options.resume:
-        if options.out is None:
-            raise ConfigError("--resume without --out: name the run directory to continue.")
-        run = Run.resume(options.out, seed=options.seed)
-        try:
-            _check_same(run.plan, options, examples=source.examples, delta=delta, before=before)
-        except ConfigError:
-            run.close()
-            raise
+
+        def asked(plan: Plan) -> AskedAndPlanned:
+            """What may not differ in a search."""
+            return {
+                **_searched(plan, options),
+                **asked_and_planned(
+                    plan,
+                    examples=source.examples,
+                    epsilon=options.epsilon,
+                    delta=delta,
+                    batch_size=options.batch_size,
+                    steps=options.steps,
+                    clipping=options.clipping,
+                    before=before,
+                ),
+            }
+
+        run = resume_run(options.out, seed=options.seed, asked=asked)
         announce(run.plan)
         return run
     plan = plan_search(
@@ -274,26 +301,14 @@ def _open_run(
     return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
 
 
-def _check_same(plan: Plan, options: TuneOptions, *, examples: int, delta: float, before: tuple[Query, ...]) -> None:
-    """A resumed search keeps its plan; options that say otherwise are refused and not ignored."""
+def _searched(plan: Plan, options: TuneOptions) -> AskedAndPlanned:
     if plan.search is None:
         raise ConfigError(f"{options.out}: holds a training run and no search; continue it with `discreet train`.")
-    asked = {
-        "examples": (examples, plan.examples),
-        "--epsilon": (options.epsilon, plan.epsilon),
-        "--delta": (delta, plan.delta),
+    return {
         "--runs": (options.runs, plan.search.repetitions.mean),
         "--stopping": (options.stopping, plan.search.repetitions.stopping),
         "--score-data": (options.score_data is None, plan.search.score_noise is not None),
-        "--batch-size": (options.batch_size or plan.batch_size, plan.batch_size),
-        "--steps": (options.steps or plan.steps, plan.steps),
-        "private statistics": (before, plan.before),
     }
-    if options.clipping is not None:
-        asked["--clipping"] = (options.clipping.describe(), dict(plan.clipping))
-    for name, (now, planned) in asked.items():
-        if now != planned:
-            raise ConfigError(f"{name}: {now} now, {planned} in the plan of this search; resume with the same options.")
 
 
 def _conclude(tuned: Tuned, prepared: Prepared, spec: models.ModelSpec, *, rate: float, public: bool) -> TuneOutcome:

@@ -11,108 +11,21 @@ Shape legend: B = examples of the microbatch.
 from __future__ import annotations
 
 import contextlib
-import enum
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from discreet.core.clipping import Clipping
+from discreet.core.axes import Axis, Layout, UseKey
+from discreet.core.clipping import BELOW, Clipping, Division
 from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.route import Route
 from discreet.core.routing import Picking, Trail
 from discreet.core.uses import Derivation, Part, Record, Uses, arranged, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
-
-
-class Axis(enum.Enum):
-    """How a plain operand of a use carries the examples, from the most to the least particular.
-
-    BATCH: dimension 0 is B. SECOND: dimension 1 is B, as in (time, B, ...). FOLDED: dimension 0 is a multiple of B.
-    ROUTED: rows were picked from such an operand, and the graph tells which.
-    """
-
-    BATCH = "batch"
-    SECOND = "second"
-    FOLDED = "folded"
-    ROUTED = "routed"
-    SHARED = "shared"
-
-
-UseKey = tuple[tuple[str, ...], str, int]
-"""(parameters, function, how many times they met before in this forward)."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """For every use, how its operands carry the examples; established by the self-check at two batch sizes."""
-
-    axes: Mapping[UseKey, tuple[Axis, ...]]
-
-    @functools.cached_property
-    def _seen(self) -> Mapping[tuple[tuple[str, ...], str], list[tuple[Axis, ...]]]:
-        seen: dict[tuple[tuple[str, ...], str], list[tuple[Axis, ...]]] = defaultdict(list)
-        for (names, function, _), axes in self.axes.items():
-            seen[names, function].append(axes)
-        return seen
-
-    def of(self, key: UseKey, *, examples: int) -> tuple[Axis, ...] | None:
-        """How this use carries the examples; one more of a kind is taken to be like all those that were seen.
-
-        Raises:
-            UnsupportedUse: nothing like it was seen, so that a size equal to B could be a coincidence.
-        """
-        if key in self.axes:
-            return self.axes[key]
-        names, function, _ = key
-        alike = set(self._seen.get((names, function), ()))
-        if len(alike) == 1:
-            return alike.pop()
-        if examples == 1:
-            return None
-        raise UnsupportedUse(
-            f"{function} on {', '.join(names)}: the self-check never saw this use, so its layout is unknown; pass "
-            "layout=discreet.check(...).layout of examples that take every path through the model."
-        )
-
-    def _is_mixed(self, names: tuple[str, ...], function: str) -> bool:
-        """Whether such uses met the batch at one time and a constant at another: only their order tells them apart."""
-        seen = self._seen.get((names, function), [])
-        return len({len(axes) for axes in seen}) > 1 or any(
-            Axis.SHARED in column and set(column) != {Axis.SHARED} for column in zip(*seen, strict=False)
-        )
-
-    def check_counts(self, met: Mapping[tuple[tuple[str, ...], str], int]) -> None:
-        """Refuse mixed uses that met another number of times than they were seen to: a constant may have B rows.
-
-        Raises:
-            UnsupportedUse: there are some.
-        """
-        for (names, function), seen in self._seen.items():
-            count = met.get((names, function), 0)
-            if count not in (0, len(seen)) and self._is_mixed(names, function):
-                raise UnsupportedUse(
-                    f"{function} on {', '.join(names)}: met {count} times, and {len(seen)} times in the self-check, "
-                    "which told the batch from a constant by their order; meet them equally often in every step."
-                )
-
-    def merged(self, other: Layout) -> Layout:
-        """One layout from two batch sizes: what looked like the batch at one size only was a coincidence."""
-        axes = dict(self.axes)
-        for key, found in other.axes.items():
-            known = axes.get(key, found)
-            if len(known) == len(found):
-                axes[key] = tuple(_weaker(one, two) for one, two in zip(known, found, strict=True))
-        return Layout(axes)
-
-
-def _weaker(one: Axis, other: Axis) -> Axis:
-    return max(one, other, key=list(Axis).index)
 
 
 class Book:
@@ -151,9 +64,9 @@ class Book:
         self._collecting = False
         self._clipping = clipping
         self._sums: dict[str, Tensor] = {}
-        groups = clipping.style.split(self.parameters) if clipping is not None else ()
+        self._division = clipping.divide(self.parameters) if clipping is not None else Division({}, {}, 0.0)
+        groups = self._division.groups
         self._group_of = {name: group for group in groups for name in group} if len(groups) > 1 else {}
-        self._rule = clipping.share(len(groups)) if clipping is not None else None
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
 
@@ -189,10 +102,16 @@ class Book:
         """Book one use; called from inside the backward.
 
         Raises:
-            UnsupportedUse: its group has been settled, so that its norm did not know of this use.
+            UnsupportedUse: its group has been settled, so that its norm did not know of this use; or the gradients are
+                of another shape than the parameter.
         """
         if not self._collecting:
             return
+        if derivation.identity and form.shape != derivation.sources[0].shape:
+            raise UnsupportedUse(
+                f"{', '.join(derivation.names)}: its shape {tuple(derivation.sources[0].shape)} is spread over "
+                f"{tuple(form.shape)} by the function that it meets; give it that shape, or expand it before."
+            )
         late = [name for name in derivation.names if name in self._sums]
         if late:
             raise UnsupportedUse(
@@ -352,41 +271,43 @@ class Book:
         assert self._clipping in (None, clipping)
         if self.verified is not None:
             self.verified.check_counts(self._meetings)
-        groups = clipping.style.split(self.parameters)
-        self._rule = clipping.share(len(groups))
+        self._division = clipping.divide(self.parameters)
         with full_precision():
-            for group in groups:
+            for group in self._division.groups:
                 if group[0] not in self._sums:
                     self._settle_group(group)
         sums, self._sums = self._sums, {}
         self.discard()
-        return {name: sums[name] for name in self.parameters}
+        count = {BELOW: sums[BELOW]} if BELOW in sums else {}
+        return {name: sums[name] for name in self.parameters} | count
 
     def _settle_group(self, group: tuple[str, ...]) -> None:
         """Norms over these parameters, factors, and their sums."""
-        assert self._rule is not None
+        rule = self._division.rules[group]
         parts = arranged(group, self._records, self.examples)
         norm2_B, all_finite = self._norm2(parts)
         norm_B = norm2_B.sqrt()
-        factor_B = drop_vanishing(self._rule.factor(norm_B)) * self._summing_margin()
+        factor_B = drop_vanishing(rule.factor(norm_B)) * self._summing_margin(rule)
+        if rule.following is not None:
+            # The mean over groups, so that one example counts once; exact, but for 2^-53 where K is no power of 2.
+            count = rule.below(norm_B).reshape(1) / len(self._division.groups)
+            self._sums[BELOW] = self._sums[BELOW] + count if BELOW in self._sums else count
         bad = None if all_finite else ~torch.isfinite(norm_B)
-        while parts:
-            for name, total in parts.pop().weighted_sums(factor_B, bad):
+        summands = [summand for part in parts for summand in part.summands()]
+        parts.clear()
+        while summands:
+            for name, total in summands.pop().weighted_sums(factor_B, bad):
                 self._sums[name] = total.to(sum_dtype(self.parameters[name]))
                 del self._records[name]
         unused = {name: self.parameters[name] for name in group if name not in self._sums}
         self._sums.update(zeros_like_sums(unused))
 
-    def _summing_margin(self) -> float:
+    def _summing_margin(self, rule: Clipping) -> float:
         """Shrinks factors by what one example may move the float32 rounding of a sum over all of them.
 
         One spacing for each example, and 256 for opposed uses that meet others in a sum: hostile batches moved 4e-5 R.
         """
-        if (
-            self._rule is None
-            or math.isinf(self._rule.clip_bound)
-            or all(p.dtype is torch.float64 for p in self.parameters.values())
-        ):
+        if math.isinf(rule.clip_bound) or all(p.dtype is torch.float64 for p in self.parameters.values()):
             return 1.0
         return 1.0 - (256 + self.examples) * torch.finfo(torch.float32).eps
 

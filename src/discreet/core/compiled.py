@@ -16,6 +16,7 @@ gradient that came to a parameter by any other way meets the hook that refuses i
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import operator
 import sys
@@ -29,22 +30,24 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from discreet.core.book import Book, Layout
-from discreet.core.parameter import (
-    DerivedParameter,
-    Guarded,
-    PrivateParameter,
-    active,
-    compiled_through,
-    hide_from_compiler,
-    instead,
-    plain,
+from discreet.core.axes import Layout
+from discreet.core.book import Book
+from discreet.core.lowering import (
+    AS_RECORDED,
+    INDUCTOR,
+    WITHOUT_KERNELS,
+    Compiler,
+    Graph,
+    Wish,
+    by_inductor,
+    settings,
+    without_kernels,
 )
-from discreet.core.traced import BOOKED, KIND, TracedBook, TracedParameter, mapped
+from discreet.core.meeting import active, compiled_through, hide_from_compiler, instead
+from discreet.core.parameter import DerivedParameter, Guarded, PrivateParameter, plain
+from discreet.core.traced import KIND, TracedBook, TracedParameter, mapped
 from discreet.core.uses import Derivation
-
-Graph = fx.GraphModule
-Compiler = Callable[[Graph, Sequence[Any], "Region"], Callable[..., Any]]
+from discreet.errors import UnsupportedUse
 
 _tickets = itertools.count(1)
 _calls: weakref.WeakValueDictionary[int, _Call] = weakref.WeakValueDictionary()
@@ -73,14 +76,26 @@ class Backend:
         self._layout = layout
 
     def __call__(self, graph: Graph, inputs: Sequence[Any]) -> Callable[..., Any]:
-        region, book = Region(graph), active()
+        region, book, wish = Region(graph), active(), Wish.of_caller()
         guarded = any(isinstance(value, Guarded) for value in inputs)
         if not torch.is_grad_enabled() and not guarded and not _switches_gradients(graph):
-            with _settings():
-                return compiler(graph, inputs, None)  # another model's evaluation
-        if self._layout is not None and book is not None and torch.is_grad_enabled():
-            region.compile(book, inputs)
+            return _compiled_plainly(graph, inputs, wish)  # another model's evaluation
+        if (refusal := wish.refusal(inputs)) is not None:
+            return functools.partial(_refuse, refusal)
+        if self._layout is not None and book is not None and torch.is_grad_enabled() and wish.name != AS_RECORDED:
+            region.compile(book, inputs, wish)
         return region
+
+
+def _compiled_plainly(graph: Graph, inputs: Sequence[Any], wish: Wish) -> Callable[..., Any]:
+    if wish.name != INDUCTOR and wish.backend is not None:
+        return wish.backend(graph, list(inputs))
+    with settings():
+        return compiler(graph, inputs, None, wish.options)
+
+
+def _refuse(refusal: UnsupportedUse, *_: Any) -> Any:
+    raise refusal
 
 
 class Region:
@@ -96,11 +111,11 @@ class Region:
         self._examples = 0
         self._trusted = False
 
-    def compile(self, book: Book, inputs: Sequence[Any]) -> None:
+    def compile(self, book: Book, inputs: Sequence[Any], wish: Wish) -> None:
         """Trace and compile; on any obstacle the graph stays, and says so once."""
         try:
             self._prepare(book, inputs)
-            self._run = compile_traced(self, book, inputs)
+            self._run = compile_traced(self, book, inputs, wish)
         # Compilers raise errors of every kind; the recorded graph is exact, whatever stopped them.
         except Exception as error:  # noqa: BLE001
             self._run = None
@@ -232,8 +247,8 @@ def _sourced(derivation: Derivation, call: _Call) -> Derivation:
     return replace(derivation, names=names, sources=tuple(call.values[name] for name in names))
 
 
-def compile_traced(region: Region, book: Book, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Forward and backward of a region, with the rules in them, by the compiler in force."""
+def compile_traced(region: Region, book: Book, inputs: Sequence[Any], wish: Wish) -> Callable[..., Any]:
+    """Forward and backward of a region, with the rules in them, by the compiler that was wished for."""
     outputs = len(next(iter(region._graph.graph.find_nodes(op="output"))).args[0])
 
     def region_with_rules(*given: Any) -> Any:
@@ -250,80 +265,12 @@ def compile_traced(region: Region, book: Book, inputs: Sequence[Any]) -> Callabl
     values = [
         mode.from_tensor(value, static_shapes=True) if at in region._slots else value for at, value in enumerate(kept)
     ]
-    with _settings():
-        return compiler(fx.GraphModule({}, graph), [sink, ticket, *values], region)
-
-
-def by_inductor(graph: Graph, inputs: Sequence[Any], region: Region | None) -> Callable[..., Any]:
-    """PyTorch's own compiler."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    def inner(part: Graph, given: Sequence[Any], **options: Any) -> Any:
-        if region is None or not options.get("is_backward"):
-            return compile_fx_inner(part, given, **options)
-        return _delivering(part, region, lambda changed: compile_fx_inner(changed, given, **options))
-
-    return compile_fx(graph, list(inputs), inner_compile=inner)
-
-
-def without_kernels(graph: Graph, inputs: Sequence[Any], region: Region | None) -> Callable[..., Any]:
-    """The same traces, run operator by operator: what a kernel compiler is compared with."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-
-    def backward(part: Graph, given: Sequence[Any]) -> Any:
-        if region is None:
-            return make_boxed_func(part.forward)
-        return _delivering(part, region, lambda changed: make_boxed_func(changed.forward))
-
-    return aot_autograd(fw_compiler=lambda part, given: make_boxed_func(part.forward), bw_compiler=backward)(
-        graph, list(inputs)
-    )
+    how = without_kernels if wish.name == WITHOUT_KERNELS else compiler
+    with settings():
+        return how(fx.GraphModule({}, graph), [sink, ticket, *values], region.deliver, wish.options)
 
 
 compiler: Compiler = by_inductor
-
-
-def _delivering(backward: Graph, region: Region, finish: Callable[[Graph], Any]) -> Any:
-    """Compile a backward whose booked tensors are outputs of its own, and deliver them whenever it has run."""
-    (booked,) = backward.graph.find_nodes(op="call_function", target=BOOKED)
-    end = next(iter(backward.graph.find_nodes(op="output")))
-    tensors, (serial, *sizes) = booked.args
-    wanted = dict(enumerate(tensors)) | {-1 - at: node for at, node in enumerate(sizes)}
-    nodes = list(dict.fromkeys(node for node in wanted.values()))
-    places = {at: nodes.index(node) for at, node in wanted.items()}
-    with backward.graph.inserting_before(booked):
-        value = booked.meta["val"]
-        zero = backward.graph.call_function(
-            torch.ops.aten.full.default, ([], 0.0), {"dtype": value.dtype, "device": value.device}
-        )
-        zero.meta.update(booked.meta)
-    booked.replace_all_uses_with(zero)
-    before = tuple(end.args[0])
-    end.args = ((*before, *nodes),)
-    backward.graph.erase_node(booked)
-    backward.recompile()
-    compiled = finish(backward)
-
-    def run(args: list[Any]) -> Any:
-        results = compiled(args)
-        region.deliver(results[len(before) :], places, serial)
-        return results[: len(before)]
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
-
-
-@contextlib.contextmanager
-def _settings() -> Iterator[None]:
-    """Exactness before the last per cent: saved tensors are not written over, dropout is drawn as in eager code."""
-    import torch._functorch.config as traces
-    import torch._inductor.config as kernels
-
-    wanted = {"donated_buffer": False, "enable_autograd_cache": False, "backward_pass_autocast": "off"}
-    known = {name: value for name, value in wanted.items() if getattr(traces, name, None) is not None}
-    with traces.patch(known), kernels.patch(fallback_random=True):
-        yield
 
 
 @contextlib.contextmanager

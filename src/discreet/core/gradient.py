@@ -5,6 +5,7 @@ Shape legend: B = examples of the batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from discreet.core import compiled, rules
-from discreet.core.book import Book, Layout
-from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.axes import Layout
+from discreet.core.book import Book
+from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.layout import nodes, observed_layout
-from discreet.core.parameter import Guarded, guard
+from discreet.core.meeting import guard
+from discreet.core.parameter import Guarded
 from discreet.core.uses import zeros_like_sums
 from discreet.errors import ConfigError, UnsupportedUse
 
@@ -42,7 +45,8 @@ def clipped_gradient(
     book-keeping (arXiv:2210.00038, Algorithm 1): one forward, one backward without weight gradients, one weighted
     contraction per parameter.
 
-    **Guarantees.** Adding or removing one example changes the result by at most ``clipping.sensitivity`` in L2 norm,
+    **Guarantees.** Adding or removing one example changes the gradients by at most ``clipping.sensitivity`` in L2 norm,
+    and all tensors, each over its noise weight, by at most the sum's own ``sensitivity``,
     provided that no example's loss depends on another (`discreet.check` tests this). An example whose gradient is not
     finite contributes exactly zero. A use of a parameter that no rule covers raises `UnsupportedUse`.
 
@@ -102,8 +106,10 @@ def backward(book: Book, losses_B: Tensor) -> None:
     check_losses(losses_B, examples=book.examples)
     if isinstance(losses_B, Guarded) or not losses_B.requires_grad:
         raise ConfigError("the losses depend on no trainable parameter and example together; use the model's output.")
-    _refuse_strays(book, losses_B)
-    with book.collecting():
+    with contextlib.ExitStack() as stack:
+        for leaf in _strays(book, losses_B):
+            stack.callback(leaf.register_hook(torch.zeros_like).remove)
+        stack.enter_context(book.collecting())
         losses_B.sum().backward()
 
 
@@ -117,8 +123,13 @@ def check_losses(losses: object, *, examples: int) -> None:
         )
 
 
-def _refuse_strays(book: Book, losses_B: Tensor) -> None:
-    """Whatever else would get a gradient gets a raw one, without clipping or noise: only activations may."""
+def _strays(book: Book, losses_B: Tensor) -> list[Tensor]:
+    """What else the backward would give a gradient, raw, without clipping or noise: activations, which get zeros.
+
+    Raises:
+        UnsupportedUse: a parameter, or a tensor that is no activation by its shape.
+    """
+    found = []
     known = {id(book.sink), *(id(parameter) for parameter in book.parameters.values())}
     for node in nodes(losses_B):
         leaf = getattr(node, "variable", None)
@@ -129,17 +140,27 @@ def _refuse_strays(book: Book, losses_B: Tensor) -> None:
                 f"a trainable tensor of shape {tuple(leaf.shape)} is no parameter of this model: it would get a raw "
                 "gradient; register it in the model, or detach it."
             )
+        found.append(leaf)
+    return found
 
 
 def settle(book: Book, clipping: Clipping) -> ClippedSum:
     """Turn what was booked into a clipped sum; the book is empty afterwards."""
     with torch.no_grad():
-        return ClippedSum(tensors=book.settle(clipping), sensitivity=clipping.sensitivity)
+        return _bounded(book.settle(clipping), book.parameters, clipping)
 
 
 def zero_sum(parameters: Mapping[str, Tensor], clipping: Clipping) -> ClippedSum:
     """The clipped sum of no example: what an empty Poisson batch releases noise on."""
-    return ClippedSum(tensors=zeros_like_sums(parameters), sensitivity=clipping.sensitivity)
+    sums = zeros_like_sums(parameters)
+    if clipping.following is not None:
+        sums[BELOW] = torch.zeros(1, dtype=torch.float64, device=next(iter(sums.values())).device)
+    return _bounded(sums, parameters, clipping)
+
+
+def _bounded(sums: Mapping[str, Tensor], parameters: Mapping[str, Tensor], clipping: Clipping) -> ClippedSum:
+    division = clipping.divide(parameters)
+    return ClippedSum(tensors=sums, sensitivity=division.sensitivity, noise_weights=division.noise_weights)
 
 
 def batch_size_of(batch: Any) -> int:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from discreet.core.book import Book, Layout
-from discreet.core.parameter import guard
+from discreet.core.axes import Layout
+from discreet.core.book import Book
+from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 
 SEED = 20_777
+_AWAKE = 0.05
 
 
 def observed_layout(
@@ -66,12 +68,15 @@ def nodes(value: Tensor) -> Iterator[torch.autograd.graph.Node]:
 
 
 def other_rows(parameters: Mapping[str, Tensor], batch: Any, *, size: int) -> list[int]:
-    """Which examples make a batch of another size: one that no axis of a parameter or of the batch happens to have."""
+    """Which examples make a batch of another size: one that no axis of a parameter or of the batch happens to have.
+
+    In reverse: a model that sorts its batch leaves examples that are in order already where they are.
+    """
     tensors = [*parameters.values(), *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))]
     taken = {length for tensor in tensors for length in tensor.shape}
     candidates = itertools.chain(range(size - 1, 1, -1), itertools.count(size + 1))
     count = next(candidate for candidate in candidates if candidate not in taken)
-    return [row % size for row in range(count)]
+    return [row % size for row in reversed(range(count))]
 
 
 def take(batch: Any, rows: range | list[int], size: int) -> Any:
@@ -101,3 +106,27 @@ def frozen_state(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 if not torch.equal(buffer, kept[name]):
                     buffer.copy_(kept[name])
+
+
+@contextmanager
+def awake(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give small random values to entries that are exactly zero, and put them back afterwards.
+
+    Behind a gate, an adapter or a last layer that begins at zero, every gradient is zero, and no loss depends on
+    anything: what is wrong there would be seen after the first update, and not before.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for parameter in parameters.values():
+                asleep = parameter == 0
+                before = parameter[asleep]
+                if before.numel():
+                    kept.append((parameter, asleep, before))
+                    parameter[asleep] = (torch.randn(before.shape, generator=generator) * _AWAKE).to(before)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, asleep, before in reversed(kept):
+                parameter[asleep] = before

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.rng import PIECE, NoiseSource, Scratch
+from discreet.core.team import for_each
 from discreet.errors import ConfigError
 
 
@@ -23,8 +24,8 @@ class Released:
     """Tensors that carry their noise: safe to log, plot, save and compute with.
 
     Attributes:
-        tensors: name -> noisy sum over ``divisor``, same shape and dtype as in the clipped sum.
-        noise_std: standard deviation of the noise in every entry.
+        tensors: name -> noisy sum over ``divisor``, same shape and dtype as in the clipped sum, or as where it went.
+        noise_std: standard deviation of the noise in every entry of a tensor whose noise weight is 1.
         private: False when there was no noise, or when the noise came from a test seed.
     """
 
@@ -43,21 +44,25 @@ def release(
 ) -> Released:
     """Add Gaussian noise of standard deviation ``noise_multiplier * total.sensitivity`` to every entry, and divide.
 
-    **Guarantees.** One Gaussian query of noise multiplier sigma on the stacked vector of all tensors (Dwork & Roth,
-    Theorem A.1; composed by the accountant). Every entry of every tensor gets noise, also of parameters that the batch
-    did not touch and of an empty batch. Sum and noise meet in float64 and are rounded once. Where the result stays
-    float64, the noise is the normalised sum of two independent draws: the low bits of a single Box-Muller draw could be
-    told from any other number (arXiv:2112.05307); rounding to float32 removes them.
+    A tensor with a noise weight g gets noise of g times that.
+
+    **Guarantees.** One Gaussian query of noise multiplier sigma on the stacked vector of all tensors, each over its
+    noise weight (Dwork & Roth, Theorem A.1; composed by the accountant); scaling back is post-processing. Every entry
+    of every tensor gets noise, also of parameters that the batch did not touch and of an empty batch. Sum and noise
+    meet in float64 and are rounded once. Where the result stays float64, the noise is the normalised sum of two
+    independent draws: the low bits of a single Box-Muller draw could be told from any other number (arXiv:2112.05307);
+    rounding to float32 removes them.
 
     Args:
         total: the bounded sum.
         noise_multiplier: sigma >= 0. Zero releases the bare sum and marks it not private.
         source: the keyed stream; this call claims one position of it.
         divisor: a public constant, such as the expected batch, that the noisy sum is divided by.
-        into: where to write: name -> tensor of the sum's shape, dtype and device. Others get new memory.
+        into: where to write: name -> tensor of the sum's shape and device, in its dtype or in float32. Others get new
+            memory.
 
     Raises:
-        ConfigError: sigma is negative or not finite, or noise is asked for on an unbounded sum.
+        ConfigError: sigma is negative or not finite, noise is asked for on an unbounded sum, or a noise weight is none.
     """
     if not (0 <= noise_multiplier < math.inf):
         raise ConfigError(f"noise_multiplier={noise_multiplier}: must be finite and >= 0; solve it with Plan.solve().")
@@ -66,6 +71,8 @@ def release(
     position = source.claim()
     if noise_multiplier and not math.isfinite(total.sensitivity):
         raise ConfigError("an unclipped sum has no finite sensitivity: no noise protects it; use Clipping.automatic().")
+    if not all(0 < weight < math.inf for weight in total.noise_weights.values()):
+        raise ConfigError(f"noise weights {dict(total.noise_weights)}: must be finite and above 0.")
     targets = {name: _target(value, (into or {}).get(name)) for name, value in total.tensors.items()}
     if noise_multiplier == 0:
         for name, value in total.tensors.items():
@@ -73,33 +80,30 @@ def release(
         return Released(tensors=targets, noise_std=0.0, private=False)
     noise_std = noise_multiplier * total.sensitivity
     shares = _shares(total.tensors, targets, threads=torch.get_num_threads())
-    add = partial(_add_noise, source=source, position=position, scale=noise_std / divisor, share=1.0 / divisor)
-    first, *others = shares
-    if not others:
-        add(first)
-    else:
-        with ThreadPoolExecutor(len(others)) as pool:
-            running = [pool.submit(add, share) for share in others]
-            add(first)
-            for each in running:
-                each.result()
+    scales = {name: noise_std * total.noise_weights.get(name, 1.0) / divisor for name in total.tensors}
+    for_each(partial(_add_noise, source=source, position=position, scales=scales, share=1.0 / divisor), shares)
     return Released(tensors=targets, noise_std=noise_std / divisor, private=source.private)
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`."""
+    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`.
+
+    Attributes:
+        stream: the CUDA stream that the sum is made on; a worker thread would begin on another, and not wait for it.
+    """
 
     name: str
     value: Tensor
     target: Tensor
     start: int
+    stream: torch.cuda.Stream | None
 
 
 def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, threads: int) -> list[list[_Stretch]]:
-    """All entries of all tensors, cut at multiples of `PIECE` into about equal shares, one for each thread."""
+    """All entries of all tensors, cut at multiples of `PIECE` into about equal shares, one a thread where that pays."""
     pieces = [(name, start) for name, value in values.items() for start in range(0, value.numel(), PIECE)]
-    count = max(1, min(threads, len(pieces)))
+    count = max(1, min(threads, sum(value.numel() for value in values.values()) // PIECE))
     shares = []
     for number in range(count):
         mine = pieces[number * len(pieces) // count : (number + 1) * len(pieces) // count]
@@ -107,45 +111,59 @@ def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, thre
         for name, group in itertools.groupby(mine, key=lambda piece: piece[0]):
             starts = [start for _, start in group]
             rows = slice(starts[0], starts[-1] + PIECE)
-            stretches.append(_Stretch(name, values[name].reshape(-1)[rows], targets[name].view(-1)[rows], starts[0]))
+            value, target = values[name].reshape(-1)[rows], targets[name].view(-1)[rows]
+            stream = torch.cuda.current_stream(value.device) if value.is_cuda else None
+            stretches.append(_Stretch(name, value, target, starts[0], stream))
         shares.append(stretches)
     return shares
 
 
 def _target(value: Tensor, offered: Tensor | None) -> Tensor:
-    wanted = (value.shape, value.dtype, value.device)
-    if offered is not None and (offered.shape, offered.dtype, offered.device) == wanted and offered.is_contiguous():
+    if (
+        offered is not None
+        and (offered.shape, offered.device) == (value.shape, value.device)
+        and offered.dtype in (value.dtype, torch.float32)
+        and offered.is_contiguous()
+    ):
         return offered.detach()
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-def _add_noise(stretches: list[_Stretch], *, source: NoiseSource, position: int, scale: float, share: float) -> None:
+def _add_noise(
+    stretches: list[_Stretch], *, source: NoiseSource, position: int, scales: Mapping[str, float], share: float
+) -> None:
     """``target = value * share + draw * scale``, in one worker's memory."""
     with source.scratch() as scratch:
         for stretch in stretches:
-            if stretch.value.device.type == "cpu" and stretch.value.dtype is torch.float32:
+            scale = scales[stretch.name]
+            if _on_host(stretch.value) and stretch.value.dtype is stretch.target.dtype is torch.float32:
                 # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
                 value, target = stretch.value.numpy(), stretch.target.numpy()
                 where = {"position": position, "name": stretch.name, "start": stretch.start}
                 source.add(value, target, scratch, **where, scale=scale, share=share)
             else:
-                _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
+                with contextlib.nullcontext() if stretch.stream is None else torch.cuda.stream(stretch.stream):
+                    _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
 
 
 def _add_by_pieces(
     stretch: _Stretch, scratch: Scratch, *, source: NoiseSource, position: int, scale: float, share: float
 ) -> None:
-    """The same for float64, whose noise is the normalised sum of two draws, and for other devices."""
+    """The same for float64 sums and other devices. Results that stay float64 get the normalised sum of two draws."""
     for start in range(0, len(stretch.value), PIECE):
         value, target = stretch.value[start : start + PIECE], stretch.target[start : start + PIECE]
         where = {"position": position, "name": stretch.name, "start": stretch.start + start}
         noise = source.piece(len(value), scratch, **where)
-        if value.dtype is torch.float64:
+        if target.dtype is torch.float64:
             first = noise.copy()
             noise = source.piece(len(value), scratch, **where, layer=1)
             np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
         np.multiply(noise, scale, out=noise)
-        if value.device.type == "cpu":
-            np.add(noise, np.multiply(value.numpy(), share), out=target.numpy())
+        if _on_host(value):
+            np.add(noise, np.multiply(value.numpy(), share), out=target.numpy(), casting="same_kind")
         else:
             target.copy_(value.to(torch.float64).mul_(share).add_(torch.from_numpy(noise).to(value.device)))
+
+
+def _on_host(value: Tensor) -> bool:
+    return value.device.type == "cpu"

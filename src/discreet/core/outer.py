@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from discreet.core.forms import Dense, Form, Lookup, examples_at_a_time, wide, zero_rows
+from discreet.core.forms import Dense, Form, Lookup, examples_at_a_time, squares_along, wide, zero_rows
 from discreet.core.kernels import dispatch
 from discreet.core.kernels.results import GramProducts
 from discreet.core.route import Choice, Cost, Route
 
 _HARMLESS = 1e-24
+_LENGTH = 4096
+"""Squares of one row that are added up in their own precision: those of equal numbers lose 2e-6 of the length."""
 _WIDTH = 768
 """Products that are summed in their own precision: longer sums of like numbers drift with their length."""
 
@@ -331,14 +333,13 @@ def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor],
         summed: the dtype that the weighted sums are computed in.
     """
     taken = inputs_BKI[0].dtype
-    input_BK, grad_BK = (
-        torch.cat([torch.linalg.vector_norm(value, dim=-1) for value in values], 1).to(torch.float64)
-        for values in (inputs_BKI, grads_BKO)
+    input2_BK, grad2_BK = (
+        torch.cat([squares_along(value, block=_LENGTH) for value in values], 1) for values in (inputs_BKI, grads_BKO)
     )
-    exact_B = (input_BK * grad_BK).square().sum(1)
+    exact_B = (input2_BK * grad2_BK).sum(1)
     inputs, outputs = (max(value.shape[-1] for value in values) for values in (inputs_BKI, grads_BKO))
     sums = Sums(inputs, outputs, inputs + outputs, taken, summed)
-    return _unless_hidden(exact_B, input_BK.unsqueeze(2), grad_BK.unsqueeze(2), sums)
+    return _unless_hidden(exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
 
 
 def scaled_by(value: Tensor, factor_B: Tensor) -> Tensor:

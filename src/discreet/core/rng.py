@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import os
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,7 +46,16 @@ class NoiseSource:
         self._key = key
         self._position = position
         self._spare: list[Scratch] = []
+        self._claiming = threading.Lock()
+        self._process = os.getpid()
         self.private = private
+
+    def __reduce__(self) -> str:
+        """Refuse every copy: two of them would put the same noise on two sums."""
+        raise ConfigError(
+            "a noise source cannot be copied or pickled: its noise would be used twice; make another one, or begin a "
+            "keyed one at a position that no other uses."
+        )
 
     @classmethod
     def system(cls) -> NoiseSource:
@@ -67,9 +78,18 @@ class NoiseSource:
         return self._position
 
     def claim(self) -> int:
-        """Take the next position; each is handed out once."""
-        claimed = self._position
-        self._position += 1
+        """Take the next position; each is handed out once.
+
+        Raises:
+            ConfigError: this process is a fork of the one that made the source, which goes on with the same positions.
+        """
+        if os.getpid() != self._process:
+            raise ConfigError(
+                "a noise source of another process (fork): its noise would be used twice; make a new one."
+            )
+        with self._claiming:
+            claimed = self._position
+            self._position += 1
         return claimed
 
     def seek(self, position: int) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discreet.core.book import Book, Layout
+from discreet.core.axes import Layout
+from discreet.core.book import Book
 from discreet.core.clipping import Clipping
 from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, backward, batch_size_of, check_losses, settle, trainable
-from discreet.core.layout import SEED, frozen_state, other_rows, recomputes, take
-from discreet.core.parameter import guard
+from discreet.core.layout import SEED, awake, frozen_state, other_rows, recomputes, take
+from discreet.core.meeting import guard
 from discreet.core.route import Route, forced
 from discreet.core.uses import zeros_like_sums
 
@@ -33,6 +34,7 @@ class ParameterVerdict:
         functions: the functions that it met, in order, without repetition; empty when this batch did not use it.
         routes: how its norms are taken and why, where there is a choice; from shapes alone.
         norms_agree: its per-example norms equal brute force, within the tolerance.
+        reached: some example has a gradient there; without one there was nothing to compare.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ParameterVerdict:
     functions: tuple[str, ...]
     routes: tuple[str, ...]
     norms_agree: bool
+    reached: bool
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,21 @@ def compare_with_brute_force(
 ) -> NormVerdict:
     """Compare norms and clipped sum with autograd, one example at a time, for B and B - 1 examples and by every route.
 
-    What `torch.compile` was asked to compile is compared as it will be trained, and as it is written.
+    What `torch.compile` was asked to compile is compared as it will be trained, and as it is written. Entries of
+    parameters that begin at zero are something else meanwhile (`discreet.core.layout.awake`).
 
     Raises:
         UnsupportedUse: a use without a rule.
     """
     size = examples if examples is not None else batch_size_of(batch)
     parameters = trainable(model)
+    with awake(parameters):
+        return _compare(model, loss, batch, parameters, size, clipping)
+
+
+def _compare(
+    model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter], size: int, clipping: Clipping
+) -> NormVerdict:
     tolerance = _tolerance(parameters)
     rows = other_rows(parameters, batch, size=size)
     parts = ((take(batch, rows, size), len(rows)), (batch, size))
@@ -95,11 +106,13 @@ def compare_with_brute_force(
             layout = layout.merged(written.layout())
             written.discard()
     agree, sum_agrees = dict.fromkeys(parameters, True), True
+    reached = dict.fromkeys(parameters, False)
     routes: dict[str, dict[str, None]] = {name: {} for name in parameters}
     for part, count in parts:
         with frozen_state(model):
             expected = _brute_force(model, loss, part, parameters, count, clipping)
         noise = _rounding(expected.norms, parameters, tolerance)
+        reached = {name: known or bool(expected.norms[name].any()) for name, known in reached.items()}
         for as_written in ways:
             todo: list[Route | None] = [None]
             for route in todo:
@@ -117,7 +130,9 @@ def compare_with_brute_force(
                         agree[name] &= _close(found.get(name, torch.zeros_like(wanted)), wanted, tolerance, noise=noise)
                     sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
     verdicts = tuple(
-        ParameterVerdict(name, tuple(value.shape), tuple(functions[name]), tuple(routes[name]), agree[name])
+        ParameterVerdict(
+            name, tuple(value.shape), tuple(functions[name]), tuple(routes[name]), agree[name], reached[name]
+        )
         for name, value in parameters.items()
     )
     return NormVerdict(parameters=verdicts, sum_agrees=sum_agrees, layout=layout, tolerance=tolerance)
@@ -127,8 +142,16 @@ def compare_with_brute_force(
 def examine_isolation(
     model: nn.Module, loss: LossFunction, batch: Any, *, examples: int | None = None
 ) -> IsolationVerdict:
-    """Replace and remove examples, and see whether losses of the others move. Behaviour decides, not class names."""
+    """Replace and remove examples, and see whether losses of the others move. Behaviour decides, not class names.
+
+    Entries of parameters that begin at zero are something else meanwhile (`discreet.core.layout.awake`).
+    """
     size = examples if examples is not None else batch_size_of(batch)
+    with awake(trainable(model)):
+        return _isolation(model, loss, batch, size)
+
+
+def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> IsolationVerdict:
     reference = _losses(model, loss, batch, examples=size)
     # Replacing changes no shape, so that losses of the others keep their bits; removing others changes the kernels.
     exact = 16 * torch.finfo(reference.dtype).eps
@@ -188,8 +211,7 @@ def _brute_force(
     clipping: Clipping,
 ) -> _BruteForce:
     """Per-example gradients by autograd alone; only one example's gradients are held at a time."""
-    groups = clipping.style.split(parameters)
-    rule = clipping.share(len(groups))
+    rules = clipping.divide(parameters).rules
     sums = zeros_like_sums(parameters)
     norms: dict[str, list[Tensor]] = {name: [] for name in parameters}
     added = []
@@ -200,7 +222,7 @@ def _brute_force(
         }
         for name, gradient in each.items():
             norms[name].append(gradient.norm())
-        for group in groups:
+        for group, rule in rules.items():
             norm = torch.stack([norms[name][-1] for name in group]).norm()
             if not bool(torch.isfinite(norm)):
                 continue

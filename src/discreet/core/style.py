@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -26,19 +27,24 @@ class StyleKind(enum.Enum):
 class Style:
     """How the parameters of a model are divided into groups that are clipped apart.
 
-    With K groups each is clipped to ``R / sqrt(K)``, so that one example moves the whole sum by at most R in any style:
-    styles differ in utility, time and memory, and never in the guarantee. The division is a function of the parameters'
-    names alone. Smaller groups are settled while the backward is still running, and nothing stays booked.
+    With K groups each is clipped to ``R / sqrt(K)``, or in other proportions with ``sum R_r^2 = R^2``, so that one
+    example moves the whole sum by at most R in any style: styles differ in utility, time and memory, and never in the
+    guarantee. The division is a function of the parameters' names alone. Smaller groups are settled while the backward
+    is still running, and nothing stays booked.
 
     - ``Style.flat()``: one norm over all parameters; the best utility.
     - ``Style.per_layer()``: one group for each module that owns parameters (arXiv:2212.01539, section 3).
     - ``Style.per_parameter()``: one group for each parameter.
-    - ``Style.groups("encoder.0", "encoder.1")``: one group for each prefix, and one for all other parameters.
+    - ``Style.groups("encoder.0", "encoder.1")``: one group for each prefix, and one for all other parameters. Their
+      bounds may be in any public proportion, and so may their noise: ``noise_weights`` equal to ``bounds`` gives every
+      group the same ratio of bound to noise, equal ones add the same noise everywhere.
     - ``Style.blocks(model)``: the same with one prefix for each block in the model's lists of equal modules.
     """
 
     kind: StyleKind
     prefixes: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
+    noise_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prefixes and self.kind is not StyleKind.GROUPS:
@@ -48,6 +54,11 @@ class Style:
             raise ConfigError(f"groups {self.prefixes}: must be one or more different prefixes of parameter names.")
         if any("," in prefix or not prefix for prefix in self.prefixes):
             raise ConfigError(f"groups {self.prefixes}: a prefix is a module's name such as 'encoder.0'.")
+        for name, numbers in (("bounds", self.bounds), ("noise weights", self.noise_weights)):
+            if numbers and (len(numbers) != len(self.prefixes) + 1 or not all(0 < n < math.inf for n in numbers)):
+                raise ConfigError(
+                    f"{name} {numbers}: must be one finite number above 0 for each prefix, and last one for the rest."
+                )
 
     @classmethod
     def flat(cls) -> Style:
@@ -65,9 +76,16 @@ class Style:
         return cls(StyleKind.PER_PARAMETER)
 
     @classmethod
-    def groups(cls, *prefixes: str) -> Style:
-        """One norm for the parameters under each of these module names, and one for the rest."""
-        return cls(StyleKind.GROUPS, tuple(prefixes))
+    def groups(cls, *prefixes: str, bounds: Sequence[float] = (), noise_weights: Sequence[float] = ()) -> Style:
+        """One norm for the parameters under each of these module names, and one for the rest.
+
+        Args:
+            prefixes: module names.
+            bounds: the bounds' proportions, one for each prefix and last one for the rest; equal by default.
+            noise_weights: the noise's proportions, likewise.
+        """
+        numbers = (tuple(map(float, bounds)), tuple(map(float, noise_weights)))
+        return cls(StyleKind.GROUPS, tuple(prefixes), *numbers)
 
     @classmethod
     def blocks(cls, model: nn.Module) -> Style:
@@ -116,9 +134,26 @@ class Style:
         under = [prefix for prefix in self.prefixes if _is_under(name, prefix)]
         return max(under, key=len, default="")
 
+    def proportions(self, groups: Groups) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The bounds and the noise weights of these groups, relative to each other."""
+        places = [self._place_of(group[0]) for group in groups]
+        ones = (1.0,) * (len(self.prefixes) + 1)
+        bounds, weights = self.bounds or ones, self.noise_weights or ones
+        return tuple(bounds[place] for place in places), tuple(weights[place] for place in places)
+
+    def _place_of(self, name: str) -> int:
+        under = self._group_of(name)
+        return self.prefixes.index(under) if under in self.prefixes else len(self.prefixes)
+
     def describe(self) -> str:
-        """The public record, as it stands in ``plan.json``."""
-        return ":".join([self.kind.value, *([",".join(self.prefixes)] if self.prefixes else [])])
+        """The public record, as it stands in ``plan.json``: ``groups:A,B``, or ``groups:A=BOUND@NOISE,B=...,=...``."""
+        if not self.prefixes:
+            return self.kind.value
+        if not (self.bounds or self.noise_weights):
+            return f"{self.kind.value}:{','.join(self.prefixes)}"
+        ones = (1.0,) * (len(self.prefixes) + 1)
+        numbers = zip((*self.prefixes, ""), self.bounds or ones, self.noise_weights or ones, strict=True)
+        return f"{self.kind.value}:{','.join(f'{name}={bound!r}@{weight!r}' for name, bound, weight in numbers)}"
 
     @classmethod
     def parse(cls, text: str) -> Style:
@@ -131,7 +166,24 @@ class Style:
         known = [each.value for each in StyleKind]
         if kind not in known:
             raise ConfigError(f"clipping style {text!r}: must be one of {', '.join(known)}, with groups:PREFIX,PREFIX.")
-        return cls(StyleKind(kind), tuple(prefixes.split(",")) if prefixes else ())
+        if "=" not in prefixes:
+            return cls(StyleKind(kind), tuple(prefixes.split(",")) if prefixes else ())
+        names, bounds, weights = zip(*(_entry(text, part) for part in prefixes.split(",")), strict=True)
+        if kind != StyleKind.GROUPS.value or names[-1]:
+            raise ConfigError(f"clipping style {text!r}: must be groups:PREFIX=BOUND@NOISE,... and last =BOUND@NOISE.")
+        return cls.groups(*names[:-1], bounds=bounds, noise_weights=weights)
+
+
+def _entry(text: str, part: str) -> tuple[str, float, float]:
+    """``PREFIX=BOUND@NOISE``, the noise 1 where it is not given."""
+    name, _, numbers = part.partition("=")
+    bound, _, weight = numbers.partition("@")
+    try:
+        return name, float(bound), float(weight or 1.0)
+    except ValueError:
+        raise ConfigError(
+            f"clipping style {text!r}: {part!r} must be PREFIX=BOUND@NOISE, two numbers above 0."
+        ) from None
 
 
 def _is_under(name: str, prefix: str) -> bool:

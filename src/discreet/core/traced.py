@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discreet.core.book import Axis, Book
+from discreet.core.axes import Axis
+from discreet.core.book import Book
+from discreet.core.derived import Replay
 from discreet.core.forms import Form
-from discreet.core.parameter import DerivedParameter, Replay, _meet
+from discreet.core.meeting import _meet
+from discreet.core.parameter import DerivedParameter
 from discreet.core.routing import Picking, Trail
 from discreet.core.uses import Derivation
 from discreet.errors import UnsupportedUse

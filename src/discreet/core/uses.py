@@ -82,7 +82,7 @@ class Record:
 
 
 class Part(abc.ABC):
-    """One or more parameters whose norms and sums are taken together."""
+    """One or more parameters whose norms are taken together."""
 
     @abc.abstractmethod
     def quick_norm2(self) -> Tensor:
@@ -91,6 +91,17 @@ class Part(abc.ABC):
     @abc.abstractmethod
     def norm2(self) -> Tensor:
         """Squared norms, shape (B,), float64."""
+
+    @abc.abstractmethod
+    def summands(self) -> Sequence[Summand]:
+        """What is summed one after the other, so that the tensors of each are freed before the next sum is made."""
+
+
+class Summand(Part):
+    """A part whose sums are taken together too."""
+
+    def summands(self) -> Sequence[Summand]:
+        return [self]
 
     @abc.abstractmethod
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -130,7 +141,7 @@ def _identity_of(operand: Tensor) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
-class Uses(Part):
+class Uses(Summand):
     """All uses of one parameter in one microbatch: norm and sum of the per-example gradients that they add up to.
 
     Both are taken from the same numbers. An example whose uses cancel each other has a small norm, so no small factor;
@@ -225,7 +236,7 @@ class Uses(Part):
 
 
 @dataclass(frozen=True)
-class SmallUses(Part):
+class SmallUses(Summand):
     """Many small parameters as one: a few large operations instead of many small ones."""
 
     uses: tuple[Uses, ...]
@@ -263,9 +274,8 @@ class ProductUses(Part):
     def norm2(self) -> Tensor:
         return functools.reduce(torch.add, (use.norm2() for use in self.uses))
 
-    def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-        for use in self.uses:
-            yield from use.weighted_sums(factor_B, bad_B)
+    def summands(self) -> Sequence[Summand]:
+        return self.uses
 
 
 @dataclass(frozen=True)
@@ -305,9 +315,8 @@ class Crossed(Part):
             parts.append(gram_norm2(*operands, summed=summed))
         return torch.cat(parts)
 
-    def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-        for use in self.uses:
-            yield from use.weighted_sums(factor_B, bad_B)
+    def summands(self) -> Sequence[Summand]:
+        return self.uses
 
 
 def sum_dtype(parameter: Tensor) -> torch.dtype:

@@ -6,6 +6,8 @@ sensitivity of one share. Noise is added after this sum, once: every rank draws 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -18,18 +20,14 @@ def world_size() -> int:
 
 
 def world_sum(total: ClippedSum) -> ClippedSum:
-    """Add the clipped sums of all ranks, in one all-reduce per dtype.
+    """Add the clipped sums of all ranks, in one all-reduce, in float64 as any sum of several.
 
     **Guarantees.** The shares must hold disjoint examples under the same clipping; then the sensitivity is unchanged.
     """
     if world_size() == 1:
         return total
-    summed: dict[str, torch.Tensor] = {}
-    for dtype in sorted({value.dtype for value in total.tensors.values()}, key=str):
-        names = [name for name, value in total.tensors.items() if value.dtype is dtype]
-        flat = torch.cat([total.tensors[name].flatten() for name in names])
-        dist.all_reduce(flat, op=dist.ReduceOp.SUM)
-        sizes = [total.tensors[name].numel() for name in names]
-        for name, piece in zip(names, flat.split(sizes), strict=True):
-            summed[name] = piece.reshape(total.tensors[name].shape)
-    return ClippedSum(tensors={name: summed[name] for name in total.tensors}, sensitivity=total.sensitivity)
+    flat = torch.cat([value.to(torch.float64).flatten() for value in total.tensors.values()])
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+    pieces = flat.split([value.numel() for value in total.tensors.values()])
+    summed = {n: piece.view(value.shape) for (n, value), piece in zip(total.tensors.items(), pieces, strict=True)}
+    return replace(total, tensors=summed)

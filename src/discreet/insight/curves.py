@@ -12,12 +12,12 @@ from torch import nn
 from discreet.core.rng import seed_key, subkey
 from discreet.errors import ConfigError
 from discreet.insight.proxy_table import Curves, rolling_mean
-from discreet.insight.simulated_run import Candidate, Proxy, check_origin, checked_layout, fresh_model
+from discreet.insight.simulated_run import Candidate, Proxy, check_origin, checked_layout
 from discreet.insight.simulation import OnProgress
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.examples import Examples
 from discreet.train.setup import clipping_of
-from discreet.train.trial import Recipe, Schedule, run_trial
+from discreet.train.trial import Recipe, Schedule, fresh_model, run_trial
 
 PLACES = 24
 """How many numbers of steps a curve is measured at, evenly in log T."""
@@ -83,7 +83,8 @@ def _curve(
     candidate: Candidate, proxy: Proxy, *, ratio: float, batch: int, places: Sequence[int], seed: int
 ) -> list[float]:
     key = subkey(seed_key(seed), f"proxy table|{batch}")
-    layout, model, examples = checked_layout(candidate, proxy), fresh_model(candidate, key=key), Examples(proxy.data)
+    layout, examples = checked_layout(candidate, proxy), Examples(proxy.data)
+    model = fresh_model(candidate.build, key=key)
     wanted, losses = set(places), []
 
     def look(step: int) -> None:

@@ -10,40 +10,30 @@ log line and its file.
 
 from __future__ import annotations
 
-import enum
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction
 from discreet.core.rng import seed_key, subkey
 from discreet.errors import ConfigError
+from discreet.insight.origin import NON_PRIVATE_STAMP, Origin
 from discreet.privacy.plan import Plan
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.check import check
 from discreet.train.examples import Examples
 from discreet.train.loop import Data
 from discreet.train.setup import clipping_of
-from discreet.train.trial import Recipe, Schedule, run_trial
-
-NON_PRIVATE_STAMP = "NON-PRIVATE"
+from discreet.train.trial import Recipe, Schedule, fresh_model, run_trial
 
 _CHECK_EXAMPLES = 4
 _log = logging.getLogger("discreet")
-
-
-class Origin(enum.Enum):
-    """Whose data a simulation reads."""
-
-    PUBLIC = "public"
-    PRIVATE = "private"
 
 
 @dataclass(frozen=True)
@@ -151,7 +141,7 @@ def run_checked(
     schedule = scaled(candidate.plan, factor=factor, examples=examples.count)
     # A seed starts from the same weights at every batch; batches and noise differ with the batch.
     key = subkey(seed_key(seed), f"simulation|{schedule.sampling.batch_size}|{schedule.steps}")
-    model = fresh_model(candidate, key=seed_key(seed))
+    model = fresh_model(candidate.build, key=seed_key(seed))
     run_trial(
         model,
         examples,
@@ -174,13 +164,6 @@ def run_checked(
     )
 
 
-def fresh_model(candidate: Candidate, *, key: bytes) -> nn.Module:
-    """The candidate's model with the initial weights of a key."""
-    with torch.random.fork_rng():
-        torch.manual_seed(int.from_bytes(subkey(key, "initial weights")[:8], "little") >> 1)
-        return candidate.build()
-
-
 def checked_layout(candidate: Candidate, proxy: Proxy) -> Layout | None:
     """Check on a few examples that the candidate can be trained privately; how its uses carry the batch.
 
@@ -188,7 +171,7 @@ def checked_layout(candidate: Candidate, proxy: Proxy) -> Layout | None:
         CheckFailed: it cannot.
     """
     examples, clipping = Examples(proxy.data), clipping_of(candidate.plan)
-    model = fresh_model(candidate, key=seed_key(0))
+    model = fresh_model(candidate.build, key=seed_key(0))
     compare = Clipping.automatic() if clipping.kind is ClippingKind.NONE else clipping
     few = min(_CHECK_EXAMPLES, examples.count)
     batch = examples.fetch(np.arange(few), device=next(model.parameters()).device)

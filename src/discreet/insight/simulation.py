@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.errors import ConfigError
 from discreet.insight.extrapolation import FEWEST_SEEDS, Extrapolation, extrapolate
 from discreet.insight.simulated_run import (

@@ -1,4 +1,4 @@
-"""Privacy accounting: queries in, an upper bound on epsilon (or delta) out. The only importer of dp_accounting.
+"""Privacy accounting: queries in, an upper bound on epsilon (or delta) out; and back, to the noise that is needed.
 
 Two accountants. PLD (the default) composes discretised privacy loss distributions (connect-the-dots: each grid is an
 upper bound; Doroshenko et al., arXiv:2207.04380). RDP composes Renyi divergences (Mironov et al., arXiv:1908.10530;
@@ -18,60 +18,43 @@ What is exact, and what is a bound:
   another example in): an upper bound, as in dp_accounting, and nearly tight where cuts are rare.
 - RDP with replace-one or with truncated batches: not in dp_accounting; see `discreet.privacy.renyi`.
 - searches (`Repeated`): an upper bound, by RDP alone.
+- parts of their own (`HeldOut`): the largest of the parts and the rest counts. For replace-one, an example may also
+  leave one part for another: one removal and one addition, so every two of them are composed as well, by add/remove.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import dp_accounting
-import numpy as np
-from dp_accounting import dp_event
-from dp_accounting.pld import pld_pmf
-from dp_accounting.pld import privacy_loss_distribution as dp_pld
-from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
-
-from discreet.errors import BudgetExceeded, ConfigError, DiscreetError
-from discreet.privacy.gdp import gdp_log_delta
-from discreet.privacy.proposal import (
-    EXTENDED,
-    SMALL_MARGIN,
-    UNLIKELY_CUT,
-    FastModel,
-    fourier_margin,
-    loss_grid,
-    selections_per_neighbour,
-    sensitivity,
-    step_count,
-)
+from discreet.errors import BudgetExceeded, ConfigError
+from discreet.privacy.proposal import FastModel, merged, rounding_margin, selections_per_neighbour
 from discreet.privacy.queries import (
+    LARGEST_NOISE,
     SMALLEST_NOISE,
     Accountant,
     Gaussian,
+    HeldOut,
     Query,
     Relation,
     Repeated,
     SampledGaussian,
     Selection,
-    Summary,
     TruncatedGaussian,
     query_from_json,
     query_to_json,
     summarise,
 )
-from discreet.privacy.renyi import mixed_renyi, replace_one_renyi
-from discreet.privacy.repetitions import Repetitions, Stopping, selected_renyi
+from discreet.privacy.referee import delta_of, epsilon_of
+from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.search import solve_decreasing
 
 __all__ = [
     "Accountant",
     "Gaussian",
+    "HeldOut",
     "NoiseSolution",
     "Query",
     "Relation",
@@ -119,7 +102,7 @@ def epsilon(
             n 3e-19, or n 6e-16 without 80-bit numbers); or the accountant has no bound for a query.
     """
     _check_delta(delta)
-    return _epsilon(summarise(queries), delta, relation, accountant)
+    return epsilon_of(summarise(queries), delta, relation, accountant)
 
 
 def delta(
@@ -145,30 +128,13 @@ def profile(
         if not value >= 0:
             raise ConfigError(f"epsilon={value}: must be at least 0; ask for e.g. epsilon=3.")
     total = summarise(queries)
-    _check_supported(total, accountant)
     selection = total.selection_delta * selections_per_neighbour(relation)
     worst, deltas = 1.0, []
     for value in sorted(epsilons):
-        worst = min(worst, max(0.0, _delta(total, value, relation, accountant)) + selection)
+        worst = min(worst, max(0.0, delta_of(total, value, relation, accountant)) + selection)
         deltas.append(worst)
     by_epsilon = dict(zip(sorted(epsilons), deltas, strict=True))
     return tuple(by_epsilon[value] for value in epsilons)
-
-
-def _delta(total: Summary, epsilon: float, relation: Relation, accountant: Accountant) -> float:
-    if total.noiseless:
-        return 1.0
-    if math.isinf(epsilon) or total.empty:
-        return 0.0
-    if accountant is Accountant.RDP:
-        return _rdp_delta(total, epsilon, relation)
-    if not total.steps:
-        return math.exp(gdp_log_delta(total.gaussian_mu * sensitivity(relation), epsilon=epsilon)) * (1 + 1e-9)
-    value = float(_compose(total, relation, extended=False).get_delta_for_epsilon(epsilon))
-    if fourier_margin(total) <= SMALL_MARGIN * value or not EXTENDED:
-        return value + fourier_margin(total)
-    exact = float(_compose(total, relation, extended=True).get_delta_for_epsilon(epsilon))
-    return exact + fourier_margin(total, extended=True)
 
 
 def selected_epsilon(
@@ -266,7 +232,7 @@ def solve_step_noise(
     _check_target(epsilon, steps=step.count)
     _check_delta(delta)
     earlier = summarise(before)
-    already = _epsilon(earlier, delta, relation, accountant)
+    already = epsilon_of(earlier, delta, relation, accountant)
     if already >= epsilon:
         raise BudgetExceeded(
             f"epsilon={epsilon}: the queries before training already spend {already:.6g} at delta={delta}; "
@@ -276,12 +242,19 @@ def solve_step_noise(
     def spent(noise_multiplier: float) -> float:
         noisy = dataclasses.replace(step, noise_multiplier=noise_multiplier)
         run = noisy if repetitions is None else Repeated((noisy,), repetitions)
-        return _epsilon(summarise([*before, run]), delta, relation, accountant)
+        return epsilon_of(summarise([*before, run]), delta, relation, accountant)
 
     left = delta - earlier.selection_delta * selections_per_neighbour(relation)
     model = FastModel(step, earlier, left, relation, fast=accountant is Accountant.PLD)
+    if model.fast:
+        rounding_margin(merged(earlier, dataclasses.replace(step, noise_multiplier=1.0)), left)
     root = solve_decreasing(
-        spent, target=epsilon, guess=model.noise_multiplier, guess_value=model.epsilon, smallest=SMALLEST_NOISE
+        spent,
+        target=epsilon,
+        guess=model.noise_multiplier,
+        guess_value=model.epsilon,
+        smallest=SMALLEST_NOISE,
+        largest=LARGEST_NOISE,
     )
     if root is None:
         raise ConfigError(
@@ -311,204 +284,6 @@ def solve_noise_multiplier(
         relation=relation,
         accountant=accountant,
     ).noise_multiplier
-
-
-@functools.lru_cache(maxsize=2048)
-def _epsilon(total: Summary, delta: float, relation: Relation, accountant: Accountant) -> float:
-    _check_supported(total, accountant)
-    left = delta - total.selection_delta * selections_per_neighbour(relation)
-    if total.noiseless or (left <= 0 and total.selection_delta > 0):
-        return math.inf
-    if total.empty:
-        return 0.0
-    if accountant is Accountant.RDP:
-        value = _rdp_epsilon(total, left, relation)
-    elif not total.steps:
-        value = float(
-            dp_accounting.get_epsilon_gaussian(1.0 / (total.gaussian_mu * sensitivity(relation)), left, tol=1e-12)
-        )
-        value += 1e-11 * (value > 0)
-    else:
-        value = _pld_epsilon(total, left, relation)
-    if math.isnan(value):
-        raise DiscreetError(
-            f"the {accountant.value} accountant gave NaN for {total}: no claim can be made; use the other accountant."
-        )
-    return max(0.0, value)
-
-
-def _pld_epsilon(total: Summary, left: float, relation: Relation) -> float:
-    extended = EXTENDED and fourier_margin(total) > SMALL_MARGIN * left
-    margin = fourier_margin(total, extended=extended)
-    if margin > left / 2:
-        raise ConfigError(
-            f"delta={left:.3g} over {step_count(total)} steps: below {2 * margin:.1e}, what floating-point numbers "
-            "resolve; use a larger delta, fewer steps, or the rdp accountant."
-        )
-    losses = _compose(total, relation, extended=extended)
-    if float(losses.get_delta_for_epsilon(0.0)) <= left - margin:
-        return 0.0
-    return float(losses.get_epsilon_for_delta(left - margin))
-
-
-@functools.lru_cache(maxsize=4)
-def _compose(total: Summary, relation: Relation, *, extended: bool) -> dp_pld.PrivacyLossDistribution:
-    grid = loss_grid(total, relation)
-    parts = [_powered(_step_losses(query, grid, relation), query.count, extended=extended) for query in total.steps]
-    if total.gaussian_mu > 0:
-        parts.append(_step_losses(SampledGaussian(1.0, 1.0 / total.gaussian_mu, 1), grid, relation))
-    return functools.reduce(lambda left, right: left.compose(right), parts)
-
-
-def _powered(losses: dp_pld.PrivacyLossDistribution, count: int, *, extended: bool) -> dp_pld.PrivacyLossDistribution:
-    """The n-fold composition, by dp_accounting's own code; ``extended`` hands it 80-bit probabilities.
-
-    It reads private attributes of dp_accounting: a version that renames them fails with AttributeError, and nothing is
-    accounted.
-    """
-    if not extended:
-        return losses.self_compose(count)
-    remove, add = losses._pmf_remove.to_dense_pmf(), losses._pmf_add.to_dense_pmf()
-    powered = [_powered_pmf(pmf, count) for pmf in ((remove,) if losses._symmetric else (remove, add))]
-    return dp_pld.PrivacyLossDistribution(*powered)
-
-
-def _powered_pmf(pmf: pld_pmf.DensePLDPmf, count: int) -> pld_pmf.DensePLDPmf:
-    def rebuilt(source: pld_pmf.DensePLDPmf, kind: type[np.floating]) -> pld_pmf.DensePLDPmf:
-        return pld_pmf.DensePLDPmf(
-            source._discretization,
-            source._lower_loss,
-            np.asarray(source._probs, dtype=kind),
-            float(source._infinity_mass),
-            source._pessimistic_estimate,
-        )
-
-    return rebuilt(rebuilt(pmf, np.longdouble).self_compose(count), np.float64)
-
-
-def _step_losses(
-    query: SampledGaussian | TruncatedGaussian, grid: float, relation: Relation
-) -> dp_pld.PrivacyLossDistribution:
-    if isinstance(query, TruncatedGaussian) and query.cut_probability >= UNLIKELY_CUT:
-        return dp_pld.from_truncated_subsampled_gaussian_mechanism(
-            dataset_size=query.examples,
-            sampling_probability=query.sample_rate,
-            truncated_batch_size=query.largest_batch,
-            noise_multiplier=query.noise_multiplier,
-            value_discretization_interval=grid,
-            neighboring_relation=_NEIGHBOURS[relation],
-        )
-    return _sampled_losses(query.sample_rate, query.noise_multiplier, grid, relation)
-
-
-@functools.lru_cache(maxsize=8)
-def _sampled_losses(rate: float, sigma: float, grid: float, relation: Relation) -> dp_pld.PrivacyLossDistribution:
-    return dp_pld.from_gaussian_mechanism(
-        standard_deviation=sigma,
-        sampling_prob=rate,
-        value_discretization_interval=grid,
-        pessimistic_estimate=True,
-        neighboring_relation=_NEIGHBOURS[relation],
-    )
-
-
-def _rdp_epsilon(total: Summary, left: float, relation: Relation) -> float:
-    with _quiet_absl():
-        if _referee_has(total, relation):
-            return float(_rdp_accountant(total).get_epsilon(left))
-        orders, divergences = _renyi(total, relation)
-        return float(rdp_privacy_accountant.compute_epsilon(orders, divergences, left)[0])
-
-
-def _rdp_delta(total: Summary, epsilon: float, relation: Relation) -> float:
-    with _quiet_absl():
-        if _referee_has(total, relation):
-            return float(_rdp_accountant(total).get_delta(epsilon))
-        orders, divergences = _renyi(total, relation)
-        return float(rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)[0])
-
-
-def _referee_has(total: Summary, relation: Relation) -> bool:
-    truncated = total.truncated or any(run.truncated for run, _ in total.repeated)
-    return relation is Relation.ADD_REMOVE and not truncated
-
-
-_ORDERS = tuple(float(order) for order in rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
-
-
-def _renyi(total: Summary, relation: Relation) -> tuple[np.ndarray, np.ndarray]:
-    """Orders and divergences of everything, where dp_accounting's accountant does not take some part of it."""
-    orders = np.array(_ORDERS)
-    divergences = orders * (sensitivity(relation) * total.gaussian_mu) ** 2 / 2
-    for query in total.steps:
-        divergences = divergences + query.count * _step_renyi(query, relation)
-    for run, repetitions in total.repeated:
-        divergences = divergences + selected_renyi(orders, _renyi(run, relation)[1], repetitions)
-    return orders, divergences
-
-
-def _step_renyi(query: SampledGaussian | TruncatedGaussian, relation: Relation) -> np.ndarray:
-    if relation is Relation.REPLACE_ONE:
-        whole = replace_one_renyi(query.sample_rate, query.noise_multiplier, _ORDERS)
-    else:
-        accountant = RdpAccountant(list(_ORDERS))
-        accountant.compose(_poisson_event(query))
-        whole = accountant.rdp
-    if isinstance(query, SampledGaussian) or query.cut_probability == 0:
-        return whole
-    cut = replace_one_renyi(query.cut_rate, query.noise_multiplier / 2, _ORDERS)
-    return mixed_renyi(np.array(_ORDERS), (whole, cut), (1 - query.cut_probability, query.cut_probability))
-
-
-def _rdp_accountant(total: Summary) -> RdpAccountant:
-    accountant = RdpAccountant()
-    accountant.compose(_event(total))
-    for run, repetitions in total.repeated:
-        accountant.compose(dp_event.RepeatAndSelectDpEvent(_event(run), repetitions.mean, repetitions.shape))
-    return accountant
-
-
-def _event(total: Summary) -> dp_event.DpEvent:
-    """The noisy queries of a summary, without its searches."""
-    events: list[dp_event.DpEvent] = [
-        dp_event.SelfComposedDpEvent(_poisson_event(query), query.count) for query in total.sampled
-    ]
-    if total.gaussian_mu > 0:
-        events.append(dp_event.GaussianDpEvent(1.0 / total.gaussian_mu))
-    return dp_event.ComposedDpEvent(events)
-
-
-def _poisson_event(query: SampledGaussian | TruncatedGaussian) -> dp_event.DpEvent:
-    return dp_event.PoissonSampledDpEvent(query.sample_rate, dp_event.GaussianDpEvent(query.noise_multiplier))
-
-
-_NEIGHBOURS = {
-    Relation.ADD_REMOVE: dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-    Relation.REPLACE_ONE: dp_accounting.NeighboringRelation.REPLACE_ONE,
-}
-
-
-@contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-    """Drop absl's log lines during one call: "optimal order is the largest" only says that RDP is looser than usual."""
-    logger = logging.getLogger("absl")
-    logger.addFilter(_refuse_record)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_refuse_record)
-
-
-def _refuse_record(_record: logging.LogRecord) -> bool:
-    return False
-
-
-def _check_supported(total: Summary, accountant: Accountant) -> None:
-    if total.repeated and accountant is Accountant.PLD:
-        raise ConfigError(
-            "accountant pld with a repeated run: what selection costs is known for Renyi divergences only; "
-            "use the rdp accountant."
-        )
 
 
 def _check_delta(delta: float) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from discreet.errors import ConfigError, LedgerError
-from discreet.privacy.accounting import Accountant, Relation, query_to_json
+from discreet.privacy.accounting import Accountant, HeldOut, Query, Relation, query_to_json
+from discreet.privacy.accounting import epsilon as compose_epsilon
 from discreet.privacy.files import file_digest, write_atomically
 from discreet.privacy.ledger import Ledger, LedgerView
 from discreet.privacy.plan import Plan
@@ -24,10 +25,15 @@ LEDGER_NAME = "ledger.jsonl"
 PLAN_NAME = "release/plan.json"
 CERTIFICATE_NAME = "release/certificate.json"
 MODEL_NAME = "release/model.safetensors"
+TEMPERATURE_NAME = "release/temperature.json"
+TEMPERATURE_NOTE = "temperature"
+REPORT_KIND = "calibration_report"
+"""Kind of the clipping record of a plan whose one step is a calibration report, and no update of a model."""
 NOT_PRIVATE_STAMP = "NOT PRIVATE"
 UNFINISHED = "NOT FINISHED, what is reserved so far"
 EPSILON_TOLERANCE = 1e-6
 """Relative difference allowed between two derivations of epsilon: other versions of the numerical packages."""
+_EPSILONS = ("epsilon", "epsilon_calibration", "epsilon_training")
 
 NOT_COVERED = (
     "Evaluation on a test set: its examples are outside the guarantee, unless they are also training examples.",
@@ -63,6 +69,7 @@ class Verification:
         examples, batch_size, noise_multiplier: of the plan. target_epsilon: what the plan allowed.
         plan_fingerprint: SHA-256 of the plan. finished: the ledger was closed for good.
         statement: the claim in one sentence.
+        temperature: what the model's logits are to be divided by, released with it; None when none was fitted.
     """
 
     epsilon: float
@@ -78,6 +85,7 @@ class Verification:
     plan_fingerprint: str
     finished: bool
     statement: str
+    temperature: float | None = None
 
 
 def write_certificate(run_dir: Path | str) -> Path:
@@ -124,6 +132,7 @@ def verify(run_dir: Path | str) -> Verification:
     else:
         _check_certificate(_read_certificate(run_dir / CERTIFICATE_NAME), certificate(plan, ledger))
         _check_model(run_dir / MODEL_NAME, ledger)
+        _check_temperature(run_dir / TEMPERATURE_NAME, ledger)
     if not ledger.within_budget():
         raise LedgerError(
             f"{LEDGER_NAME}: spends epsilon {ledger.epsilon():.6g}, above the plan's {plan.epsilon}; do not release."
@@ -142,6 +151,7 @@ def verify(run_dir: Path | str) -> Verification:
         plan_fingerprint=plan.fingerprint(),
         finished=ledger.finished,
         statement=f"{UNFINISHED}: {_statement(plan, ledger)}" if under_way else _statement(plan, ledger),
+        temperature=temperature_of(ledger),
     )
 
 
@@ -159,6 +169,37 @@ def _check_model(path: Path, ledger: LedgerView) -> None:
     expected = _model_digest(ledger)
     if expected is not None and path.exists() and file_digest(path) != expected:
         raise LedgerError(f"{MODEL_NAME}: is not the model that the ledger ended with; restore it, or distrust it.")
+
+
+def temperature_of(ledger: LedgerView) -> float | None:
+    """The temperature that was released under the ledger's newest key; None when there is none.
+
+    Raises:
+        LedgerError: the record of it holds no temperature.
+    """
+    noted = [record for record in ledger.records if record.kind == "note" and record.body["note"] == TEMPERATURE_NOTE]
+    if not noted:
+        return None
+    facts = noted[-1].body["facts"]
+    value = facts.get("temperature") if isinstance(facts, Mapping) and facts.get("key_id") == ledger.key_id else None
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise LedgerError(f"{LEDGER_NAME}: notes a temperature that is none; restore it, or distrust it.")
+    return float(value)
+
+
+def _check_temperature(path: Path, ledger: LedgerView) -> None:
+    """A released temperature must be the one in the ledger, and there must be none where the ledger has none."""
+    if not path.exists():
+        return
+    try:
+        record = parse_json(path.read_text(encoding="ascii"), where=TEMPERATURE_NAME)
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise LedgerError(f"{TEMPERATURE_NAME}: cannot be read ({error}); restore it, or distrust it.") from None
+    found = record.get("temperature") if isinstance(record, Mapping) else None
+    if found != temperature_of(ledger):
+        raise LedgerError(f"{TEMPERATURE_NAME}: is not the temperature in the ledger; restore it, or distrust it.")
 
 
 def _model_digest(ledger: LedgerView) -> object:
@@ -181,6 +222,7 @@ def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
     """The certificate as JSON values: every field that a reader needs to judge the claim."""
     return {
         **_search_record(plan),
+        **_parts_record(plan, ledger),
         "format": FORMAT,
         "stamp": "" if _is_private(plan, ledger) else NOT_PRIVATE_STAMP,
         "private": _is_private(plan, ledger),
@@ -196,10 +238,14 @@ def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
             "assumes": "every batch is an independent Poisson sample whose members stay secret",
         },
         "mechanism": {
-            "name": "Gaussian noise on the sum of clipped per-example gradients, at every step",
+            "name": "Gaussian noise on the sums of a calibration report, once"
+            if _is_report(plan)
+            else "Gaussian noise on the sum of clipped per-example gradients, at every step",
             "noise_multiplier": plan.noise_multiplier,
             "clipping": dict(plan.clipping),
-            "divides_by": "the expected batch size, a public constant",
+            "divides_by": "the number of examples, a public constant"
+            if _is_report(plan)
+            else "the expected batch size, a public constant",
         },
         "sampling": {
             "name": "poisson",
@@ -241,15 +287,52 @@ def _search_record(plan: Plan) -> dict[str, object]:
     }
 
 
+def _parts_record(plan: Plan, ledger: LedgerView) -> dict[str, object]:
+    """What a calibration part adds to the certificate: its size, its own epsilon, and what came of it."""
+    if plan.calibration is None:
+        return {}
+    apart = [query for query in ledger.queries() if isinstance(query, HeldOut)]
+    rest = [query for query in ledger.queries() if not isinstance(query, HeldOut)]
+    return {
+        "calibration": {
+            "examples": plan.calibration.examples,
+            "share": plan.calibration.share,
+            "chosen_by": "a public hash of each example alone; no other query touches them",
+            "composition": "parallel: of the calibration part and the rest, the larger epsilon counts",
+            "charged": bool(apart),
+            "temperature": temperature_of(ledger),
+        },
+        "epsilon_calibration": _json_number(_composed(plan, apart)),
+        "epsilon_training": _json_number(_composed(plan, rest)),
+    }
+
+
+def _composed(plan: Plan, queries: Sequence[Query]) -> float:
+    return compose_epsilon(queries, delta=plan.delta, relation=plan.relation, accountant=plan.accountant)
+
+
 def _mechanism(plan: Plan, ledger: LedgerView) -> str:
     """What was done, as the claim says it."""
+    if _is_report(plan):
+        return f"one calibration report by a Gaussian query of noise multiplier {plan.noise_multiplier:.6g} on all"
     step = f"noise multiplier {plan.noise_multiplier:.6g} on Poisson batches of expected size {plan.batch_size}"
     if plan.search is None:
-        return f"{ledger.steps_reserved} steps of {step}, all checkpoints and logged metrics included"
+        steps = f"{ledger.steps_reserved} steps of {step}, all checkpoints and logged metrics included"
+        return steps + _apart(plan, ledger)
     repetitions = plan.search.repetitions
     return (
         f"the best of a secret random number of runs ({repetitions.stopping.value}, {repetitions.mean:g} expected), "
         f"each of {plan.steps} steps of {step}; the choice is included, and the other runs stay unknown"
+    )
+
+
+def _apart(plan: Plan, ledger: LedgerView) -> str:
+    """What was done with the examples that were set apart."""
+    if plan.calibration is None or not any(isinstance(query, HeldOut) for query in ledger.queries()):
+        return ""
+    return (
+        f", and a temperature from {plan.calibration.examples} further examples that a public hash had set apart and "
+        "no other query touched, under the same promise (parallel composition)"
     )
 
 
@@ -279,6 +362,10 @@ def _noise_source(ledger: LedgerView) -> str:
     if ledger.test_mode:
         return f"{NOT_PRIVATE_STAMP}: a test seed; whoever knows it can subtract the noise"
     return "AES-256 in counter mode under a 256-bit key from the operating system"
+
+
+def _is_report(plan: Plan) -> bool:
+    return plan.clipping.get("kind") == REPORT_KIND
 
 
 def _is_private(plan: Plan, ledger: LedgerView) -> bool:
@@ -342,7 +429,7 @@ def _compare_ledger(found: Mapping[str, object], expected: Mapping[str, object])
 
 
 def _agree(found: object, expected: object, *, name: str) -> bool:
-    if name == "epsilon" and isinstance(expected, float):
+    if name in _EPSILONS and isinstance(expected, float):
         number = isinstance(found, (int, float)) and not isinstance(found, bool)
         return number and abs(found - expected) <= EPSILON_TOLERANCE * expected
     return found == expected and type(found) is type(expected)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from discreet.errors import LedgerError
@@ -21,13 +22,22 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing: beside it, fsync, rename, fsync of the folder."""
+    """Write a whole file or nothing: beside it, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: the old content is untouched, and nothing lies beside it.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -59,16 +69,19 @@ class AppendOnlyFile:
         except OSError as error:
             raise LedgerError(f"{path}: cannot be created ({_why(error)}); choose a writable run directory.") from None
         file = cls(path, descriptor, size=0)
-        try:
-            file._lock()
-            file.append(first)
-            _sync_folder(path.parent)
-        except OSError as error:
-            file._discard()
-            raise LedgerError(f"{path}: cannot be made durable ({_why(error)}); nothing was released.") from None
-        except LedgerError:
-            file._discard()
-            raise
+        with ExitStack() as on_failure:  # an interrupt included: the lock must not outlive the attempt
+            on_failure.callback(file.close)
+            try:
+                file._lock()
+                file.append(first)
+                _sync_folder(path.parent)
+            except OSError as error:
+                file._discard()
+                raise LedgerError(f"{path}: cannot be made durable ({_why(error)}); nothing was released.") from None
+            except LedgerError:
+                file._discard()
+                raise
+            on_failure.pop_all()
         return file
 
     @classmethod
@@ -85,15 +98,14 @@ class AppendOnlyFile:
                 f"{path}: cannot be opened ({_why(error)}); pass the run directory of an earlier run."
             ) from None
         file = cls(path, descriptor, size=0)
-        try:
-            file._lock()
-            content = file._read()
-        except OSError as error:
-            file.close()
-            raise LedgerError(f"{path}: cannot be read ({_why(error)}); check disk and permissions.") from None
-        except LedgerError:
-            file.close()
-            raise
+        with ExitStack() as on_failure:
+            on_failure.callback(file.close)
+            try:
+                file._lock()
+                content = file._read()
+            except OSError as error:
+                raise LedgerError(f"{path}: cannot be read ({_why(error)}); check disk and permissions.") from None
+            on_failure.pop_all()
         file._size = len(content)
         return file, content
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -176,14 +177,13 @@ class Ledger(LedgerView):
             BudgetExceeded: the plan in the ledger does not keep its epsilon.
         """
         file, content = AppendOnlyFile.hold(Path(path))
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(file.close)
             chain = parse_chain(content)
             ledger = cls(file, chain)
             ledger.plan.check()
             ledger._continue(chain, key_id=key_id, known_head=known_head, facts=facts)
-        except (LedgerError, BudgetExceeded, ConfigError):
-            file.close()
-            raise
+            on_failure.pop_all()
         return ledger
 
     @classmethod

@@ -17,6 +17,7 @@ from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.accounting import (
     Accountant,
     Gaussian,
+    HeldOut,
     Query,
     Relation,
     Repeated,
@@ -36,6 +37,7 @@ from discreet.privacy.sampling import PoissonSampling
 FORMAT = 1
 DEFAULT_CLIPPING: Mapping[str, str | float] = {"kind": "automatic", "style": "flat", "clip_bound": 1.0, "gamma": 0.01}
 CURVE_POINTS = 64
+CALIBRATION_PART = "calibration"
 
 
 def default_delta(examples: int) -> float:
@@ -69,6 +71,36 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """A temperature that is fitted after the last step, on examples that were set apart by a public hash of each.
+
+    Attributes:
+        examples: how many were set apart, public. They are not among the plan's ``examples``.
+        share: of all examples, expected: what the hash was compared with.
+        noise_multiplier: of each query. queries: how many. bound: what one example adds to a sum at most, in nats.
+    """
+
+    examples: int
+    share: float
+    noise_multiplier: float
+    queries: int
+    bound: float
+
+    def __post_init__(self) -> None:
+        for name in ("share", "noise_multiplier", "bound"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if not 0 < self.share < 1 or self.examples < 0 or not self.bound > 0:
+            raise ConfigError(
+                f"calibration share={self.share}, examples={self.examples}, bound={self.bound}: must be in (0, 1), at "
+                "least 0 and above 0; restore the plan."
+            )
+
+    def query(self) -> HeldOut:
+        """All its queries as the ledger has them."""
+        return HeldOut(part=CALIBRATION_PART, noise_multiplier=self.noise_multiplier, count=self.queries)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every public number of one private training run.
 
@@ -85,6 +117,7 @@ class Plan:
         clipping: the public record of the clipping rule, ``Clipping.describe()``.
         before: private preprocessing on all examples, charged to the same epsilon.
         search: None for one training run; else the steps are repeated, and the best run is released.
+        calibration: None, or a private temperature that is fitted after the last step.
         notes: public remarks of whoever made the plan.
         versions: package -> version at planning time.
     """
@@ -100,6 +133,7 @@ class Plan:
     clipping: Mapping[str, str | float] = field(default_factory=lambda: dict(DEFAULT_CLIPPING), hash=False)
     before: tuple[Query, ...] = ()
     search: Search | None = None
+    calibration: Calibration | None = None
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: current_versions(), hash=False)
 
@@ -114,6 +148,8 @@ class Plan:
             raise ConfigError(
                 f"noise_multiplier={self.noise_multiplier}: must be finite and at least 0; use Plan.solve()."
             )
+        if self.search is not None and self.calibration is not None:
+            raise ConfigError("a search with a calibration: is not supported; calibrate the model of a single run.")
         if not self.epsilon > 0:
             raise ConfigError(f"epsilon={self.epsilon}: must be above 0; ask for e.g. epsilon=3.")
         if not 0 < self.delta < 1:
@@ -204,7 +240,8 @@ class Plan:
         if self.search is not None:
             whole = SampledGaussian(self.sample_rate, self.noise_multiplier, self.steps)
             return (*self.before, *((self.search.query(whole),) if count else ()))
-        return (*self.before, SampledGaussian(self.sample_rate, self.noise_multiplier, count))
+        after = () if self.calibration is None or count < self.steps else (self.calibration.query(),)
+        return (*self.before, SampledGaussian(self.sample_rate, self.noise_multiplier, count), *after)
 
     def spent(self, steps: int | None = None) -> float:
         """Epsilon after ``steps`` updates, composed exactly (tens of milliseconds; results are cached)."""
@@ -246,7 +283,9 @@ class Plan:
         record: dict[str, object] = {"format": FORMAT}
         for item in dataclasses.fields(self):
             record[item.name] = getattr(self, item.name)
-        del record["search"]
+        del record["search"], record["calibration"]
+        if self.calibration is not None:
+            record["calibration"] = dataclasses.asdict(self.calibration)
         if self.search is not None:
             whole = SampledGaussian(self.sample_rate, self.noise_multiplier, self.steps)
             record["search"] = query_to_json(self.search.query(whole))
@@ -266,9 +305,10 @@ class Plan:
         Raises:
             ConfigError: a field is unknown, missing or ill-typed, or a number is outside its range. The field is named.
         """
-        names = {item.name for item in dataclasses.fields(cls)} - {"search"} | {"format"}
-        if isinstance(record, Mapping) and "search" in record:
-            names.add("search")
+        optional = {"search", "calibration"}
+        names = {item.name for item in dataclasses.fields(cls)} - optional | {"format"}
+        if isinstance(record, Mapping):
+            names |= optional & set(record)
         fields = Fields(record, where="plan", names=names)
         if fields.integer("format") != FORMAT:
             raise ConfigError(
@@ -286,6 +326,7 @@ class Plan:
             clipping=fields.scalars("clipping"),
             before=tuple(query_from_json(query) for query in fields.items("before")),
             search=_search(fields.mapping("search")) if "search" in names else None,
+            calibration=_calibration(fields.mapping("calibration")) if "calibration" in names else None,
             notes=fields.texts("notes"),
             versions=fields.text_mapping("versions"),
         )
@@ -321,6 +362,17 @@ def _search(record: Mapping[str, object]) -> Search:
         raise ConfigError("plan: field 'search' must be a repeated run of steps, with or without a score; restore it.")
     scores = [part.noise_multiplier for part in query.run if isinstance(part, Gaussian)]
     return Search(repetitions=query.repetitions, score_noise=scores[0] if scores else None)
+
+
+def _calibration(record: Mapping[str, object]) -> Calibration:
+    fields = Fields(record, where="plan calibration", names={item.name for item in dataclasses.fields(Calibration)})
+    return Calibration(
+        examples=fields.integer("examples"),
+        share=fields.number("share"),
+        noise_multiplier=fields.number("noise_multiplier"),
+        queries=fields.integer("queries"),
+        bound=fields.number("bound"),
+    )
 
 
 _Member = TypeVar("_Member", Relation, Accountant)

@@ -55,9 +55,9 @@ MOST_SAMPLES = 20_000_000
 FREE_SAMPLES = 200_000
 """... but these always, since they take seconds. A `Bound` replaces all three."""
 
-HALF_STEPS = 100.0
-"""With so many steps, their small number costs as much as all the noise: see `score`. Measured (docs/lab-notes.md): on
-Adult, SMS and digits, at 1 to 60 passes, accuracy over S at fixed S B is flat from 300 to 1,000 and lower below."""
+HALF_STEPS = 300.0
+"""With so many steps, their small number costs as much as all the noise: see `score`. Fitted (docs/lab-notes.md) on
+grids over S at fixed S B, of six data sets: with 100, which was chosen on four, the other two lost up to 4 points."""
 
 FEWEST_BOUND_STEPS = 10
 FEWEST_BOUND_BATCH = 8
@@ -128,8 +128,8 @@ def plan(
         epsilon: target; ``math.inf`` plans a run without noise.
         delta: None is ``1 / N^1.1``.
         batch_size: None is the knee batch B*(1.05) for the steps, within the bound.
-        steps: None is ``usual_steps``, fewer where the bound is tight; with a given batch, up to four times that, as
-            far as the knee goes.
+        steps: None is ``usual_steps``; where the bound does not allow their knee, what `balance` gives, up to
+            `FEWEST_STEPS` at least; with a given batch, up to four times the usual, as far as the knee goes.
         bound: how much may be computed; None is `default_bound`. Not asked when batch and steps are both given.
         usual_steps: S when nothing speaks against it; None is `default_steps`.
         relation, accountant, clipping, before, notes: as in `Plan`.
@@ -199,7 +199,7 @@ def choose_sizes(
         wanted = wanted_batch(examples, mu=mu, steps=usual)
         if bound.admits(batch_size=wanted, steps=usual):
             return wanted, usual
-        return balance(examples, mu=mu, bound=bound, most_steps=usual)
+        return balance(examples, mu=mu, bound=bound, most_steps=max(usual, FEWEST_STEPS))
     room = math.floor(bound.batch(steps))
     if room < 1:
         raise ConfigError(f"steps={steps} within {bound.said}: leaves less than one example a step; lower one.")

@@ -1,6 +1,6 @@
 """What is known before the referee is asked: the grid, the rounding to expect, and a close guess of what it will say.
 
-`discreet.privacy.accounting` composes with dp_accounting on the grid chosen here, and gives up a margin of delta for
+`discreet.privacy.referee` composes with dp_accounting on the grid chosen here, and gives up a margin of delta for
 rounding that is computed here. `FastModel` is the same composition by `discreet.privacy.losses`; searches walk along it
 and ask the referee once, at the end.
 
@@ -15,9 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from discreet.errors import ConfigError
 from discreet.privacy.gdp import gdp_epsilon, gdp_mu, seed_noise_multiplier
 from discreet.privacy.losses import Direction, Part, Steps, composed_epsilon, loss_range
-from discreet.privacy.queries import SMALLEST_NOISE, Relation, SampledGaussian, Summary, TruncatedGaussian, summarise
+from discreet.privacy.queries import (
+    LARGEST_NOISE,
+    SMALLEST_NOISE,
+    Relation,
+    SampledGaussian,
+    Summary,
+    TruncatedGaussian,
+    summarise,
+)
 from discreet.privacy.search import solve_decreasing
 
 EXTENDED = float(np.finfo(np.longdouble).eps) == 2.0**-63
@@ -35,6 +44,22 @@ def fourier_margin(total: Summary, *, extended: bool = False) -> float:
     to 50). In 80 bits u = 2^-63.
     """
     return 1.25 * step_count(total) * (2.0**-63 if extended else 2.0**-52) + 1e-14
+
+
+def rounding_margin(total: Summary, left: float) -> tuple[float, bool]:
+    """What rounding may take of ``left``, the delta that remains for the noise; and whether to compose in 80 bits.
+
+    Raises:
+        ConfigError: it is more than half of delta.
+    """
+    extended = EXTENDED and fourier_margin(total) > SMALL_MARGIN * left
+    margin = fourier_margin(total, extended=extended)
+    if total.steps and margin > left / 2:
+        raise ConfigError(
+            f"delta={left:.3g} over {step_count(total)} steps: below {2 * margin:.1e}, what floating-point numbers "
+            "resolve; use a larger delta, fewer steps, or the rdp accountant."
+        )
+    return margin, extended
 
 
 def step_count(total: Summary) -> int:
@@ -127,6 +152,7 @@ class FastModel:
             guess_value=self._limit,
             window=_MODEL_WINDOW,
             smallest=SMALLEST_NOISE,
+            largest=LARGEST_NOISE,
         )
         return self._inverse_limit(epsilon) if root is None else root.x
 

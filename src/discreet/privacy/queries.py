@@ -11,7 +11,7 @@ import enum
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from scipy import stats
@@ -22,6 +22,9 @@ from discreet.privacy.repetitions import Repetitions, Stopping
 
 SMALLEST_NOISE = 0.01
 """A noise multiplier below this counts as none: its epsilon would be in the thousands, and is said to be infinite."""
+
+LARGEST_NOISE = 1e12
+"""No search looks at a larger noise multiplier: what cannot be reached with it cannot be reached."""
 
 
 class Relation(enum.Enum):
@@ -112,6 +115,29 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """``count`` Gaussian queries on a part of the examples that no query outside the part touches.
+
+    Which examples are in the part must be a public function of each example alone, such as a hash. One example then is
+    either in the part or among all others, so its privacy loss is that of one side and not the sum of both (parallel
+    composition): of parts and the rest, the largest counts. It may depend on what the rest has released.
+
+    Attributes:
+        part: name of the part, e.g. "calibration". Queries of one part compose with each other.
+        noise_multiplier: sigma >= 0. count: how many queries.
+    """
+
+    part: str
+    noise_multiplier: float
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.part:
+            raise ConfigError("part '': must have a name; e.g. calibration.")
+        _check_query(self.noise_multiplier, count=self.count)
+
+
+@dataclass(frozen=True)
 class Selection:
     """Names that were released because a noisy count passed a threshold: adds ``delta``, and nothing to epsilon.
 
@@ -143,14 +169,14 @@ class Repeated:
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", tuple(self.run))
         for query in self.run:
-            if isinstance(query, (Selection, Repeated)):
+            if isinstance(query, (Selection, Repeated, HeldOut)):
                 raise ConfigError(
                     f"repeated query of type {type(query).__name__}: must be a Gaussian one; "
                     "make the others once, before the runs."
                 )
 
 
-Query = SampledGaussian | TruncatedGaussian | Gaussian | Selection | Repeated
+Query = SampledGaussian | TruncatedGaussian | Gaussian | Selection | Repeated | HeldOut
 
 
 def query_to_json(query: Query) -> dict[str, object]:
@@ -178,6 +204,13 @@ def query_to_json(query: Query) -> dict[str, object]:
             "noise_multiplier": float(query.noise_multiplier),
             "count": query.count,
         }
+    if isinstance(query, HeldOut):
+        return {
+            "type": "held_out",
+            "part": query.part,
+            "noise_multiplier": float(query.noise_multiplier),
+            "count": query.count,
+        }
     if isinstance(query, Gaussian):
         return {"type": "gaussian", "noise_multiplier": float(query.noise_multiplier), "count": query.count}
     return {"type": "selection", "delta": float(query.delta)}
@@ -187,6 +220,7 @@ _QUERY_FIELDS = {
     "sampled_gaussian": {"sample_rate", "noise_multiplier", "count"},
     "truncated_gaussian": {"examples", "sample_rate", "largest_batch", "noise_multiplier", "count"},
     "gaussian": {"noise_multiplier", "count"},
+    "held_out": {"part", "noise_multiplier", "count"},
     "selection": {"delta"},
     "repeated": {"run", "stopping", "mean_runs"},
 }
@@ -211,11 +245,16 @@ def query_from_json(record: Mapping[str, object]) -> Query:
         )
     if kind == "repeated":
         return _repeated(record)
-    whole = {"count", "examples", "largest_batch"}
-    numbers = {name: _number(record[name], name=name) for name in _QUERY_FIELDS[kind] - whole}
+    whole, words = {"count", "examples", "largest_batch"}, {"part"}
+    numbers = {name: _number(record[name], name=name) for name in _QUERY_FIELDS[kind] - whole - words}
     if kind == "selection":
         return Selection(delta=numbers["delta"])
     counts = {name: _integer(record[name], name=name) for name in _QUERY_FIELDS[kind] & whole}
+    if kind == "held_out":
+        part = record["part"]
+        if not isinstance(part, str):
+            raise ConfigError("query part: must be a name; write it with query_to_json().")
+        return HeldOut(part=part, noise_multiplier=numbers["noise_multiplier"], count=counts["count"])
     if kind == "gaussian":
         return Gaussian(noise_multiplier=numbers["noise_multiplier"], count=counts["count"])
     sampled = {"sample_rate": numbers["sample_rate"], "noise_multiplier": numbers["noise_multiplier"], **counts}
@@ -233,6 +272,7 @@ class Summary:
         noiseless: some query has sigma 0, or less than `SMALLEST_NOISE`.
         truncated: distinct queries on truncated batches, count > 0, sorted.
         repeated: searches, each with its run in canonical form, sorted.
+        held_out: (part, mu) of the queries on parts of their own, sorted.
     """
 
     sampled: tuple[SampledGaussian, ...]
@@ -241,11 +281,12 @@ class Summary:
     noiseless: bool
     truncated: tuple[TruncatedGaussian, ...] = ()
     repeated: tuple[tuple[Summary, Repetitions], ...] = ()
+    held_out: tuple[tuple[str, float], ...] = ()
 
     @property
     def empty(self) -> bool:
         """No noisy query at all."""
-        return not (self.steps or self.gaussian_mu or self.noiseless or self.repeated)
+        return not (self.steps or self.gaussian_mu or self.noiseless or self.repeated or self.held_out)
 
     @property
     def steps(self) -> tuple[SampledGaussian | TruncatedGaussian, ...]:
@@ -254,9 +295,25 @@ class Summary:
 
     @property
     def limit_mu(self) -> float:
-        """GDP parameter of the whole set in the central limit; see `step_mu`. Cuts and searches are left out."""
+        """GDP parameter in the central limit; see `step_mu`. Cuts, searches and parts of their own are left out."""
         steps = (q.count * step_mu(q.sample_rate, noise_multiplier=q.noise_multiplier) ** 2 for q in self.steps)
         return math.sqrt(self.gaussian_mu**2 + math.fsum(steps))
+
+    @property
+    def rest(self) -> Summary:
+        """Without the queries on parts of their own."""
+        return replace(self, held_out=())
+
+    @property
+    def parts(self) -> tuple[Summary, ...]:
+        """The queries of each part of its own, as if they were all there is."""
+        return tuple(
+            Summary(sampled=(), gaussian_mu=mu, selection_delta=0.0, noiseless=False) for _, mu in self.held_out
+        )
+
+    def joined(self, part: Summary) -> Summary:
+        """With the queries of a part as if they were made on all examples."""
+        return replace(self.rest, gaussian_mu=math.hypot(self.gaussian_mu, part.gaussian_mu))
 
 
 def summarise(queries: Sequence[Query]) -> Summary:
@@ -265,6 +322,7 @@ def summarise(queries: Sequence[Query]) -> Summary:
     truncated: Counter[tuple[int, float, int, float]] = Counter()
     selections: list[float] = []
     repeated: list[tuple[Summary, Repetitions]] = []
+    held_out: Counter[tuple[str, float]] = Counter()
     for query in queries:
         if isinstance(query, Selection):
             selections.append(query.delta)
@@ -273,6 +331,8 @@ def summarise(queries: Sequence[Query]) -> Summary:
         elif isinstance(query, TruncatedGaussian):
             kind = (query.examples, float(query.sample_rate), query.largest_batch, float(query.noise_multiplier))
             truncated[kind] += query.count
+        elif isinstance(query, HeldOut):
+            held_out[query.part, float(query.noise_multiplier)] += query.count
         elif isinstance(query, Gaussian):
             counts[1.0, float(query.noise_multiplier)] += query.count
         elif isinstance(query, SampledGaussian):
@@ -285,6 +345,7 @@ def summarise(queries: Sequence[Query]) -> Summary:
         any(sigma < SMALLEST_NOISE for _, sigma, _ in present)
         or any(query.noise_multiplier < SMALLEST_NOISE for query in cut)
         or any(run.noiseless for run, _ in repeated)
+        or any(sigma < SMALLEST_NOISE for (_, sigma), count in held_out.items() if count > 0)
     )
     noisy = [entry for entry in present if entry[1] >= SMALLEST_NOISE]
     return Summary(
@@ -294,6 +355,16 @@ def summarise(queries: Sequence[Query]) -> Summary:
         noiseless=noiseless,
         truncated=tuple(query for query in cut if query.noise_multiplier >= SMALLEST_NOISE),
         repeated=tuple(sorted((entry for entry in repeated if not entry[0].empty), key=repr)),
+        held_out=_part_mus(held_out),
+    )
+
+
+def _part_mus(counts: Counter[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """``sqrt(sum n / sigma^2)`` of each part that has a noisy query."""
+    noisy = sorted((part, sigma, count) for (part, sigma), count in counts.items() if count > 0 and sigma > 0)
+    parts = dict.fromkeys(part for part, _, _ in noisy)
+    return tuple(
+        (part, math.sqrt(math.fsum(count / sigma**2 for name, sigma, count in noisy if name == part))) for part in parts
     )
 
 

@@ -36,6 +36,7 @@ def solve_decreasing(
     guess_value: Callable[[float], float],
     window: float = WINDOW,
     smallest: float = 0.0,
+    largest: float = math.inf,
 ) -> Root | None:
     """An x with ``window * target <= function(x) <= target``.
 
@@ -54,10 +55,11 @@ def solve_decreasing(
         guess_value: the model itself, x -> value.
         window: in (0, 1).
         smallest: no smaller x is looked at. It is the answer if f is not above the target there.
+        largest: no larger x is looked at. There is no answer if f is above the target there.
     """
     seen: list[tuple[float, float]] = []
     aim = 0.5 * (1 + window)
-    x = max(smallest, guess(aim * target))
+    x = min(largest, max(smallest, guess(aim * target)))
     for evaluations in range(1, _MAX_EVALUATIONS + 1):
         value = function(x)
         seen.append((x, value))
@@ -71,7 +73,9 @@ def solve_decreasing(
             proposal = _corrected(seen[0], aim * target, guess, guess_value)
         else:
             proposal = _interpolated(seen, aim * target)
-        x = max(smallest, _inside(proposal, below, above, evaluations=evaluations))
+        if below is not None and below >= largest:
+            break
+        x = min(largest, max(smallest, _inside(proposal, below, above, evaluations=evaluations)))
     best = min((point for point in seen if point[1] <= target), default=None)
     return None if best is None else Root(x=best[0], value=best[1], evaluations=len(seen))
 

@@ -151,7 +151,12 @@ def is_part_of(queries: tuple[Query, ...], plan: Plan) -> bool:
     others = [
         q for q in queries if not (isinstance(q, SampledGaussian) and (q.sample_rate, q.noise_multiplier) == kind)
     ]
-    return steps <= plan.steps and Counter(others) <= Counter(plan.before)
+    return steps <= plan.steps and Counter(others) <= Counter(_planned_besides(plan))
+
+
+def _planned_besides(plan: Plan) -> tuple[Query, ...]:
+    """What a plan of one run foresees beside its steps."""
+    return (*plan.before, *(() if plan.calibration is None else (plan.calibration.query(),)))
 
 
 def union(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:

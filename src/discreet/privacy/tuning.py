@@ -16,6 +16,7 @@ from discreet.privacy.accounting import epsilon as compose_epsilon
 from discreet.privacy.gdp import gdp_epsilon, gdp_mu, seed_noise_multiplier, step_mu
 from discreet.privacy.plan import DEFAULT_CLIPPING, Plan, Search, default_delta
 from discreet.privacy.planner import plan as plan_one_run
+from discreet.privacy.queries import LARGEST_NOISE, SMALLEST_NOISE
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.sampling import PoissonSampling
 from discreet.privacy.search import solve_decreasing
@@ -119,7 +120,14 @@ def _solve(
     def inverse_model(value: float) -> float:
         return seed_noise_multiplier(sampling.rate, steps=steps, mu=gdp_mu(value / price, delta=delta))
 
-    root = solve_decreasing(spent, target=epsilon, guess=inverse_model, guess_value=model)
+    root = solve_decreasing(
+        spent,
+        target=epsilon,
+        guess=inverse_model,
+        guess_value=model,
+        smallest=SMALLEST_NOISE,
+        largest=LARGEST_NOISE,
+    )
     if root is None:
         raise BudgetExceeded(
             f"epsilon={epsilon}: no noise keeps {search.repetitions.mean:g} expected runs of {steps} steps within it; "

@@ -58,12 +58,12 @@ class GradientNoise:
     """Public numbers on the noise in released gradients and probes.
 
     Attributes:
-        multiplier: sigma. batch_size: the expected batch. clip_bound: R; infinite without clipping.
+        multiplier: sigma. batch_size: the expected batch. sensitivity: of the clipped sum; infinite without clipping.
     """
 
     multiplier: float
     batch_size: int
-    clip_bound: float
+    sensitivity: float
 
     @property
     def share(self) -> float:
@@ -73,7 +73,7 @@ class GradientNoise:
     @property
     def std(self) -> float:
         """Standard deviation in each entry of the released gradient; 0 where there is none."""
-        return self.share * self.clip_bound if self.multiplier else 0.0
+        return self.share * self.sensitivity if self.multiplier else 0.0
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ missed uses of a parameter and wrong layouts, whatever their class is called.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, batch_size_of
 from discreet.core.selftest import IsolationVerdict, NormVerdict, compare_with_brute_force, examine_isolation
@@ -44,7 +44,8 @@ class CheckReport:
 
     Attributes:
         rows: in the order in which they were checked.
-        layout: how each use carries the batch; hand it to `clipped_gradient` to accept folded axes.
+        layout: how each use carries the batch; hand it to `clipped_gradient` to accept folded axes. None when anything
+            failed: a layout is what the norms have shown it to be.
     """
 
     rows: tuple[CheckRow, ...]
@@ -109,7 +110,8 @@ def check(
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
-    return CheckReport(rows=(*isolation, *_norm_rows(verdict)), layout=verdict.layout)
+    report = CheckReport(rows=(*isolation, *_norm_rows(verdict)), layout=verdict.layout)
+    return report if report.passed else replace(report, layout=None)
 
 
 def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
@@ -132,8 +134,11 @@ def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
 def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
     rows = []
     for parameter in verdict.parameters:
-        if not parameter.functions and parameter.norms_agree:
-            detail = "not used by these examples; it is part of every release and gets noise"
+        if parameter.norms_agree and not (parameter.functions and parameter.reached):
+            met = ", ".join(parameter.functions)
+            detail = f"met by {met}; no gradient of these examples reaches it, so there was nothing to compare"
+            if not parameter.functions:
+                detail = "not used by these examples; it is part of every release and gets noise"
             rows.append(CheckRow(parameter.name, _shape(parameter.shape), Status.UNUSED, detail))
             continue
         met = ", ".join(parameter.functions) or "no function"

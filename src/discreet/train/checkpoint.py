@@ -42,6 +42,7 @@ class Checkpoint:
         scheduler: the torch scheduler's state, or None.
         rates: what the search for a learning rate has found so far, or None.
         ledger_head: hash of the ledger's last record at that time; a ledger without it was cut.
+        clip_bound: where the bound is that follows a quantile of the norms; None when it does not move.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Checkpoint:
     scheduler: Mapping[str, Any] | None
     ledger_head: str
     rates: Mapping[str, Any] | None = None
+    clip_bound: float | None = None
 
 
 def save(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -67,6 +69,7 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
         "step": checkpoint.step,
         "microbatch": checkpoint.microbatch,
         "ledger_head": checkpoint.ledger_head,
+        "clip_bound": checkpoint.clip_bound,
         "model": _encode(dict(checkpoint.model), "model", tensors),
         "optimizer": _encode(dict(checkpoint.optimizer), "optimizer", tensors),
         "scheduler": _encode(checkpoint.scheduler, "scheduler", tensors),
@@ -131,6 +134,7 @@ def load(directory: Path) -> Checkpoint | None:
         scheduler=_decode(state["scheduler"], tensors),
         ledger_head=state["ledger_head"],
         rates=_decode(state["rates"], tensors),
+        clip_bound=state.get("clip_bound"),
     )
 
 

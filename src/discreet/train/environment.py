@@ -35,14 +35,14 @@ def describe_environment(
     device = next(model.parameters()).device
     state = model.state_dict()
     shapes = [f"{name}:{tuple(value.shape)}:{value.dtype}" for name, value in state.items()]
-    sources = sorted({_source(type(module)) for module in model.modules()})
+    sources = sorted({source_of(type(module)) for module in model.modules()})
     modes = "".join("t" if module.training else "e" for module in model.modules())
     # Other buffers are part of the checkpoint.
     fixed = [f"{name}:{_values(value)}" for name, value in model.named_buffers() if name not in state]
     return {
         "data": examples.fingerprint(),
-        "model": _digest(repr(model), modes, *shapes, *fixed, *sources),
-        "loss": _digest(_source(loss)),
+        "model": digest(repr(model), modes, *shapes, *fixed, *sources),
+        "loss": digest(source_of(loss)),
         "optimizer": type(optimizer).__qualname__,
         "learning rate": rates.describe(),
         "clipping": repr(clipping),
@@ -63,7 +63,7 @@ def _own_code(folders: tuple[str, ...] = ("core", "privacy", "train")) -> str:
     """Hash of every source file of this package that a step runs through."""
     root = Path(__file__).resolve().parents[1]
     files = sorted(file for folder in folders for kind in ("*.py", "*.c") for file in (root / folder).rglob(kind))
-    return _digest(*(f"{file.relative_to(root)}\n{file.read_text(encoding='utf-8')}" for file in files))
+    return digest(*(f"{file.relative_to(root)}\n{file.read_text(encoding='utf-8')}" for file in files))
 
 
 def _device_name(device: torch.device) -> str:
@@ -72,15 +72,21 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's whole state, names and values, in hex."""
+    return digest(*(f"{name}:{value.dtype}:{_values(value)}" for name, value in model.state_dict().items()))
+
+
 def _values(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """SHA-256 of lines of text, in hex."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _source(thing: object) -> str:
+def source_of(thing: object) -> str:
     """Source text when there is some; a stable name otherwise."""
     try:
         return inspect.getsource(thing)  # type: ignore[arg-type]

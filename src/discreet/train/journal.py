@@ -66,8 +66,8 @@ class SumJournal:
 
     def _digest(self, total: ClippedSum) -> str:
         digest = hashlib.blake2b(key=self._digest_key, digest_size=_DIGEST_BYTES)
-        # The same draw on one sum at two scales would give the sum away; a probe's scale is a released number.
-        digest.update(f"{total.sensitivity!r}|".encode())
+        # The same draw on one sum at two scales would give the sum away; a moving bound or a probe changes the scale.
+        digest.update(repr((total.sensitivity, sorted(total.noise_weights.items()))).encode())
         for name, value in sorted(total.tensors.items()):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

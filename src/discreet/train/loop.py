@@ -30,11 +30,12 @@ from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.run import Run
-from discreet.train.setup import check_plan, clipping_of, covered_parameters, solve_plan
+from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, rule_for, solve_plan
 from discreet.train.step import ClippedStep, Microbatch
+from discreet.train.tempered import check_tempered
 from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
 from discreet.train.tolerance import Verdict
-from discreet.train.updates import Step, Updates, begin
+from discreet.train.updates import Conclusion, Step, Updates, begin
 
 CHECK_RANGE = 1e4
 """Numbers beyond it are brought to it before the self-check, and NaN and infinity to zero."""
@@ -213,6 +214,7 @@ def make_private(
     run_dir: str | Path | Run | None = None,
     resume: bool = False,
     checkpoint_steps: int = 50,
+    conclude: Conclusion | None = None,
     seed: int | None = None,
 ) -> Private:
     """Set up private training.
@@ -235,13 +237,15 @@ def make_private(
         steps: updates; None: the planner chooses.
         compute: the time that the updates may take, "90s", "5m", "2h"; the planner then measures the model for a few
             seconds, on random numbers of the data's shapes, and chooses within it. Reading the data comes on top.
-        clipping: automatic by default.
+        clipping: None: automatic, or for a `Tempered` model the rule that keeps its probabilities right.
         learning_rate: "auto" or an `AutoLR`: found by a few private probes, which are updates of the plan; a peak rate
             with linear decay; a torch scheduler; or None for the optimizer's own.
         microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
         run_dir: where ledger, checkpoints and release go; None: a new directory below ``runs/``.
         resume: continue the run in ``run_dir``.
         checkpoint_steps: updates between checkpoints.
+        conclude: called with run and model after the last update, while the run is still open. Whatever it releases of
+            private examples must be reserved in the run's ledger before; see `discreet.insight.calibration`.
         seed: test mode: reproducible noise; every artefact is stamped NOT PRIVATE.
 
     Raises:
@@ -274,17 +278,18 @@ def make_private(
             steps=steps,
             compute=compute,
             machine=lambda rule: _measure(model, loss, examples, rule, device),
-            clipping=clipping,
+            clipping=rule_for(model, clipping, epsilon=epsilon, examples=examples.count),
         )
 
-    run = _existing_run(run_dir, resume=resume, seed=seed)
+    run = existing_run(run_dir, resume=resume, seed=seed)
     with ExitStack() as on_failure:
         if run is not None:
             on_failure.callback(run.close)
         the_plan = run.plan if run is not None else new_plan()
         check_plan(the_plan, clipping=clipping, examples=examples.count)
         rule = clipping_of(the_plan)
-        noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, rule.sensitivity)
+        check_tempered(model, rule)
+        noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, rule.divide(parameters).sensitivity)
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
         size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         report = self_check(model, loss, examples, rule, device)
@@ -302,7 +307,7 @@ def make_private(
             layout=report.layout,
             microbatch=size,
         )
-        updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps)
+        updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
         run.write("check.json", report.to_json())
         on_failure.pop_all()
     return Private(updates, model=model, optimizer=optimizer, check_report=report)
@@ -311,16 +316,6 @@ def make_private(
 def new_run_dir() -> Path:
     """A new directory below ``runs/``, named by the time in UTC and a random suffix."""
     return Path("runs") / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def _existing_run(run_dir: str | Path | Run | None, *, resume: bool, seed: int | None) -> Run | None:
-    if isinstance(run_dir, Run):
-        return run_dir
-    if not resume:
-        return None
-    if run_dir is None:
-        raise ConfigError("resume=True without run_dir: name the run directory to continue.")
-    return Run.resume(Path(run_dir), seed=seed)
 
 
 def _measure(model: nn.Module, loss: LossFunction, examples: Examples, rule: Clipping, device: torch.device) -> Machine:

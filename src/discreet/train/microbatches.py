@@ -12,7 +12,7 @@ from torch import Tensor
 from discreet.core.book import Book
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import backward, open_book, settle
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 from discreet.train.updates import Updates
 
@@ -33,7 +33,7 @@ class MicrobatchLoader:
         self._guarded = ExitStack()
         self._total: ClippedSum | None = None
         self._weight = 1.0
-        self._is_last = False
+        self._is_first = self._is_last = False
         self.index = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -48,7 +48,7 @@ class MicrobatchLoader:
             parts = updates.step.microbatch.split(indices) or [np.zeros(1, dtype=np.int64)]
             with updates.model_randomness():
                 for position, part in enumerate(parts):
-                    self._is_last = position == len(parts) - 1
+                    self._is_first, self._is_last = position == 0, position == len(parts) - 1
                     yield from self._give(part)
             if self._total is not None:
                 raise ConfigError(
@@ -68,7 +68,12 @@ class MicrobatchLoader:
         book, self._book = self._book, None
         with self._guarded:
             backward(book, losses_B * self._weight)
-        self._total = self._total + settle(book, self._updates.step.clipping)
+        share = settle(book, self._updates.step.clipping)
+        # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.
+        if self._weight and self._is_first:
+            self._total = share
+        elif self._weight:
+            self._total += share
 
     def take(self) -> ClippedSum | None:
         """The sum over the whole batch, once; None while microbatches of it are still to come.

@@ -104,6 +104,10 @@ class Run:
             raise ConfigError(
                 f"{path}: holds a run already; continue it with resume (--resume), or name another directory."
             )
+        if (path / MODEL).exists():
+            raise ConfigError(
+                f"{path / MODEL}: is left of another run, whose ledger is gone; name another directory, or remove it."
+            )
         key = secrets.token_bytes(KEY_BYTES) if seed is None else seed_key(seed)
         try:
             (path / "release").mkdir(parents=True, exist_ok=True)
@@ -111,6 +115,8 @@ class Run:
             (path / "private").chmod(0o700)
             for left in (SUMS, STATE):
                 (path / left).unlink(missing_ok=True)
+            if (path / SEARCH).exists():
+                shutil.rmtree(path / SEARCH)
             replace_secret(path / KEY, key)
             plan.save(path / PLAN)
         except OSError as error:
@@ -294,11 +300,22 @@ class Run:
         write_atomically(path, json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n")
         return path
 
-    def finish(self, model: nn.Module) -> None:
+    def finish(self, model: nn.Module | None) -> None:
         """End the run: save the model, destroy the key, close the ledger for good, certify.
 
         Without the key nobody can subtract the noise. A crash in between is mended by the next `resume`.
+
+        Args:
+            model: what was trained; None for a run that only asked the data something.
         """
+        if model is not None:
+            self._save(model)
+        self.closed = True
+        _destroy_key(self.path)
+        self.ledger.finish(_ending(self.path))
+        write_certificate(self.path)
+
+    def _save(self, model: nn.Module) -> None:
         temporary = self.path / "private" / "model.safetensors"
         try:
             save_model(model, str(temporary))
@@ -308,10 +325,6 @@ class Run:
         sync(temporary)
         temporary.rename(self.path / MODEL)
         sync(self.release_dir)
-        self.closed = True
-        _destroy_key(self.path)
-        self.ledger.finish(_ending(self.path))
-        write_certificate(self.path)
 
     def close(self) -> None:
         """Let go of the ledger; the run can be resumed."""
@@ -362,7 +375,8 @@ def _destroy_key(path: Path) -> None:
 
 def _ending(path: Path) -> dict[str, str]:
     """The facts of the ledger's last record: they bind the released model to the certificate."""
-    return {"key": "destroyed", "model_sha256": file_digest(path / MODEL)}
+    model = {"model_sha256": file_digest(path / MODEL)} if (path / MODEL).exists() else {}
+    return {"key": "destroyed", **model}
 
 
 def _conclude(path: Path) -> None:

@@ -1,8 +1,9 @@
-"""What training settles before anything is written: which parameters, which plan, which clipping."""
+"""What training settles before anything is written: which run, which parameters, which plan, which clipping."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +17,9 @@ from discreet.privacy.plan import Plan
 from discreet.privacy.planner import plan as make_plan
 from discreet.privacy.planning import bound_of
 from discreet.train.auto_lr import needs_arguments
+from discreet.train.run import Run
 from discreet.train.step import refuse_unreleased
+from discreet.train.tempered import Tempered, tempered_clipping
 
 
 def covered_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -100,6 +103,13 @@ def solve_plan(
     )
 
 
+def rule_for(model: nn.Module, clipping: Clipping | None, *, epsilon: float | None, examples: int) -> Clipping | None:
+    """What the caller asked for; for a `Tempered` model that is to be private, what its temperature needs."""
+    if clipping is None and isinstance(model, Tempered) and epsilon != float("inf"):
+        return tempered_clipping(examples)
+    return clipping
+
+
 def default_clipping(epsilon: float | None) -> Clipping:
     """Automatic clipping; none when there is to be no guarantee."""
     return Clipping.none() if epsilon == float("inf") else Clipping.automatic()
@@ -127,9 +137,45 @@ def _rule_of(record: Mapping[str, str | float]) -> Clipping:
     kind, style = ClippingKind(record["kind"]), Style.parse(str(record["style"]))
     if kind is ClippingKind.AUTOMATIC:
         return Clipping.automatic(gamma=float(record["gamma"]), style=style)
+    if kind is ClippingKind.NORMALIZED:
+        return Clipping.normalized(style=style)
+    if kind is ClippingKind.PSAC:
+        return Clipping.psac(float(record["r"]), style=style)
     if kind is ClippingKind.ABADI:
         return Clipping.abadi(float(record["clip_bound"]), style=style)
+    if kind is ClippingKind.GLOBAL:
+        return Clipping.global_(float(record["clip_bound"]), style=style)
+    if kind is ClippingKind.QUANTILE:
+        return Clipping.quantile(
+            float(record["quantile"]),
+            clip_bound=float(record["clip_bound"]),
+            rate=float(record["rate"]),
+            count_share=float(record["count_share"]),
+            style=style,
+        )
     return Clipping.none()
+
+
+def existing_run(run_dir: str | Path | Run | None, *, resume: bool, seed: int | None) -> Run | None:
+    """The run that the caller holds or wants to resume; None when a new one is to be made."""
+    if isinstance(run_dir, Run):
+        return run_dir
+    if not resume:
+        return None
+    if run_dir is None:
+        raise ConfigError("resume=True without run_dir: name the run directory to continue.")
+    return Run.resume(Path(run_dir), seed=seed)
+
+
+def check_same(asked: Mapping[str, tuple[object, object]]) -> None:
+    """A run keeps its plan: what is asked for now and differs from it is refused, and not ignored.
+
+    Args:
+        asked: name -> (what is asked for now, what the plan says); None leaves it to the plan.
+    """
+    for name, (now, planned) in asked.items():
+        if now is not None and now != planned:
+            raise ConfigError(f"{name}: {now} now, {planned} in the plan of this run; resume with the same options.")
 
 
 def check_plan(plan: Plan, *, clipping: Clipping | None, examples: int) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from discreet.core.book import Layout
-from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.axes import Layout
+from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
+from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
 
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
@@ -79,6 +80,16 @@ class ClippedStep:
                 torch.cuda.empty_cache()
             self.microbatch.halve(realised=realised)
 
+    def after(self, released: Released) -> ClippedStep:
+        """The next step: a bound that follows a quantile moves by the released count; all else stays.
+
+        Args:
+            released: the release of this step's sum over the expected batch.
+        """
+        if self.clipping.following is None:
+            return self
+        return replace(self, clipping=self.clipping.followed(float(released.tensors[BELOW])))
+
     def _attempt(self, indices: np.ndarray) -> ClippedSum:
         total = None
         for part in self.microbatch.split(indices):
@@ -86,7 +97,10 @@ class ClippedStep:
             share = clipped_gradient(
                 self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)
             )
-            total = share if total is None else total + share
+            if total is None:
+                total = share
+            else:
+                total += share
         return zero_sum(self.parameters, self.clipping) if total is None else total
 
 
@@ -107,9 +121,18 @@ def forget_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
         parameter.grad = None
 
 
+def gradient_memory(total: ClippedSum, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Where the released gradients may go: the sums' own memory, or new memory where a sum of several is float64."""
+    return {
+        name: value if value.dtype is sum_dtype(parameters[name]) else torch.empty_like(value, dtype=torch.float32)
+        for name, value in total.tensors.items()
+        if name in parameters
+    }
+
+
 def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter]) -> None:
     """Set ``p.grad`` of every trainable parameter to the released mean: the sum over the expected batch, a constant."""
-    if released.tensors.keys() != parameters.keys():
+    if released.tensors.keys() - {BELOW} != parameters.keys():
         raise ConfigError(
             "the released sum and the model have different parameters; do not freeze or unfreeze mid-run."
         )

@@ -4,7 +4,7 @@ A trial writes nothing, charges nothing and returns nothing but the trained mode
 `discreet.insight.simulated_run` and `curves`, whose data are public, and `discreet.train.tune`, which charges all its
 trials as one query before the first of them begins. `tests/architecture` keeps the list.
 
-A trial is a function of (key, data, numbers): batches, noise and dropout masks all follow from the key.
+A trial is a function of (key, data, numbers): weights, batches, noise and dropout masks all follow from the key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from discreet.core.book import Layout
+from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, trainable
 from discreet.core.noise import release
@@ -27,7 +27,7 @@ from discreet.errors import ConfigError
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.auto_lr import RateControl
 from discreet.train.examples import Examples
-from discreet.train.step import ClippedStep, Microbatch, write_gradient
+from discreet.train.step import ClippedStep, Microbatch, gradient_memory, write_gradient
 
 MICROBATCH = 512
 
@@ -99,6 +99,13 @@ class Schedule:
         return self.sampling.batch_size * self.steps
 
 
+def fresh_model(build: Callable[[], nn.Module], *, key: bytes) -> nn.Module:
+    """A model whose weights follow from the key: torch's global generator is seeded, and put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(subkey(key, "initial weights")[:8], "little") >> 1)
+        return build()
+
+
 def run_trial(
     model: nn.Module,
     examples: Examples,
@@ -159,9 +166,10 @@ def run_trial(
                 noise_multiplier=schedule.noise_multiplier,
                 source=source,
                 divisor=schedule.sampling.batch_size,
-                into=total.tensors,
+                into=gradient_memory(total, parameters),
             )
             write_gradient(released, parameters)
+            step = step.after(released)
             rates.before_update(index)
             optimizer.step()
             rates.after_update()

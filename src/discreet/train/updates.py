@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable, zero_sum
@@ -27,7 +28,7 @@ from discreet.train.examples import Examples
 from discreet.train.horizon import updates_allowed
 from discreet.train.probing import probe_sum
 from discreet.train.run import Run, Stage
-from discreet.train.step import ClippedStep, refuse_unreleased, write_gradient
+from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
 from discreet.train.tolerance import Asked, Question, Verdict
 
 RESERVE_STEPS = 16
@@ -62,6 +63,10 @@ class Step:
         return self.plan.spent_at_most(self.index + 1)
 
 
+Conclusion = Callable[[Run, nn.Module], None]
+"""What is done with a run and its model after the last update, before the run is closed for good."""
+
+
 class Updates:
     """State of a run between updates.
 
@@ -80,6 +85,8 @@ class Updates:
         rates: sets the learning rate.
         done: where to start.
         checkpoint_steps: updates between checkpoints.
+        conclude: called with run and model after the last update, while the run is still open; what it releases must be
+            reserved in the run's ledger before.
     """
 
     def __init__(
@@ -91,7 +98,9 @@ class Updates:
         rates: RateControl,
         done: int,
         checkpoint_steps: int,
+        conclude: Conclusion | None = None,
     ) -> None:
+        self._conclude = conclude
         self.run = run
         self.step = step
         self.done = done
@@ -197,17 +206,21 @@ class Updates:
                 "`private` or `private.loader`, and only once at a time."
             )
         self._rates.refuse_others()
-        released = self._release(world_sum(total), index=index)
+        total = world_sum(total)
+        released = self._release(total, index=index, into=gradient_memory(total, self.step.parameters))
         if released is None:
             return None
         write_gradient(released, self.step.parameters)
         rate = self._rates.before_update(index)
         self._move()
         self._rates.after_update()
+        self.step = self.step.after(released)
         self.done += 1
         return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan, verdict=self.verdict)
 
-    def _release(self, total: ClippedSum, *, index: int) -> Released | None:
+    def _release(
+        self, total: ClippedSum, *, index: int, into: Mapping[str, torch.Tensor] | None = None
+    ) -> Released | None:
         """Release the one sum of an update over the expected batch; None when another one was released so."""
         if not self._sums.admits(index, total):
             self._renew_key("the sum of a repeated step")
@@ -218,7 +231,7 @@ class Updates:
             noise_multiplier=self.plan.noise_multiplier,
             source=self._source,
             divisor=self.plan.batch_size,
-            into=total.tensors,
+            into=into,
         )
 
     def _probe_sum(self, question: Question, indices: np.ndarray) -> ClippedSum:
@@ -296,7 +309,7 @@ class Updates:
 
     def save(self) -> Path:
         """Write a checkpoint now, atomically."""
-        scheduler = self._rates.scheduler
+        scheduler, rule = self._rates.scheduler, self.step.clipping
         return checkpoints.save(
             self.run.checkpoint_dir,
             checkpoints.Checkpoint(
@@ -307,6 +320,7 @@ class Updates:
                 scheduler=scheduler.state_dict() if scheduler is not None else None,
                 ledger_head=self.run.ledger.head,
                 rates=self._rates.state(),
+                clip_bound=rule.clip_bound if rule.following is not None else None,
             ),
         )
 
@@ -314,6 +328,8 @@ class Updates:
         """Save the model, end the run, and certify it. A second time does nothing."""
         if not self.run.ledger.finished:
             self._check_hold()
+            if self._conclude is not None:
+                self._conclude(self.run, self.step.model)
             self.run.finish(self.step.model)
 
 
@@ -325,6 +341,7 @@ def begin(
     examples: Examples,
     *,
     checkpoint_steps: int,
+    conclude: Conclusion | None = None,
 ) -> Updates:
     """Put a run where its checkpoint left it, or at its start; decide whether the key may still be used."""
     found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
@@ -343,8 +360,16 @@ def begin(
         )
     run.adopt(environment, stage=Stage.TRAINING)
     done = found.step if found is not None else 0
+    if found is not None and found.clip_bound is not None:
+        step = replace(step, clipping=replace(step.clipping, clip_bound=found.clip_bound))
     updates = Updates(
-        run=run, step=step, optimizer=optimizer, rates=rates, done=done, checkpoint_steps=checkpoint_steps
+        run=run,
+        step=step,
+        optimizer=optimizer,
+        rates=rates,
+        done=done,
+        checkpoint_steps=checkpoint_steps,
+        conclude=conclude,
     )
     step.microbatch.on_halving = updates.save
     if found is None:

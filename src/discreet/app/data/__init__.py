@@ -19,6 +19,7 @@ from discreet.app.data.source import (
     TextInput,
     input_from_json,
 )
+from discreet.app.data.split import PublicCalibration, SetApart, usual_share
 from discreet.app.data.text import TextUnits
 
 __all__ = [
@@ -28,7 +29,9 @@ __all__ = [
     "InputSpec",
     "Prepared",
     "Preprocessing",
+    "PublicCalibration",
     "Schema",
+    "SetApart",
     "Source",
     "SourceKind",
     "TableInput",
@@ -39,4 +42,5 @@ __all__ = [
     "input_from_json",
     "open_source",
     "read_schema",
+    "usual_share",
 ]

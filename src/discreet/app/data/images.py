@@ -12,7 +12,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +36,7 @@ from discreet.app.data.source import (
     digest_of,
     held_out_statement,
 )
-from discreet.app.data.split import is_test
+from discreet.app.data.split import PublicCalibration, SetApart, is_test
 from discreet.core.histogram import Counts, Names
 from discreet.errors import ConfigError, DataError
 
@@ -58,10 +58,17 @@ class ImageSet:
 
     def split(self) -> tuple[ImageSet, ImageSet]:
         """Training and test images, told apart by `is_test` of pixels and label."""
+        return self._apart(is_test)
+
+    def set_apart(self, part: SetApart) -> tuple[ImageSet, ImageSet]:
+        """Training images, and those that are kept for calibration."""
+        return self._apart(part.of(len(self.labels)).holds)
+
+    def _apart(self, chosen: Callable[[tuple[bytes, bytes]], bool]) -> tuple[ImageSet, ImageSet]:
         pixels = self.pixels.numpy()
         mask = np.fromiter(
             (
-                is_test((image.tobytes(), label.encode("utf-8")))
+                chosen((image.tobytes(), label.encode("utf-8")))
                 for image, label in zip(pixels, self.labels, strict=True)
             ),
             dtype=bool,
@@ -83,22 +90,32 @@ class ImageSet:
 class ImageSource(Source):
     """Labelled images of one size."""
 
-    def __init__(self, *, path: Path, train: ImageSet, test: ImageSet | None, classes: ClassList | None) -> None:
-        self._train, self._test, self._classes = train, test, classes
-        if test is not None and test.pixels.shape[1:] != train.pixels.shape[1:]:
-            raise DataError(f"{path}: test images are of another size than training images; give --image-size.")
+    def __init__(
+        self,
+        *,
+        path: Path,
+        train: ImageSet,
+        test: ImageSet | None,
+        classes: ClassList | None,
+        calibration: ImageSet | None = None,
+    ) -> None:
+        self._train, self._test, self._classes, self._calibration = train, test, classes, calibration
+        for name, images in (("test", test), ("calibration", calibration)):
+            if images is not None and images.pixels.shape[1:] != train.pixels.shape[1:]:
+                raise DataError(f"{path}: {name} images are of another size than training images; give --image-size.")
         super().__init__(
             kind=SourceKind.IMAGES,
             path=path,
             examples=len(train.labels),
             request=Request(buckets={}, names={} if classes is not None else {_LABEL: Names(train.labels)}),
             input_spec=ImageInput(*train.pixels.shape[1:]),
+            calibration_examples=None if calibration is None else len(calibration.labels),
         )
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
-        held_out = () if self._test is None else self._test.parts()
-        return digest_of((repr(self._classes).encode(), *self._train.parts(), *held_out))
+        others = [part for images in (self._test, self._calibration) if images is not None for part in images.parts()]
+        return digest_of((repr(self._classes).encode(), *self._train.parts(), *others))
 
     def _encode(self, counts: Counts | None) -> Prepared:
         classes = self._classes
@@ -116,6 +133,7 @@ class ImageSource(Source):
         return Prepared(
             train=examples(self._train),
             test=test,
+            calibration=None if self._calibration is None else examples(self._calibration),
             task=Task.CLASSIFICATION,
             classes=classes.names,
             input=size,
@@ -136,6 +154,7 @@ def open_images(
     test: Path | None,
     classes: int | Sequence[str] | None,
     image_size: tuple[int, int] | None,
+    calibration: SetApart | PublicCalibration | None = None,
 ) -> ImageSource:
     """Read a folder of IDX files, or of one folder of images per class.
 
@@ -143,18 +162,26 @@ def open_images(
     five, by a public hash of the image.
     """
     held_out: ImageSet | None
+    public = calibration.path if isinstance(calibration, PublicCalibration) else None
     if _idx_files(path):
         train, held_out = _read_idx_folder(path)
         held_out = _read_idx_folder(test)[0] if test is not None else held_out
+        apart = None if public is None else _read_idx_folder(public)[0]
         listed = None if classes is None else public_classes(classes)
+        apart = None if apart is None else _rename(apart, listed)
         train, held_out = _rename(train, listed), None if held_out is None else _rename(held_out, listed)
     else:
         train, held_out, names = _read_class_folders(path, test=test, image_size=image_size)
         listed = public_classes(names if classes is None else classes)
+        apart = None if public is None else _read_class_folders(public, test=None, image_size=image_size)[0]
     _check_labels(path, train, listed)
     if held_out is None:
         train, held_out = train.split()
-    return ImageSource(path=path, train=train, test=held_out if held_out.labels else None, classes=listed)
+    if isinstance(calibration, SetApart):
+        train, apart = train.set_apart(calibration)
+    return ImageSource(
+        path=path, train=train, test=held_out if held_out.labels else None, classes=listed, calibration=apart
+    )
 
 
 def _rename(images: ImageSet, classes: ClassList | None) -> ImageSet:

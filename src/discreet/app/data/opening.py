@@ -10,6 +10,7 @@ from discreet.app.data.labels import public_classes
 from discreet.app.data.records import Records, read_records
 from discreet.app.data.schema import ColumnType, Schema, nearest, read_schema
 from discreet.app.data.source import IGNORED, Source, SourceKind
+from discreet.app.data.split import PublicCalibration, SetApart
 from discreet.app.data.table import TableSource
 from discreet.app.data.text import TextSource, TextUnits
 from discreet.errors import ConfigError, DataError
@@ -31,6 +32,7 @@ def open_source(
     text_column: str | None = None,
     text_units: TextUnits = TextUnits.NGRAMS,
     image_size: tuple[int, int] | None = None,
+    calibration: SetApart | PublicCalibration | None = None,
 ) -> Source:
     """Read and validate data. Draws nothing, writes nothing, and counts nothing.
 
@@ -50,6 +52,7 @@ def open_source(
         text_column: the column that holds the text.
         text_units: what a text is cut into; the model decides.
         image_size: (height, width) in pixels to which images of a folder are resized.
+        calibration: rows for a temperature: a part of the training rows, or public data of the same form.
 
     Raises:
         ConfigError: an argument or the schema is wrong, or an optional package is missing.
@@ -59,25 +62,38 @@ def open_source(
     test = None if test is None else Path(test)
     facts = schema if isinstance(schema, Schema) else Schema() if schema is None else read_schema(schema)
     listed = classes if classes is not None else facts.classes
-    for place in (path, test):
+    public = calibration.path if isinstance(calibration, PublicCalibration) else None
+    for place in (path, test, public):
         if place is not None and not place.exists():
             raise DataError(f"{place}: no such file or folder; check the path.")
     if path.is_dir():
         _check_folder_options(path, test=test, columns=columns, kind=kind)
         check_image_size(image_size)
-        return open_images(path, test=test, classes=listed, image_size=image_size)
+        return open_images(path, test=test, classes=listed, image_size=image_size, calibration=calibration)
     if kind is SourceKind.IMAGES or image_size is not None:
         raise ConfigError(f"{path}: a file, but images are asked for; give the folder that holds them.")
     train, held_out = _read_both(path, test, schema=facts, columns=None if columns is None else tuple(columns))
+    apart = None
+    if public is not None:
+        apart = _read_like(train, public, schema=facts, columns=None if columns is None else tuple(columns))
+    elif isinstance(calibration, SetApart):
+        train, apart = train.set_apart(calibration)
     target = _target(train, target if target is not None else facts.target)
     _check_schema_columns(train, facts, target=target)
     _check_labels(train, target=target, schema=facts, classes=listed)
     if kind is SourceKind.TEXT or (kind is None and _is_text(train, facts, target=target, text_column=text_column)):
         text = _text_column(train, facts, target=target, text_column=text_column)
         return TextSource(
-            train=train, test=held_out, schema=facts, target=target, text_column=text, classes=listed, units=text_units
+            train=train,
+            test=held_out,
+            schema=facts,
+            target=target,
+            text_column=text,
+            classes=listed,
+            units=text_units,
+            calibration=apart,
         )
-    return TableSource(train=train, test=held_out, schema=facts, target=target, classes=listed)
+    return TableSource(train=train, test=held_out, schema=facts, target=target, classes=listed, calibration=apart)
 
 
 def _check_folder_options(
@@ -98,12 +114,17 @@ def _read_both(
     if test is None:
         train, held_out = train.split()
         return train, held_out if held_out.rows else None
-    if test.is_dir():
-        raise ConfigError(f"{test}: a folder, but the training data is a file; give a file of the same form.")
-    held_out = read_records(test, schema=schema, columns=columns)
-    if held_out.names != train.names:
-        raise DataError(f"{test}: its columns are not those of {path}, in the same order; align the two files.")
-    return train, held_out
+    return train, _read_like(train, test, schema=schema, columns=columns)
+
+
+def _read_like(train: Records, path: Path, *, schema: Schema, columns: tuple[str, ...] | None) -> Records:
+    """Other rows of the form of the training rows."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder, but the training data is a file; give a file of the same form.")
+    found = read_records(path, schema=schema, columns=columns)
+    if found.names != train.names:
+        raise DataError(f"{path}: its columns are not those of {train.path}, in the same order; align the two files.")
+    return found
 
 
 def _target(train: Records, target: str | None) -> str:

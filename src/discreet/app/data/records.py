@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from discreet.app.data.schema import Schema
-from discreet.app.data.split import is_test_row
+from discreet.app.data.split import SetApart, is_test_row
 from discreet.errors import ConfigError, DataError
 
 _FIELD_LIMIT = 1 << 24
@@ -40,8 +40,15 @@ class Records:
 
     def split(self) -> tuple[Records, Records]:
         """Training and test rows, told apart by `is_test_row`."""
-        held_out = [is_test_row(row) for row in self.rows]
-        return self._take([not test for test in held_out]), self._take(held_out)
+        return self._apart([is_test_row(row) for row in self.rows])
+
+    def set_apart(self, part: SetApart) -> tuple[Records, Records]:
+        """Training rows, and those that are kept for calibration."""
+        part = part.of(len(self.rows))
+        return self._apart([part.holds_row(row) for row in self.rows])
+
+    def _apart(self, chosen: Sequence[bool]) -> tuple[Records, Records]:
+        return self._take([not one for one in chosen]), self._take(chosen)
 
     def parts(self) -> Iterator[bytes]:
         """Everything that the rows hold, in order, for a fingerprint."""

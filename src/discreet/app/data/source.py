@@ -138,6 +138,8 @@ class Prepared:
         record: JSON-able account of the encoding; released and public values only.
         statements: sentences for the report, released and public values only.
         private: False when counts were made without noise or with a test seed.
+        calibration: rows for a temperature: set apart from the training rows by a public hash, or public ones; None
+            when there are none.
     """
 
     train: Examples
@@ -148,6 +150,7 @@ class Prepared:
     record: Mapping[str, object]
     statements: tuple[str, ...]
     private: bool
+    calibration: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -206,10 +209,18 @@ class Source(abc.ABC):
         path: where the data lies.
         examples: number of training rows N, a public constant of the guarantee.
         input: what a model will be fed, where that is public before any count: for images and text. None for tables.
+        calibration_examples: rows for a temperature, public; None when there are none. Not among ``examples``.
     """
 
     def __init__(
-        self, *, kind: SourceKind, path: Path, examples: int, request: Request, input_spec: InputSpec | None = None
+        self,
+        *,
+        kind: SourceKind,
+        path: Path,
+        examples: int,
+        request: Request,
+        input_spec: InputSpec | None = None,
+        calibration_examples: int | None = None,
     ) -> None:
         if examples < 2:
             raise DataError(
@@ -219,6 +230,7 @@ class Source(abc.ABC):
         self.path = path
         self.examples = examples
         self.input = input_spec
+        self.calibration_examples = calibration_examples
         self._request = request
 
     @property
@@ -239,7 +251,7 @@ class Source(abc.ABC):
         """Make the private counts, and encode all rows by them.
 
         **Guarantees.** Training rows are touched by one private count (charged as `queries` says) and by an encoding
-        that is a function of public and released values only. Test rows are counted nowhere.
+        that is a function of public and released values only. Test and calibration rows are counted nowhere.
 
         Raises:
             ConfigError: sigma > 0 with names to tell and delta 0.

@@ -63,8 +63,10 @@ class TableSource(Source):
         schema: Schema,
         target: str,
         classes: int | Sequence[str] | None,
+        calibration: Records | None = None,
     ) -> None:
         self._train, self._test, self._schema, self._target = train, test, schema, target
+        self._calibration = calibration
         self._classes = None if classes is None else public_classes(classes)
         self._columns = tuple(
             name for name in train.names if name != target and _type_of(schema, name) is not ColumnType.DROP
@@ -73,7 +75,7 @@ class TableSource(Source):
             raise DataError(
                 f"{train.path}: no column beside the target; needs at least 1 that is not dropped by the schema."
             )
-        for records in (train, test):
+        for records in (train, test, calibration):
             if records is not None:
                 _check_numbers(records, schema=schema, columns=self._columns)
         super().__init__(
@@ -83,13 +85,14 @@ class TableSource(Source):
             request=_request(
                 train, schema=schema, columns=self._columns, target=None if self._classes is not None else target
             ),
+            calibration_examples=None if calibration is None else len(calibration.rows),
         )
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
         settings = repr((self._schema.facts(), self._target, self._classes)).encode()
-        held_out = () if self._test is None else self._test.parts()
-        return digest_of((settings, *self._train.parts(), *held_out))
+        others = [part for rows in (self._test, self._calibration) if rows is not None for part in rows.parts()]
+        return digest_of((settings, *self._train.parts(), *others))
 
     def _encode(self, counts: Counts | None) -> Prepared:
         classes = self._classes
@@ -103,13 +106,16 @@ class TableSource(Source):
                 f"{self.path}: no column could be told from the noise with {self.examples} rows; give types, bounds "
                 "and values in a schema, or a larger epsilon."
             )
-        train = _examples(self._train, encodings=encodings, schema=self._schema, classes=classes, target=self._target)
-        test = None
-        if self._test is not None:
-            test = _examples(self._test, encodings=encodings, schema=self._schema, classes=classes, target=self._target)
+
+        def examples(records: Records) -> Examples:
+            return _examples(records, encodings=encodings, schema=self._schema, classes=classes, target=self._target)
+
+        train = examples(self._train)
+        test = None if self._test is None else examples(self._test)
         return Prepared(
             train=train,
             test=test,
+            calibration=None if self._calibration is None else examples(self._calibration),
             task=Task.CLASSIFICATION,
             classes=classes.names,
             input=TableInput(features=train.features.shape[1]),

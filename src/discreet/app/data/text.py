@@ -98,8 +98,9 @@ class TextSource(Source):
         text_column: str,
         classes: int | Sequence[str] | None,
         units: TextUnits,
+        calibration: Records | None = None,
     ) -> None:
-        self._train, self._test = train, test
+        self._train, self._test, self._calibration = train, test, calibration
         self._target, self._text_column = target, text_column
         self._schema = schema
         self._encoding = TextEncoding.of(units)
@@ -110,6 +111,7 @@ class TextSource(Source):
             examples=len(train.rows),
             request=Request(buckets={}, names=self._label_names()),
             input_spec=TextInput(vocabulary=self._encoding.vocabulary, length=self._encoding.length),
+            calibration_examples=None if calibration is None else len(calibration.rows),
         )
 
     def _label_names(self) -> dict[str, Names]:
@@ -121,8 +123,8 @@ class TextSource(Source):
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
         settings = (self._schema.facts(), self._target, self._text_column, self._classes, self._encoding)
-        held_out = () if self._test is None else self._test.parts()
-        return digest_of((repr(settings).encode(), *self._train.parts(), *held_out))
+        others = [part for rows in (self._test, self._calibration) if rows is not None for part in rows.parts()]
+        return digest_of((repr(settings).encode(), *self._train.parts(), *others))
 
     def _encode(self, counts: Counts | None) -> Prepared:
         classes = self._classes
@@ -141,6 +143,7 @@ class TextSource(Source):
         return Prepared(
             train=examples(self._train),
             test=test,
+            calibration=None if self._calibration is None else examples(self._calibration),
             task=Task.CLASSIFICATION,
             classes=classes.names,
             input=TextInput(vocabulary=self._encoding.vocabulary, length=self._encoding.length),

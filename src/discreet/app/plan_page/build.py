@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from discreet.app.plan_page.sections import (
@@ -17,6 +15,7 @@ from discreet.app.plan_page.sections import (
 )
 from discreet.app.plan_page.simulated import Simulation
 from discreet.app.report import parts
+from discreet.app.report.files import write_whole
 from discreet.errors import ConfigError
 from discreet.privacy.options import Proposal
 
@@ -48,10 +47,6 @@ def write_page(proposal: Proposal, path: Path, *, simulation: Simulation | None 
         raise ConfigError(f"{path}: is a directory; name a file, e.g. plan.html.")
     text = render_page(proposal, simulation=simulation)
     try:
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".plan-", suffix=".html")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name a file that can.") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,17 +15,14 @@ from discreet.app.plan_page.curves import (
     overhead_by_batch,
 )
 from discreet.app.plan_page.simulated import Simulation
-from discreet.app.report.plots import ACCENT, ACCENT2, ACCENT3, ALARM, INK, LINE, SOFT, can_draw, canvas, for_page
+from discreet.app.report.axes import DASHES, both_grids, nice, plain_ticks, say, short
+from discreet.app.report.plots import ACCENT, ACCENT2, ACCENT3, ALARM, INK, SOFT, can_draw, canvas, for_page
 from discreet.app.report.text import duration
 from discreet.privacy.options import Proposal
 from discreet.privacy.planner import KNEE_OVERHEAD, knee_batch, knee_noise_multiplier
 from discreet.privacy.planning import WALL_OVERHEAD
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 _INCHES = (6.4, 3.5)
-_DASHES = (0, (4, 3))
 _WALL_SIGMA = knee_noise_multiplier(WALL_OVERHEAD)
 _KNEE_SIGMA = knee_noise_multiplier(KNEE_OVERHEAD)
 
@@ -41,21 +37,21 @@ def wall_figure(proposal: Proposal) -> str:
     points = constant_tan(plan, sigmas=decades(0.35, min(top, nu * plan.examples)))
     limit = full_batch_epsilon(plan)
     with canvas("wall", inches=_INCHES) as (drawn, axes):
-        _both_grids(axes)
+        both_grids(axes)
         axes.set_xscale("log")
         axes.set_yscale("log")
         sigmas, epsilons = zip(*points, strict=True)
         axes.axvspan(sigmas[0], _WALL_SIGMA, color=ALARM, alpha=0.08, linewidth=0)
-        axes.axhline(limit, color=SOFT, linewidth=1.0, linestyle=_DASHES)
+        axes.axhline(limit, color=SOFT, linewidth=1.0, linestyle=DASHES)
         axes.plot(sigmas, epsilons, color=ACCENT, linewidth=2.0)
-        axes.axvline(_KNEE_SIGMA, color=ACCENT2, linewidth=1.0, linestyle=_DASHES)
+        axes.axvline(_KNEE_SIGMA, color=ACCENT2, linewidth=1.0, linestyle=DASHES)
         axes.plot(plan.noise_multiplier, plan.epsilon, marker="o", markersize=7, color=ACCENT, markeredgecolor=INK)
-        _say(axes, "this plan", at=(plan.noise_multiplier, plan.epsilon), shift=(7, 8), colour=INK, weight="bold")
-        _say(axes, "the wall", at=(_WALL_SIGMA, epsilons[0]), shift=(-6, -4), colour=ALARM, right=True)
-        _say(axes, "the knee", at=(_KNEE_SIGMA, epsilons[0]), shift=(5, -4), colour=ACCENT2)
-        _say(axes, f"full batches: {limit:.3g}", at=(sigmas[-1], limit), shift=(-2, -11), colour=SOFT, right=True)
-        _plain_ticks(
-            axes, x=(0.35, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 20, 40, 80), y=_nice(min(epsilons), max(epsilons))
+        say(axes, "this plan", at=(plan.noise_multiplier, plan.epsilon), shift=(7, 8), colour=INK, weight="bold")
+        say(axes, "the wall", at=(_WALL_SIGMA, epsilons[0]), shift=(-6, -4), colour=ALARM, right=True)
+        say(axes, "the knee", at=(_KNEE_SIGMA, epsilons[0]), shift=(5, -4), colour=ACCENT2)
+        say(axes, f"full batches: {limit:.3g}", at=(sigmas[-1], limit), shift=(-2, -11), colour=SOFT, right=True)
+        plain_ticks(
+            axes, x=(0.35, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 20, 40, 80), y=nice(min(epsilons), max(epsilons))
         )
         axes.set_xlim(sigmas[0], sigmas[-1])
         axes.set_xlabel("noise multiplier σ, at constant σ / B and S (batch grows to the right)")
@@ -77,17 +73,17 @@ def knee_figure(proposal: Proposal) -> str:
     curve = overhead_by_batch(plan, floor=floor, batches=decades(max(1.0, low), high))
     points = [point for point in curve if point[1] <= 8]
     with canvas("knee", inches=_INCHES) as (drawn, axes):
-        _both_grids(axes)
+        both_grids(axes)
         axes.set_xscale("log")
         axes.set_yscale("log")
         batches, ratios = zip(*points, strict=True)
         axes.plot(batches, ratios, color=ACCENT, linewidth=2.0)
-        axes.axhline(1.0, color=SOFT, linewidth=1.0, linestyle=_DASHES)
-        _say(axes, "full batches", at=(batches[0], 1.0), shift=(3, 3), colour=SOFT)
+        axes.axhline(1.0, color=SOFT, linewidth=1.0, linestyle=DASHES)
+        say(axes, "full batches", at=(batches[0], 1.0), shift=(3, 3), colour=SOFT)
         for batch, name, colour in ((wall, "the wall", ALARM), (knee, "the knee", ACCENT2)):
             if batches[0] <= batch <= batches[-1]:
-                axes.axvline(batch, color=colour, linewidth=1.0, linestyle=_DASHES)
-                _say(axes, name, at=(batch, ratios[0]), shift=(5, -4), colour=colour)
+                axes.axvline(batch, color=colour, linewidth=1.0, linestyle=DASHES)
+                say(axes, name, at=(batch, ratios[0]), shift=(5, -4), colour=colour)
         for option in here:
             chosen = option is proposal.recommended
             axes.plot(
@@ -100,7 +96,7 @@ def knee_figure(proposal: Proposal) -> str:
                 markeredgewidth=1.2 if chosen else 0.6,
             )
             weight = "bold" if chosen else "normal"
-            _say(
+            say(
                 axes,
                 option.kind.value,
                 at=(option.plan.batch_size, option.overhead),
@@ -108,7 +104,7 @@ def knee_figure(proposal: Proposal) -> str:
                 colour=INK,
                 weight=weight,
             )
-        _plain_ticks(axes, x=_nice(batches[0], batches[-1]), y=(1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8))
+        plain_ticks(axes, x=nice(batches[0], batches[-1]), y=(1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8))
         axes.set_ylim(0.96, max(1.3, max(ratios) * 1.06))
         axes.set_xlabel(f"expected batch B, at ε = {plan.epsilon:g} and {plan.steps} steps")
         axes.set_ylabel("noise per update, full batches = 1")
@@ -128,7 +124,7 @@ def plane_figure(proposal: Proposal) -> str:
     here = cost_of(proposal, batch_size=plan.batch_size, steps=plan.steps)
     in_time = proposal.machine is not None
     with canvas("plane", inches=(6.4, 4.1)) as (drawn, axes):
-        _both_grids(axes)
+        both_grids(axes)
         axes.set_xscale("log")
         axes.set_yscale("log")
         levels = [plan.epsilon * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)]
@@ -147,7 +143,7 @@ def plane_figure(proposal: Proposal) -> str:
         for sigma, name, colour in ((_WALL_SIGMA, "wall", ALARM), (_KNEE_SIGMA, "knee", ACCENT2)):
             if batches[0] < sigma / nu < batches[-1]:
                 axes.axhline(sigma / nu, color=colour, linewidth=1.0, linestyle=(0, (1, 2)))
-                _say(
+                say(
                     axes,
                     f"{name}, σ = {sigma:.2f}",
                     at=(steps[-1], sigma / nu),
@@ -156,8 +152,8 @@ def plane_figure(proposal: Proposal) -> str:
                     right=True,
                 )
         axes.plot(plan.steps, plan.batch_size, marker="o", markersize=8, color=ACCENT, markeredgecolor=INK)
-        _say(axes, "this plan", at=(plan.steps, plan.batch_size), shift=(7, 7), colour=INK, weight="bold")
-        _plain_ticks(axes, x=_nice(steps[0], steps[-1]), y=_nice(batches[0], batches[-1]))
+        say(axes, "this plan", at=(plan.steps, plan.batch_size), shift=(7, 7), colour=INK, weight="bold")
+        plain_ticks(axes, x=nice(steps[0], steps[-1]), y=nice(batches[0], batches[-1]))
         axes.set_xlabel("steps S")
         axes.set_ylabel("expected batch B")
     return for_page(drawn.getvalue(), prefix="plane")
@@ -199,7 +195,7 @@ def simulation_figure(proposal: Proposal, simulation: Simulation) -> str:
     least = min(batch for batch, _ in simulation.points)
     batches = decades(least, max(simulation.at_batch, *(batch for batch, _ in simulation.points)) * 1.15, count=60)
     with canvas("simulation", inches=_INCHES) as (drawn, axes):
-        _both_grids(axes)
+        both_grids(axes)
         axes.set_xscale("log", base=2)
         band = simulation.band(batches)
         if band:
@@ -221,9 +217,9 @@ def simulation_figure(proposal: Proposal, simulation: Simulation) -> str:
             capsize=4,
             linewidth=1.4,
         )
-        _say(axes, "the real run", at=(simulation.at_batch, simulation.high), shift=(-6, 6), colour=INK, right=True)
+        say(axes, "the real run", at=(simulation.at_batch, simulation.high), shift=(-6, 6), colour=INK, right=True)
         axes.set_xticks([2**power for power in range(int(math.log2(least)), int(math.log2(batches[-1])) + 1)])
-        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
         axes.minorticks_off()
         axes.margins(y=0.12)
@@ -232,61 +228,5 @@ def simulation_figure(proposal: Proposal, simulation: Simulation) -> str:
     return for_page(drawn.getvalue(), prefix="simulation")
 
 
-def _both_grids(axes: Axes) -> None:
-    axes.grid(visible=True, which="major", axis="both", color=LINE, linewidth=0.8)
-    axes.minorticks_off()
-
-
-def _say(
-    axes: Axes,
-    words: str,
-    *,
-    at: tuple[float, float],
-    shift: tuple[float, float],
-    colour: str,
-    weight: str = "normal",
-    right: bool = False,
-) -> None:
-    """A label beside a point."""
-    axes.annotate(
-        words,
-        xy=at,
-        xytext=shift,
-        textcoords="offset points",
-        color=colour,
-        fontsize=8.5,
-        fontweight=weight,
-        ha="right" if right else "left",
-    )
-
-
-def _plain_ticks(axes: Axes, *, x: tuple[float, ...], y: tuple[float, ...]) -> None:
-    """Ticks at round numbers, written as people write them."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.set_xticks([tick for tick in x if left <= tick <= right])
-    axes.set_yticks([tick for tick in y if bottom <= tick <= top])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: _short(value))
-    axes.minorticks_off()
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
-
-
-def _nice(low: float, high: float) -> tuple[float, ...]:
-    """1, 2, 5, 10, ... between two numbers; powers of ten alone over more than three decades."""
-    wide = math.log10(high / low) > 3
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return tuple(digit * 10.0**power for power in powers for digit in ((1,) if wide else (1, 2, 5)))
-
-
-def _short(value: float) -> str:
-    """30 k, 1.5 M: short enough for a tick."""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if value >= size:
-            scale = 1e3 if unit == " k" else size
-            return f"{value / scale:.4g}{unit}".replace(" ", "\u202f")
-    return f"{value:.4g}"
-
-
 def _cost(value: float, *, in_time: bool) -> str:
-    return duration(value).replace("\u00a0", " ") if in_time else f"{_short(float(f'{value:.2g}'))} examples"
+    return duration(value).replace("\u00a0", " ") if in_time else f"{short(float(f'{value:.2g}'))} examples"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from discreet.app.report import parts
+from discreet.app.report.believed import run_section
 from discreet.app.report.evidence import check_section, data_section, plan_section, verify_section
+from discreet.app.report.files import write_whole
 from discreet.app.report.rate import rate_section
 from discreet.app.report.record import RunRecord, read_run
 from discreet.app.report.story import (
@@ -30,6 +30,7 @@ def render_report(run: RunRecord) -> str:
             guarantee_section(run),
             limits_section(run),
             metrics_section(run),
+            run_section(run),
             budget_section(run),
             curves_section(run),
             rate_section(run),
@@ -59,11 +60,7 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "release" / "report.html"
     text = render_report(read_run(run_dir))
     try:
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".report-", suffix=".html")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); make the folder writable.") from error
     return path

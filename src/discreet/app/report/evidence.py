@@ -21,6 +21,7 @@ _WORDS = {
 
 _KINDS = {
     "gaussian": "counts over all examples, with Gaussian noise",
+    "held_out": "sums over examples that a public hash set apart, with Gaussian noise; in parallel with all the rest",
     "selection": "names told when their noisy count passes a threshold",
     "repeated": "a secret random number of training runs, the best of which is released",
     "sampled_gaussian": "sums over Poisson batches, with Gaussian noise",
@@ -100,6 +101,10 @@ def plan_section(run: RunRecord) -> str:
     if rule:
         words = "<br>".join(f"{safe(key).replace('_', ' ')}: {safe(_figure(value))}" for key, value in rule.items())
         rows.append(("Clipping<small>how each example's share is bounded</small>", words))
+    apart = mapping(plan, "calibration")
+    if apart:
+        words = "<br>".join(f"{safe(key).replace('_', ' ')}: {safe(_figure(value))}" for key, value in apart.items())
+        rows.append(("Calibration part<small>examples set apart for a private temperature</small>", words))
     rows += [
         (f"Query before training<small>{_kind(query)}</small>", _query(query)) for query in records(plan, "before")
     ]

@@ -81,6 +81,15 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 @contextmanager
 def canvas(name: str, *, inches: tuple[float, float] = _INCHES) -> Iterator[tuple[io.StringIO, Axes]]:
     """Axes in the page's style; when the block ends, the text stream holds the drawing, for `for_page`."""
+    with stacked(name, inches=inches, heights=(1.0,)) as (drawn, (axes,)):
+        yield drawn, axes
+
+
+@contextmanager
+def stacked(
+    name: str, *, inches: tuple[float, float], heights: tuple[float, ...]
+) -> Iterator[tuple[io.StringIO, list[Axes]]]:
+    """The same with axes one above the other, in the given relative heights, over one horizontal axis."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -110,10 +119,11 @@ def canvas(name: str, *, inches: tuple[float, float] = _INCHES) -> Iterator[tupl
     with matplotlib.rc_context(style):
         sheet = Figure(figsize=inches, layout="constrained")
         sheet.patch.set_visible(False)
-        axes = sheet.add_subplot()
-        axes.patch.set_visible(False)
-        axes.locator_params(axis="both", nbins=5)
-        yield drawn, axes
+        grid = sheet.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
+        for axes in grid[:, 0]:
+            axes.patch.set_visible(False)
+            axes.locator_params(axis="both", nbins=5)
+        yield drawn, list(grid[:, 0])
         sheet.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
 
 

@@ -10,7 +10,7 @@ import enum
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class RunRecord:
     Attributes:
         name: name of the run folder.
         plan: ``plan.json``.
-        certificate, result, check, schema: the files of these names; empty when absent.
+        certificate, result, check, schema, calibration, temperature: the files of these names; empty when absent.
         metrics: the lines of ``metrics.jsonl``, in the order written; empty when absent.
     """
 
@@ -65,6 +65,8 @@ class RunRecord:
     check: Mapping[str, Any]
     schema: Mapping[str, Any]
     metrics: tuple[Metric, ...]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    temperature: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stamp(self) -> Stamp:
@@ -155,6 +157,8 @@ def read_run(run_dir: Path) -> RunRecord:
         check=_read_object(release / "check.json"),
         schema=_read_object(release / "schema.json"),
         metrics=tuple(_read_metrics(release / "metrics.jsonl")),
+        calibration=_read_object(release / "calibration.json"),
+        temperature=_read_object(release / "temperature.json"),
     )
 
 

@@ -110,13 +110,12 @@ def metrics_section(run: RunRecord) -> str:
         rows.append(
             ("Accuracy<small>share of test rows whose class is right</small>", percent(accuracy, digits=2), spread)
         )
-    for key, name, note in (
-        ("nll", "Negative log-likelihood", "nats per row; lower is better, a sure wrong answer is expensive"),
-        ("ece", "Expected calibration error", "how far stated confidence is from the share that is right"),
-    ):
-        value = number(test, key)
-        if value is not None:
-            rows.append((f"{name}<small>{note}</small>", f"{value:.4f}", ""))
+    if not run.calibration:
+        rows += [
+            (f"{name}<small>{note}</small>", f"{value:.4f}", "")
+            for key, name, note in _PROBABILITIES
+            if (value := number(test, key)) is not None
+        ]
     if not rows:
         return ""
     return parts.section(
@@ -130,6 +129,13 @@ def metrics_section(run: RunRecord) -> str:
             ),
         ],
     )
+
+
+_PROBABILITIES = (
+    ("nll", "Negative log-likelihood", "nats per row; lower is better, a sure wrong answer is expensive"),
+    ("ece", "Expected calibration error", "how far stated confidence is from the share that is right"),
+)
+"""Shown here where the run has no calibration report; see `discreet.app.report.believed`."""
 
 
 def budget_section(run: RunRecord) -> str:
@@ -146,12 +152,26 @@ def budget_section(run: RunRecord) -> str:
         markup=[
             parts.paragraph(state),
             parts.bar(shares),
+            _apart(run),
             parts.paragraph(
                 "Shares of the squared signal-to-noise ratio, in which independent queries add up; epsilon itself does "
                 f"not add. The exact account is in the ledger.{released}",
                 role="note",
             ),
         ],
+    )
+
+
+def _apart(run: RunRecord) -> str:
+    """What was asked of rows that no other query touched; it adds nothing to the rest."""
+    part = mapping(run.certificate, "calibration")
+    own, rest = number(run.certificate, "epsilon_calibration"), number(run.certificate, "epsilon_training")
+    if part.get("charged") is not True or own is None or rest is None:
+        return ""
+    return parts.paragraph(
+        f"{plain(number(part, 'examples'))} further rows, set apart by a public hash, were asked for a temperature at "
+        f"ε = {upward(own)}, and for nothing else; all others were asked at ε = {upward(rest)}. No row is in both, so "
+        "the larger of the two counts."
     )
 
 

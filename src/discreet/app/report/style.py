@@ -79,7 +79,7 @@ table.pairs th { white-space: normal; vertical-align: bottom; }
 .legend li { display: flex; align-items: baseline; gap: .6rem; }
 .legend .key { flex: none; width: .75rem; height: .75rem; border-radius: .2rem; }
 .legend .figure { margin-left: auto; font-variant-numeric: tabular-nums; }
-figure { margin: 0; }
+figure { margin: 0 0 1.25rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem 2rem; }
 figure svg { display: block; width: 100%; height: auto; }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .9em; }

@@ -9,7 +9,7 @@ Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 from collections.abc import Sequence
 
 import torch
@@ -79,4 +79,9 @@ def _on_accelerator(value: Tensor) -> bool:
 
 @functools.cache
 def _found() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a Triton that compiles the kernels: 3.3, which torch 2.7 brings, does not."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in version.split(".")[:2]) >= (3, 4)

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from discreet.core.derived import derive
 from discreet.core.forms import Form
 from discreet.core.outer import Outer
-from discreet.core.parameter import Guarded, Use, derive, rule
+from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.rules.contraction import Operation, contract
 from discreet.core.rules.linear import Linear
 from discreet.core.rules.rows import by_row, lies_along

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from discreet.core.parameter import Guarded, Use, cast, derivable, derive, observation, plain, rule, sized
+from discreet.core.derived import cast, derive
+from discreet.core.parameter import Guarded, Use, derivable, observation, plain, rule, sized
 from discreet.core.rules.rows import by_row, lies_along
 
 _POINTWISE = (

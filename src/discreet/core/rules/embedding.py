@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discreet.core.book import Book
+from discreet.core.derived import derive
 from discreet.core.forms import Lookup
-from discreet.core.parameter import Guarded, Use, derive, plain, rule
+from discreet.core.parameter import Guarded, Use, plain, rule
 from discreet.core.uses import Derivation
 
 

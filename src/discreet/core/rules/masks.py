@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.parameter import Guarded, Use, cast, derive, plain, rule, sized
+from discreet.core.derived import cast, derive
+from discreet.core.parameter import Guarded, Use, plain, rule, sized
 from discreet.core.rules.elementwise import spread
 
 

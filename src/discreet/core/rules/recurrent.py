@@ -51,28 +51,33 @@ class Gradients(NamedTuple):
     """What a backward over time leaves: at the gates, by way of the input and of the state, and at the first states.
 
     Attributes:
-        projection: of an LSTM that has one, its input (T, N, H) and the gradient of its output (T, N, P).
+        projection: of an LSTM that has one, its input (N, T, H) and the gradient of its output (N, T, P).
     """
 
-    input_TNG: Tensor
-    hidden_TNG: Tensor
+    input_NTG: Tensor
+    hidden_NTG: Tensor
     state_NP: Tensor
     cell_NH: Tensor | None = None
     projection: tuple[Tensor, Tensor] | None = None
 
 
 class Cell(abc.ABC):
-    """The arithmetic of one kind of layer, in one direction and over all steps. Pure; no tensor given is changed."""
+    """The arithmetic of one kind of layer, in one direction and over all steps. Pure; no tensor given is changed.
+
+    What is booked lies example by example, (N, T, ...), and is made so. What only the loops over time see lies step by
+    step, (T, N, ...), because a hyperbolic tangent takes three times as long over rows that lie apart; and so does the
+    output, as PyTorch's own.
+    """
 
     @abc.abstractmethod
     def forward(
-        self, input_TNI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
+        self, input_NTI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """All outputs (T, N, P), the last cell state of an LSTM, and what `backward` needs besides the outputs."""
 
     @abc.abstractmethod
     def backward(
-        self, grad_TNP: Tensor, grad_cell_NH: Tensor | None, before_TNP: Tensor, output_TNP: Tensor, weights: Weights,
+        self, grad_NTP: Tensor, grad_cell_NH: Tensor | None, before_NTP: Tensor, output_NTP: Tensor, weights: Weights,
         kept: tuple[Tensor, ...],
     ) -> Gradients:  # fmt: skip
         """Gradients of everything but weights and inputs. ``before`` are the states that the steps started from."""
@@ -82,97 +87,99 @@ class Lstm(Cell):
     """Gates in, forget, candidate, out: ``c' = f c + i g``, ``h' = o tanh(c')``, and ``W_hr h'`` where projected."""
 
     def forward(
-        self, input_TNI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
+        self, input_NTI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         assert cell_NH is not None
-        steps, (rows, width) = len(input_TNI), cell_NH.shape
-        gate_TNG = F.linear(input_TNI, weights.input, weights.bias)
-        cell = gate_TNG.new_empty(steps + 1, rows, width)
+        gate_NTG = F.linear(input_NTI, weights.input, weights.bias)
+        (rows, steps, _), width = gate_NTG.shape, cell_NH.shape[1]
+        cell = gate_NTG.new_empty(steps + 1, rows, width)
         cell[0] = cell_NH
-        squashed, wide = (gate_TNG.new_empty(steps, rows, width) for _ in range(2))
-        output = wide if weights.projection is None else gate_TNG.new_empty(steps, rows, len(weights.projection))
-        enter, forget, candidate, leave = gate_TNG.chunk(4, -1)
-        both = gate_TNG[:, :, : 2 * width]
-        for gate, pair, i, f, g, o, old, new, q, h, result in _steps(
-            gate_TNG, both, enter, forget, candidate, leave, cell[:-1], cell[1:], squashed, wide, output
-        ):
+        candidate, squashed, wide = (gate_NTG.new_empty(steps, rows, width) for _ in range(3))
+        output = wide if weights.projection is None else gate_NTG.new_empty(steps, rows, len(weights.projection))
+        enter, forget, inner, leave = gate_NTG.chunk(4, -1)
+        by_step = (value.transpose(0, 1) for value in (candidate, cell[:-1], cell[1:], squashed, wide, output))
+        for gate, i, f, n, o, g, old, new, q, h, result in _steps(gate_NTG, enter, forget, inner, leave, *by_step):
             gate.addmm_(state_NP, weights.hidden.mT)
-            pair.sigmoid_()
-            torch.mul(f, old, out=new).addcmul_(i, g.tanh_())
-            torch.mul(o.sigmoid_(), torch.tanh(new, out=q), out=h)
+            torch.tanh(g.copy_(n), out=g)
+            gate.sigmoid_()
+            torch.mul(f, old, out=new).addcmul_(i, g)
+            torch.mul(o, torch.tanh(new, out=q), out=h)
             if weights.projection is not None:
                 torch.mm(h, weights.projection.mT, out=result)
             state_NP = result
-        return output, cell[-1].clone(), (gate_TNG, cell, squashed, wide)
+        return output, cell[-1].clone(), (gate_NTG, candidate, cell, squashed, wide)
 
     def backward(
-        self, grad_TNP: Tensor, grad_cell_NH: Tensor | None, before_TNP: Tensor, output_TNP: Tensor, weights: Weights,
+        self, grad_NTP: Tensor, grad_cell_NH: Tensor | None, before_NTP: Tensor, output_NTP: Tensor, weights: Weights,
         kept: tuple[Tensor, ...],
     ) -> Gradients:  # fmt: skip
         assert grad_cell_NH is not None
-        gate, cell, squashed, wide = kept
-        enter, forget, candidate, leave = gate.chunk(4, -1)
-        grad_TN4H = gate.new_empty(*forget.shape[:2], 4, forget.shape[2])
-        _aten.sigmoid_backward.grad_input(candidate, enter, grad_input=grad_TN4H[:, :, 0])
-        _aten.sigmoid_backward.grad_input(cell[:-1], forget, grad_input=grad_TN4H[:, :, 1])
-        _aten.tanh_backward.grad_input(enter, candidate, grad_input=grad_TN4H[:, :, 2])
-        _aten.sigmoid_backward.grad_input(squashed, leave, grad_input=grad_TN4H[:, :, 3])
+        gate, *by_step = kept
+        candidate, cell, squashed, wide = (value.transpose(0, 1) for value in by_step)
+        enter, forget, _, leave = gate.chunk(4, -1)
+        grad_NT4H = gate.new_empty(*forget.shape[:2], 4, forget.shape[2])
+        _aten.sigmoid_backward.grad_input(candidate, enter, grad_input=grad_NT4H[:, :, 0])
+        _aten.sigmoid_backward.grad_input(cell[:, :-1], forget, grad_input=grad_NT4H[:, :, 1])
+        _aten.tanh_backward.grad_input(enter, candidate, grad_input=grad_NT4H[:, :, 2])
+        _aten.sigmoid_backward.grad_input(squashed, leave, grad_input=grad_NT4H[:, :, 3])
         through = _aten.tanh_backward(leave, squashed)
-        grad_TNG = grad_TN4H.flatten(2)
-        projected = None if weights.projection is None else torch.empty_like(grad_TNP)
-        state, memory = torch.zeros_like(grad_TNP[0]), grad_cell_NH.clone()
+        grad_NTG = grad_NT4H.flatten(2)
+        projected = None if weights.projection is None else torch.empty_like(grad_NTP)
+        state, memory = torch.zeros_like(grad_NTP[:, 0]), grad_cell_NH.clone()
         for step, (grad, inner, out, flat, opened, kept_part) in _backwards(
-            grad_TNP, grad_TN4H[:, :, :3], grad_TN4H[:, :, 3], grad_TNG, through, forget
+            grad_NTP, grad_NT4H[:, :, :3], grad_NT4H[:, :, 3], grad_NTG, through, forget
         ):
             above = state.add_(grad)
             if weights.projection is not None and projected is not None:
-                above = projected[step].copy_(state) @ weights.projection
+                above = projected[:, step].copy_(state) @ weights.projection
             memory.addcmul_(above, opened)
             inner.mul_(memory.unsqueeze(1))
             out.mul_(above)
             memory.mul_(kept_part)
             torch.mm(flat, weights.hidden, out=state)
-        return Gradients(grad_TNG, grad_TNG, state, memory, None if projected is None else (wide, projected))
+        return Gradients(grad_NTG, grad_NTG, state, memory, None if projected is None else (wide, projected))
 
 
 class Gru(Cell):
     """Gates reset, update, candidate: ``n = tanh(W x + b + r (U h + c))``, ``h' = (1 - z) n + z h``."""
 
     def forward(
-        self, input_TNI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
+        self, input_NTI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         width = state_NP.shape[1]
-        gate_TNG = F.linear(input_TNI, weights.input, weights.input_bias)
-        inner, output = (gate_TNG.new_empty(len(gate_TNG), *state_NP.shape) for _ in range(2))
-        both, candidate = gate_TNG[:, :, : 2 * width], gate_TNG[:, :, 2 * width :]
-        for pair, n, kept, result in _steps(both, candidate, inner, output):
+        gate_NTG = F.linear(input_NTI, weights.input, weights.input_bias)
+        inner = gate_NTG.new_empty(*gate_NTG.shape[:2], width)
+        output = gate_NTG.new_empty(gate_NTG.shape[1], *state_NP.shape)
+        both, candidate = gate_NTG[:, :, : 2 * width], gate_NTG[:, :, 2 * width :]
+        for pair, n, kept, result in _steps(both, candidate, inner, output.transpose(0, 1)):
             part = F.linear(state_NP, weights.hidden, weights.hidden_bias)
             reset, update = pair.add_(part[:, : 2 * width]).sigmoid_().chunk(2, 1)
-            n.addcmul_(reset, kept.copy_(part[:, 2 * width :])).tanh_()
+            n.addcmul_(reset, kept.copy_(part[:, 2 * width :]))
+            n.copy_(n.contiguous().tanh_())
             state_NP = torch.lerp(n, state_NP, update, out=result)
-        return output, None, (gate_TNG, inner)
+        return output, None, (gate_NTG, inner)
 
     def backward(
-        self, grad_TNP: Tensor, grad_cell_NH: Tensor | None, before_TNP: Tensor, output_TNP: Tensor, weights: Weights,
+        self, grad_NTP: Tensor, grad_cell_NH: Tensor | None, before_NTP: Tensor, output_NTP: Tensor, weights: Weights,
         kept: tuple[Tensor, ...],
     ) -> Gradients:  # fmt: skip
         gate, inner = kept
         reset, update, candidate = gate.chunk(3, -1)
-        steps, rows, width = reset.shape
-        grad_TN4H = gate.new_empty(steps, rows, 4, width)  # reset, update, candidate behind and before the reset gate
-        reset_grad, update_grad, hidden_grad, input_grad = grad_TN4H.unbind(2)
+        rows, steps, width = reset.shape
+        grad_NT4H = gate.new_empty(rows, steps, 4, width)  # reset, update, candidate behind and before the reset gate
+        reset_grad, update_grad, hidden_grad, input_grad = grad_NT4H.unbind(2)
         _aten.tanh_backward.grad_input(1 - update, candidate, grad_input=input_grad)
         torch.mul(input_grad, reset, out=hidden_grad)
         _aten.sigmoid_backward.grad_input(input_grad * inner, reset, grad_input=reset_grad)
-        _aten.sigmoid_backward.grad_input(before_TNP - candidate, update, grad_input=update_grad)
-        flat = grad_TN4H.flatten(2)
-        hidden_TNG = flat[:, :, : 3 * width]
-        state = torch.zeros_like(grad_TNP[0])
-        for _, (grad, each, hidden, carried) in _backwards(grad_TNP, grad_TN4H, hidden_TNG, update):
+        _aten.sigmoid_backward.grad_input(before_NTP - candidate, update, grad_input=update_grad)
+        flat = grad_NT4H.flatten(2)
+        hidden_NTG = flat[:, :, : 3 * width]
+        state = torch.zeros_like(grad_NTP[:, 0])
+        for _, (grad, each, hidden, carried) in _backwards(grad_NTP, grad_NT4H, hidden_NTG, update):
             each.mul_(state.add_(grad).unsqueeze(1))
             state.mul_(carried).addmm_(hidden, weights.hidden)
-        input_TNG = torch.cat([flat[:, :, : 2 * width], input_grad], -1)
-        return Gradients(input_TNG, hidden_TNG, state)
+        input_NTG = torch.cat([flat[:, :, : 2 * width], input_grad], -1)
+        return Gradients(input_NTG, hidden_NTG.contiguous(), state)
 
 
 class Elman(Cell):
@@ -182,34 +189,34 @@ class Elman(Cell):
         self.relu = relu
 
     def forward(
-        self, input_TNI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
+        self, input_NTI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        gate_TNG = F.linear(input_TNI, weights.input, weights.bias)
-        output = torch.empty_like(gate_TNG)
-        squash = functools.partial(torch.clamp, min=0) if self.relu else torch.tanh
-        for gate, result in _steps(gate_TNG, output):
-            state_NP = squash(gate.addmm_(state_NP, weights.hidden.mT), out=result)
-        return output, None, ()
+        gate_NTG = F.linear(input_NTI, weights.input, weights.bias)
+        output_TNP = gate_NTG.new_empty(gate_NTG.shape[1], *state_NP.shape)
+        for gate, result in _steps(gate_NTG, output_TNP.transpose(0, 1)):
+            torch.addmm(gate, state_NP, weights.hidden.mT, out=result)
+            state_NP = result.clamp_(min=0) if self.relu else result.tanh_()
+        return output_TNP, None, ()
 
     def backward(
-        self, grad_TNP: Tensor, grad_cell_NH: Tensor | None, before_TNP: Tensor, output_TNP: Tensor, weights: Weights,
+        self, grad_NTP: Tensor, grad_cell_NH: Tensor | None, before_NTP: Tensor, output_NTP: Tensor, weights: Weights,
         kept: tuple[Tensor, ...],
     ) -> Gradients:  # fmt: skip
-        grad_TNG = (output_TNP > 0).to(output_TNP.dtype) if self.relu else 1 - output_TNP.square()
-        state = torch.zeros_like(grad_TNP[0])
-        for _, (grad, gate) in _backwards(grad_TNP, grad_TNG):
+        grad_NTG = (output_NTP > 0).to(output_NTP.dtype) if self.relu else 1 - output_NTP.square()
+        state = torch.zeros_like(grad_NTP[:, 0])
+        for _, (grad, gate) in _backwards(grad_NTP, grad_NTG):
             torch.mm(gate.mul_(state.add_(grad)), weights.hidden, out=state)
-        return Gradients(grad_TNG, grad_TNG, state)
+        return Gradients(grad_NTG, grad_NTG, state)
 
 
-def _steps(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _steps(*values_NTX: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The slices of these tensors at each step. All views are made at once: singly they take as long as the work."""
-    return zip(*(value.unbind() for value in values), strict=True)
+    return zip(*(value.unbind(1) for value in values_NTX), strict=True)
 
 
-def _backwards(*values: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def _backwards(*values_NTX: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Each step and the slices at it, from the last to the first."""
-    return reversed(list(enumerate(_steps(*values))))
+    return reversed(list(enumerate(_steps(*values_NTX))))
 
 
 def recurrent_layer(
@@ -231,9 +238,7 @@ def meet_layer(
         raise use.refuse("a weight depends on the examples", "write the recurrence out step by step.")
     where = tuple(use.derivation(value) if isinstance(value, Guarded) else None for value in weights)
     plain_weights = Weights(*(plain(value) for value in weights))
-    input_TBI = input_BTI.transpose(0, 1)
-    output_TBP, last = _Unroll.apply(use.book.sink, cell, use.book, where, input_TBI, state_BP, cell_BH, *plain_weights)
-    return output_TBP.transpose(0, 1), last
+    return _Unroll.apply(use.book.sink, cell, use.book, where, input_BTI, state_BP, cell_BH, *plain_weights)
 
 
 class _Unroll(torch.autograd.Function):
@@ -245,8 +250,10 @@ class _Unroll(torch.autograd.Function):
         state: Tensor, memory: Tensor | None, *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         ctx.cell, ctx.book, ctx.where = cell, book, where
+        input = input.contiguous()  # met by one product here, and by norm and sum in the backward
         with torch.autocast(input.device.type, enabled=False):
             output, last, kept = cell.forward(input, state, memory, Weights(*weights))
+        output = output.transpose(0, 1)
         ctx.save_for_backward(input, state, output, *weights, *kept)
         return output, last
 
@@ -256,34 +263,39 @@ class _Unroll(torch.autograd.Function):
         input, state, output, *rest = ctx.saved_tensors
         count = len(Weights._fields)
         weights, kept = Weights(*rest[:count]), tuple(rest[count:])
-        before = torch.cat([state.unsqueeze(1), output[:-1].transpose(0, 1)], 1).transpose(0, 1)
+        before = torch.cat([state.unsqueeze(1), output[:, :-1]], 1)
         with torch.autocast(input.device.type, enabled=False):
             found = ctx.cell.backward(grad, grad_last, before, output, weights, kept)
-            input_grad = found.input_TNG @ weights.input if ctx.needs_input_grad[4] else None
-        pairs = _pairs(found, input, before)
-        for derivation, (entered, gradient) in zip(ctx.where, pairs, strict=True):
+            input_grad = found.input_NTG @ weights.input if ctx.needs_input_grad[4] else None
+        for derivation, form in zip(ctx.where, _forms(found, input, before, examples=ctx.book.examples), strict=True):
             if derivation is not None:
-                ctx.book.record(derivation, _form(entered, gradient, examples=ctx.book.examples))
+                assert form is not None
+                ctx.book.record(derivation, form)
         return None, None, None, None, input_grad, found.state_NP, found.cell_NH, *[None] * count
 
 
-def _pairs(found: Gradients, input_TNI: Tensor, before_TNP: Tensor) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
-    """For each of `Weights`, what it was multiplied with and the gradient of the product, as (N, T, ...)."""
-    input_NTG = found.input_TNG.transpose(0, 1).contiguous()  # met twice by norm and sum: strides would cost more
-    hidden_NTG = input_NTG if found.hidden_TNG is found.input_TNG else found.hidden_TNG.transpose(0, 1).contiguous()
-    wide, projected = (None, None) if found.projection is None else (x.transpose(0, 1) for x in found.projection)
-    entered = input_TNI.transpose(0, 1), before_TNP.transpose(0, 1)
-    return (entered[0], input_NTG), (entered[1], hidden_NTG), (None, input_NTG), (None, hidden_NTG), (wide, projected)
+def _forms(
+    found: Gradients, input_NTI: Tensor, before_NTP: Tensor, *, examples: int
+) -> tuple[Form, Form, Form, Form, Form | None]:
+    """Per-example gradients of each of `Weights`. Both biases share one, where both enter as a sum."""
+    bias = _of_bias(found.input_NTG, examples=examples)
+    return (
+        _of_weight(input_NTI, found.input_NTG, examples=examples),
+        _of_weight(before_NTP, found.hidden_NTG, examples=examples),
+        bias,
+        bias if found.hidden_NTG is found.input_NTG else _of_bias(found.hidden_NTG, examples=examples),
+        None if found.projection is None else _of_weight(*found.projection, examples=examples),
+    )
 
 
-def _form(entered_NTI: Tensor | None, gradient_NTO: Tensor | None, *, examples: int) -> Form:
-    """Per-example gradients of a weight, or of a bias, with which nothing is multiplied."""
-    assert gradient_NTO is not None
-    grad_BKSO = gradient_NTO.reshape(examples, 1, -1, gradient_NTO.shape[-1])
-    if entered_NTI is None:
-        return Dense(grad_BKSO.sum((1, 2), dtype=torch.promote_types(grad_BKSO.dtype, torch.float32)))
-    input_BKSI = entered_NTI.reshape(examples, 1, -1, entered_NTI.shape[-1])
+def _of_weight(entered_NTI: Tensor, grad_NTO: Tensor, *, examples: int) -> Form:
+    input_BKSI, grad_BKSO = (value.reshape(examples, 1, -1, value.shape[-1]) for value in (entered_NTI, grad_NTO))
     return Outer(input_BKSI, grad_BKSO, torch.Size((grad_BKSO.shape[-1], input_BKSI.shape[-1])))
+
+
+def _of_bias(grad_NTO: Tensor, *, examples: int) -> Form:
+    wide = torch.promote_types(grad_NTO.dtype, torch.float32)
+    return Dense(grad_NTO.reshape(examples, -1, grad_NTO.shape[-1]).sum(1, dtype=wide))
 
 
 class _Kind(NamedTuple):

@@ -1,0 +1,208 @@
+"""How a use of a parameter is met by a rule, or refused.
+
+Every function that touches a guarded value comes to `_meet`, which has one of four answers:
+
+1. no gradient can flow (``no_grad``, or a mere observation such as ``p.shape``): the plain function;
+2. a function of parameters alone (``1 + w``, ``w.t()``, ``w[index]``): a `DerivedParameter`, which remembers how;
+3. a function that also takes activations, and for which there is a rule: the rule;
+4. anything else: `UnsupportedUse`. Fail closed: a norm is right or there is none.
+
+A gradient that would reach a guarded value behind the rules' back (a custom ``autograd.Function``, a scripted module)
+hits a hook that refuses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from discreet.core.axes import Axis
+from discreet.core.book import Book
+from discreet.core.derived import derive
+from discreet.core.parameter import (
+    DECOMPOSITIONS,
+    DERIVABLE,
+    OBSERVATIONS,
+    ROUTED,
+    RULES,
+    SIZED,
+    TURNABLE,
+    DerivedParameter,
+    Function,
+    Guarded,
+    PrivateParameter,
+    Use,
+    answered_by,
+    derivation_of,
+    function_name,
+    hand_over,
+    refuser,
+)
+from discreet.errors import ConfigError, UnsupportedUse
+
+_active: Book | None = None
+_compiler: Callable[[Book], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+_hidden = False
+
+
+@contextlib.contextmanager
+def guard(book: Book) -> Iterator[None]:
+    """Guard the book's parameters: every use inside is met by a rule and booked there, or refused.
+
+    Raises:
+        ConfigError: a model is guarded already (one backward is booked at a time).
+    """
+    global _active
+    if _active is not None:
+        raise ConfigError("a model is guarded already: finish that microbatch before the next one begins.")
+    classes = {}
+    hooks = []
+    try:
+        for name, parameter in book.parameters.items():
+            classes[name] = type(parameter)
+            hooks.append(parameter.register_hook(refuser(name)))
+            parameter.__class__ = PrivateParameter
+        _active = book
+        with _compiler(book):
+            yield
+    finally:
+        _active = None
+        book.trail.forget()
+        for hook in hooks:
+            hook.remove()
+        for name, original in classes.items():
+            book.parameters[name].__class__ = original
+
+
+def compiled_through(compiler: Callable[[Book], contextlib.AbstractContextManager[None]]) -> None:
+    """Register what surrounds every guarded forward, so that compiled code in it meets the rules."""
+    global _compiler
+    _compiler = compiler
+
+
+def hide_from_compiler(skip: Function, disable: Function) -> None:
+    """Keep the compiler from eager meetings: it may see the call that meets a parameter, and nothing behind it.
+
+    Args:
+        skip: marks code whose own frame is not compiled.
+        disable: wraps a function in which nothing is compiled.
+    """
+    global _hidden
+    if not _hidden:
+        skip(hand_over.__code__)
+        answered_by(disable(_meet))
+        _hidden = True
+
+
+def active() -> Book | None:
+    """The book of the model that is guarded now."""
+    return _active
+
+
+@contextlib.contextmanager
+def instead(book: Book) -> Iterator[None]:
+    """Book in another book for a while; for tracing."""
+    global _active
+    before, _active = _active, book
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer one function call that involves a guarded value. See the module docstring."""
+    if func in DECOMPOSITIONS and _active is not None and torch.is_grad_enabled():
+        return DECOMPOSITIONS[func](*args, **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        book = _active
+        if func in OBSERVATIONS:
+            return func(*args, **kwargs)
+        if book is None or not torch.is_grad_enabled():
+            plain_args, plain_kwargs = tree_map(_unwrap_derived, (args, kwargs))
+            return func(*plain_args, **plain_kwargs)
+        leaves = _leaves((args, kwargs))
+        guarded = [leaf for leaf in leaves if isinstance(leaf, Guarded)]
+        operands = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Guarded)]
+        names = tuple(dict.fromkeys(name for leaf in guarded for name in derivation_of(book, leaf).names))
+        if func not in RULES and func not in DERIVABLE and func not in ROUTED:
+            raise _no_rule(func, names, guarded[0])
+        found = ((id(operand), book.trail.trace(operand)) for operand in operands)
+        pickings = {key: picking for key, picking in found if picking is not None}
+        axes = book.classify(
+            names,
+            function_name(func),
+            operands,
+            may_be_second=func in TURNABLE,
+            pickings=pickings,
+            may_be_routed=func in ROUTED,
+        )
+        if Axis.ROUTED in axes:
+            found = {id(operand): axis for operand, axis in zip(operands, axes, strict=True)}
+            return ROUTED[func](Use(book, func, names, found, pickings), *args, **kwargs)
+        if Axis.SECOND in axes:
+            operands, axes, args, kwargs = _turned(operands, axes, args, kwargs)
+            use = Use(book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)})
+            return RULES[func](use, *args, **kwargs).transpose(0, 1).contiguous()
+        use = Use(
+            book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)}, pickings
+        )
+        batched = any(axis is not Axis.SHARED for axis in axes)
+        meeting = RULES.get(func)
+        if meeting is not None and (batched or func in SIZED):
+            return meeting(use, *args, **kwargs)
+        if not batched and func in DERIVABLE:
+            return derive(use, args, kwargs, isometric=DERIVABLE[func])
+        raise _no_rule(func, names, guarded[0])
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What is inside tuples, lists and dicts, in order: all that arguments of torch functions are made of."""
+    if isinstance(value, (tuple, list)):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return _leaves(tuple(value.values())) if isinstance(value, dict) else [value]
+
+
+def _no_rule(func: Function, names: tuple[str, ...], guarded: Tensor) -> UnsupportedUse:
+    usual = (
+        "freeze the parameter (requires_grad=False), or write this part with linear, convolution, embedding, "
+        "normalisation or elementwise functions."
+    )
+    return UnsupportedUse(
+        f"{function_name(func)} on {', '.join(names)} (shape {tuple(guarded.shape)}): no exact rule for it; "
+        f"{_REMEDIES.get(func, usual)}"
+    )
+
+
+_FAST_PATH = "it has no gradient in torch either; call the module, or F.multi_head_attention_forward."
+_REMEDIES: dict[Function, str] = {
+    torch.nn.functional.batch_norm: "use GroupNorm, LayerNorm or RMSNorm: BatchNorm mixes examples.",
+    **dict.fromkeys((torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd), _FAST_PATH),
+}
+"""What to write instead, where the usual advice would not help."""
+
+
+def _unwrap_derived(leaf: Any) -> Any:
+    return leaf.plain() if isinstance(leaf, DerivedParameter) else leaf
+
+
+def _turned(
+    operands: list[Tensor], axes: list[Axis], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], list[Axis], tuple[Any, ...], dict[str, Any]]:
+    """The same call with every operand that has the batch in dimension 1 turned to have it in dimension 0."""
+    turned = {
+        id(operand): operand.transpose(0, 1)
+        for operand, axis in zip(operands, axes, strict=True)
+        if axis is Axis.SECOND
+    }
+    args, kwargs = tree_map(lambda leaf: turned.get(id(leaf), leaf), (args, kwargs))
+    axes = [Axis.BATCH if axis is Axis.SECOND else axis for axis in axes]
+    return [turned.get(id(operand), operand) for operand in operands], axes, args, kwargs
+
+
+answered_by(_meet)

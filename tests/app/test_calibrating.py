@@ -1,0 +1,268 @@
+"""`discreet calibrate`: predictions of any model from a file; within a budget, or stamped; one line per mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from discreet.app.cli import main
+from discreet.app.predictions import Scale, load_predictions
+from discreet.insight.calibration import Predictions, calibration_report
+from discreet.insight.calibration.advice import Seen, advice
+from discreet.privacy.certificate import verify
+
+ROWS = 600
+CLASSES = ("cat", "dog", "eel")
+SCORES = ("--columns", "p_cat,p_dog,p_eel")
+
+
+def made(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits that are too sure, labels, groups."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(ROWS, 3)) * 2.5
+    truth = torch.from_numpy(logits / 1.7).softmax(1).numpy()
+    label = (truth.cumsum(1) < generator.random((ROWS, 1))).sum(1).clip(max=2)
+    return logits, label, generator.choice(["town", "rural"], ROWS)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    logits, label, group = made()
+    probability = torch.from_numpy(logits).softmax(1).numpy()
+    rows = [
+        f"{CLASSES[y]},{','.join(repr(float(p)) for p in row)},{where}"
+        for y, row, where in zip(label, probability, group, strict=True)
+    ]
+    path = tmp_path / "predictions.csv"
+    path.write_text("\n".join(["label,p_cat,p_dog,p_eel,where", *rows]) + "\n")
+    return path
+
+
+def _run(capsys, *words):
+    code = main([str(word) for word in words])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_a_table_of_probabilities_has_the_report_of_its_numbers(table, capsys):
+    code, out, _ = _run(capsys, "calibrate", table, "--public", "--group", "where", "--json")
+    assert code == 0
+    found = json.loads(out)
+    logits, label, group = made()
+    exact = calibration_report(Predictions.from_logits(logits, label, groups=list(group))).to_json()
+    assert found["stamp"] == ""
+    for name in ("ece", "nll", "brier", "accuracy", "optimal_temperature", "ece_floor", "mce"):
+        assert found[name] == pytest.approx(exact[name], rel=1e-6)
+    assert [each["name"] for each in found["groups"]] == ["rural", "town"]
+    assert any("Divide the logits" in line for line in found["advice"])
+
+
+def test_an_archive_of_logits_has_the_same_report(table, capsys):
+    logits, label, group = made()
+    np.savez("predictions.npz", logits=logits, labels=label, groups=group)
+    _, out, _ = _run(capsys, "calibrate", "predictions.npz", "--public", "--json")
+    _, other, _ = _run(capsys, "calibrate", table, "--public", "--group", "where", "--json")
+    first, second = json.loads(out), json.loads(other)
+    assert first["ece"] == pytest.approx(second["ece"], abs=1e-9)
+    assert len(first["groups"]) == 2
+
+
+def test_one_column_is_the_second_of_two_classes(tmp_path):
+    path = tmp_path / "scores.tsv"
+    path.write_text("y\tscore\n1\t0.9\n0\t0.2\n1.0\t0.6\n")
+    found = load_predictions(path, label=None, group=None, scale=Scale.AUTO)
+    assert found.scale is Scale.PROBABILITIES
+    torch.testing.assert_close(found.scores_NK.exp()[:, 1], torch.tensor([0.9, 0.2, 0.6], dtype=torch.float64))
+    assert found.target_N.tolist() == [1, 0, 1]
+    path.write_text("y\tscore\n1\t2.5\n0\t-1\n")
+    found = load_predictions(path, label=None, group=None, scale=Scale.AUTO)
+    assert found.scale is Scale.LOGITS
+    assert found.scores_NK.tolist() == [[0, 2.5], [0, -1]]
+
+
+def test_numbers_between_0_and_1_may_be_logits(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("label,a,b\na,0.5,0.5\nb,0.1,0.9\n")
+    assert load_predictions(path, label=None, group=None, scale=Scale.AUTO).scale is Scale.PROBABILITIES
+    assert load_predictions(path, label=None, group=None, scale=Scale.LOGITS).scores_NK.tolist() == [
+        [0.5, 0.5],
+        [0.1, 0.9],
+    ]
+
+
+def test_what_was_not_said_to_be_public_is_stamped_everywhere(table, capsys):
+    code, out, _ = _run(capsys, "calibrate", table, *SCORES, "--html", "page.html")
+    assert code == 0
+    assert out.startswith("NON-PRIVATE")
+    assert "no ledger holds" in out
+    assert "NON-PRIVATE" in Path("page.html").read_text()
+    _, out, _ = _run(capsys, "calibrate", table, *SCORES, "--json")
+    assert json.loads(out)["stamp"] == "NON-PRIVATE"
+    _, out, _ = _run(capsys, "calibrate", table, *SCORES, "--public", "--html", "page.html")
+    assert "NON-PRIVATE" not in out + Path("page.html").read_text()
+
+
+def test_the_page_is_one_file_with_its_pictures(table, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra report")
+    _run(capsys, "calibrate", table, "--public", "--group", "where", "--html", "page.html")
+    page = Path("page.html").read_text()
+    for drawn in ("reliability-", "temperature-", "groups-"):
+        assert f'id="{drawn}' in page
+    assert page.count("<svg") == 3
+    for outside in ("<script", "http://", "https://", "<img"):
+        assert outside not in page
+
+
+def test_names_of_groups_and_files_are_escaped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a&b.csv"
+    rows = [f"{index % 2},0.7,{'<script>' if index % 3 else '$x^2$'}" for index in range(60)]
+    path.write_text("\n".join(["label,score,where", *rows]) + "\n")
+    code, _, _ = _run(capsys, "calibrate", path, "--public", "--group", "where", "--html", "page.html")
+    assert code == 0
+    assert "<script" not in Path("page.html").read_text()
+
+
+def test_a_budget_is_charged_certified_and_verified(table, capsys):
+    code, out, _ = _run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--out", "audit", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["private"] is True
+    assert found["ece"] > found["ece_without_noise"] >= 0
+    assert "stamp" not in found
+    checked = verify("audit")
+    assert 0.99 < checked.epsilon <= 1.0
+    assert checked.private
+    assert checked.finished
+    assert "one calibration report" in checked.statement
+    certificate = json.loads(Path("audit/release/certificate.json").read_text())
+    assert "calibration report" in certificate["mechanism"]["name"]
+    assert json.loads(Path("audit/release/calibration.json").read_text())["ece"] == found["ece"]
+    assert not Path("audit/private/key").exists()
+    code, _, err = _run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--out", "audit")
+    assert code == 2
+    assert "holds a run already" in err
+
+
+def test_two_budgeted_reports_carry_different_noise(table, capsys):
+    found = [
+        json.loads(_run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--json")[1])["gap"] for _ in range(2)
+    ]
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["nowhere.csv"], "no such file"),
+        (["predictions.csv", "--label", "nothing"], "not a column"),
+        (["predictions.csv", "--group", "nothing"], "not a column"),
+        (["predictions.csv"], "column 'where': not a finite number"),
+        (["predictions.csv", "--columns", "p_cat,nothing"], "'nothing' is no column of scores"),
+        (["predictions.csv", "--columns", "p_cat,label"], "'label' is no column of scores"),
+        (["predictions.csv", "--logits", "--probabilities"], "leave one out"),
+        (["predictions.csv", "--epsilon", "1", "--public"], "public rows need no noise"),
+        (["predictions.csv", "--epsilon", "1", "--group", "where"], "not reported within a budget"),
+        (["predictions.csv", "--epsilon", "0"], "above 0"),
+        (["predictions.csv", "--epsilon", "inf"], "finite"),
+        (["predictions.csv", "--out", "x"], "without --epsilon"),
+        (["predictions.csv", "--delta", "0.1"], "without --epsilon"),
+        ([".", "--epsilon", "1"], "a run, whose report"),
+        ([".", "--public"], "a run, whose report"),
+        ([".", "--logits"], "a run, whose report"),
+        (["."], "plan.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(table, capsys, words, line):
+    code, out, err = _run(capsys, "calibrate", *words)
+    assert (code, out) == (2, "")
+    assert line in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("label,a,b\na,0.5,x\n", "not a finite number"),
+        ("label,a,b\na,0.5,nan\n", "not a finite number"),
+        ("label,a,b\nc,0.5,0.5\n", "neither the name"),
+        ("label,a,b\n2,0.5,0.5\n", "neither the name"),
+        ("label,a,b\n-1,0.5,0.5\n", "neither the name"),
+        ("label\na\n", "no column beside label"),
+        ("first,a,b\na,0.5,0.5\n", "0 columns are called label"),
+        ("label,target,a,b\na,a,0.5,0.5\n", "2 columns are called label"),
+        ("label,a,b\n", "no row"),
+    ],
+)
+def test_a_wrong_table_is_one_line_without_its_values(tmp_path, capsys, text, line):
+    path = tmp_path / "wrong.csv"
+    path.write_text(text)
+    code, _, err = _run(capsys, "calibrate", path, "--public")
+    assert code == 2
+    assert line in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arrays", "line"),
+    [
+        ({"labels": np.zeros(3, dtype=int)}, "0 of the arrays"),
+        ({"logits": np.zeros((3, 2)), "probabilities": np.zeros((3, 2)), "labels": np.zeros(3, dtype=int)}, "2 of the"),
+        ({"logits": np.zeros((3, 2))}, "no array of labels"),
+        ({"logits": np.zeros((3, 2)), "labels": np.zeros(2, dtype=int)}, "3 rows of numbers for 2"),
+        ({"logits": np.zeros((3, 2)), "labels": np.zeros(3)}, "whole numbers"),
+        ({"logits": np.zeros((3, 2)), "labels": np.array([0, 1, 2])}, "outside 0 to 1"),
+        ({"logits": np.full((3, 2), np.nan), "labels": np.zeros(3, dtype=int)}, "not finite"),
+        ({"probabilities": np.full((3, 2), 0.7), "labels": np.zeros(3, dtype=int)}, "no probabilities"),
+        ({"logits": np.array([[object()]]), "labels": np.zeros(1, dtype=int)}, "plain arrays"),
+    ],
+)
+def test_a_wrong_archive_is_one_line(tmp_path, capsys, arrays, line):
+    path = tmp_path / "wrong.npz"
+    np.savez(path, **arrays)
+    code, _, err = _run(capsys, "calibrate", path, "--public")
+    assert code == 2
+    assert line in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_no_archive_is_one_line(tmp_path, capsys):
+    path = tmp_path / "wrong.npz"
+    path.write_bytes(b"PK\x03\x04 nonsense")
+    assert _run(capsys, "calibrate", path, "--public")[0] == 2
+
+
+def _seen(**changes):
+    return Seen(
+        **{
+            "temperature": 1.0,
+            "std": 0.01,
+            "loss": 0.1,
+            "notable": True,
+            "tempered": False,
+            "private": False,
+            "clipping": {"kind": "automatic", "clip_bound": 1.0},
+            **changes,
+        }
+    )
+
+
+def test_advice_follows_what_was_seen():
+    sure = advice(_seen(temperature=1.9))
+    assert "Divide the logits by a temperature" in sure[0]
+    assert "abadi:10" in sure[1]
+    low = {"kind": "abadi", "clip_bound": 0.1}
+    assert "raise the clip bound of 0.1" in advice(_seen(temperature=1.9, clipping=low))[1]
+    assert "more steps" in advice(_seen(temperature=0.6))[1]
+    assert "by accuracy" in sure[-1]
+    assert advice(_seen(notable=False)) == ("Nothing to mend that this many rows could show.",)
+    assert "vector scaling" in advice(_seen())[0]
+    # Within two standard errors of 1 nothing is said against the model.
+    assert "Nothing to mend" in advice(_seen(temperature=1.5, std=0.3, notable=False))[0]
+    assert "no ledger holds" in advice(_seen(temperature=1.9, private=True))[-1]
+    assert not any("clip bound of" in line for line in advice(_seen(temperature=1.9, clipping={})))

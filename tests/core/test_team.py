@@ -1,0 +1,60 @@
+"""Work in the threads of the library: all of it, at the same time, and nothing left undone unsaid."""
+
+import sys
+import threading
+
+import pytest
+import torch
+
+from discreet.core import team
+
+WAYS = [pytest.param(True, id="openmp"), pytest.param(False, id="python")]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(team, "_parallel", None)
+    elif team._parallel is None:
+        pytest.skip("no OpenMP of GCC's kind in this process")
+
+
+def test_openmp_is_found_where_torch_brings_it():
+    if sys.platform != "linux" or not torch.backends.openmp.is_available():
+        pytest.skip("not this platform")
+    assert team._parallel is not None
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+def test_every_share_is_worked_on_once(way, count):
+    seen = []
+    team.for_each(seen.append, range(count))
+    assert sorted(seen) == list(range(count))
+
+
+def test_shares_are_worked_on_at_the_same_time(way):
+    meeting = threading.Barrier(2, timeout=30)
+    team.for_each(lambda share: meeting.wait(), range(2))  # one thread alone would wait until the barrier breaks
+
+
+def test_tensors_are_worked_on_in_every_thread(way):
+    into = torch.zeros(4, 100_000)
+    team.for_each(lambda row: into[row].add_(row + 1), range(4))
+    assert torch.equal(into.sum(1), torch.arange(1, 5) * 100_000.0)
+
+
+@pytest.mark.parametrize("error", [ValueError, IndexError, KeyboardInterrupt])
+def test_what_a_share_raises_is_raised(way, error):
+    def work(share):
+        if share == 1:
+            raise error("share 1")
+
+    with pytest.raises(error, match="share 1"):
+        team.for_each(work, range(3))
+
+
+def test_an_interrupt_that_c_swallows_is_raised_again(monkeypatch):
+    """A signal that arrives between two lines of the callback: ctypes prints it and goes on."""
+    monkeypatch.setattr(team, "_together", lambda body, threads: None)
+    with pytest.raises(KeyboardInterrupt):
+        team.for_each(lambda share: None, range(2))
