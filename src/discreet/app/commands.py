@@ -11,7 +11,6 @@ from pathlib import Path
 
 from discreet.app.account import answer
 from discreet.app.calibrating import CalibrateOptions, calibrate, short_facts
-from discreet.app.convergence import check_convergence, write_page
 from discreet.app.data import PublicCalibration, SetApart
 from discreet.app.models import ModelKind
 from discreet.app.planning import PlanOptions, plan_data
@@ -51,6 +50,8 @@ def check(options: argparse.Namespace) -> None:
     if options.html is not None and not options.convergence:
         raise ConfigError("--html without --convergence: the self-check has no pictures; add --convergence.")
     if options.convergence:
+        from discreet.app.convergence import check_convergence, write_page
+
         found = check_convergence(_data(options), kind=ModelKind(options.model))
         if options.html is not None:
             write_page(found, options.html)

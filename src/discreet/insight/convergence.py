@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import backward, clipped_gradient, open_book, trainable
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
 
