@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def render_page(found: Convergence) -> str:
         )
         for name, flow in found.flows.items()
     ]
-    header = ("Rule", "Least eigenvalue", "of the symmetric part", "Asymmetry", "dL/dt", "Clipped", "The loss")
+    header = ("Rule", "Least eigenvalue", "symmetric part", "Asymmetry", "dL/dt", "Clipped", "The loss")
     made_up = f"{found.examples} made-up examples of the data's public shape, {found.outputs} outputs, no noise."
     return parts.page(
         title="Descent under clipping",
@@ -119,7 +120,8 @@ def spectrum_figure(found: Convergence) -> str:
         return ""
     with canvas("spectrum", inches=_INCHES) as (drawn, axes):
         axes.set_yscale("log")
-        floor = min(v for flow in found.flows.values() for v in flow.eigenvalues if v > 0) / 3
+        positive = [value for flow in found.flows.values() for value in flow.eigenvalues if value > 0]
+        floor = min(positive, default=1.0) / 3
         for (name, flow), colour, line in zip(found.flows.items(), _COLOURS, _LINES, strict=True):
             values = [max(value, floor) for value in flow.eigenvalues]
             axes.plot(range(1, len(values) + 1), values, color=colour, linestyle=line, linewidth=1.8, label=name)
@@ -127,8 +129,13 @@ def spectrum_figure(found: Convergence) -> str:
             axes.plot(below, [floor] * len(below), marker="v", markersize=5, linestyle="", color=colour)
         axes.set_xlabel("place")
         axes.set_ylabel("eigenvalue")
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        _legend(axes)
     return for_page(drawn.getvalue(), prefix="spectrum")
+
+
+def _legend(axes: Any) -> None:
+    """Above the picture, where no line runs."""
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
 def descent_figure(found: Convergence) -> str:
@@ -141,7 +148,7 @@ def descent_figure(found: Convergence) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("summed loss, nats")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        _legend(axes)
     return for_page(drawn.getvalue(), prefix="descent")
 
 
@@ -164,7 +171,7 @@ def stationary_figure() -> str:
             axes.plot(places, _broken(predicted), color=colour, linestyle=line, linewidth=1.8, label=name)
         axes.set_xlabel("true probability of the more likely class")
         axes.set_ylabel("predicted")
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
+        _legend(axes)
     return for_page(drawn.getvalue(), prefix="stationary")
 
 
