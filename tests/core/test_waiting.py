@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import backward, open_book, settle
-from discreet.core.parameter import guard
+from discreet.core.meeting import guard
 from discreet.core.style import Style
 
 aten = torch.ops.aten
