@@ -13,12 +13,13 @@ from discreet.app.account import answer
 from discreet.app.calibrating import CalibrateOptions, calibrate, short_facts
 from discreet.app.data import PublicCalibration, SetApart
 from discreet.app.models import ModelKind
+from discreet.app.outcome import Outcome
 from discreet.app.planning import PlanOptions, plan_data
 from discreet.app.predictions import Scale
 from discreet.app.report import write_report
 from discreet.app.selfcheck import check_data
 from discreet.app.simulating import SimulationOptions, simulate_plan
-from discreet.app.training import DataOptions, Outcome, TrainOptions, train_digits, train_file
+from discreet.app.training import DataOptions, TrainOptions, train_digits, train_file
 from discreet.app.tuning import TuneOptions, tune_file
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin

@@ -1,0 +1,65 @@
+"""What a run of `discreet train` leaves: paths, the plan that was followed, figures on rows that it did not see."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from discreet.app.evaluation import Evaluation
+from discreet.app.runs import sizes
+from discreet.insight.calibration import CalibrationReport
+from discreet.privacy.plan import Plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run amounts to. Released or public, all of it; ``test`` is about the held-out examples."""
+
+    run_dir: Path
+    report: Path
+    epsilon: float
+    seconds: float
+    plan: Plan
+    updates: int
+    private: bool
+    model: dict[str, object]
+    test: Evaluation | None
+    statements: tuple[str, ...]
+    calibration: CalibrationReport | None = None
+    temperature: float | None = None
+    untempered: Evaluation | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """The object that ``--json`` prints, and ``result.json``."""
+        return {
+            "run_dir": str(self.run_dir),
+            "report": str(self.report),
+            "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
+            **sizes(self.plan),
+            "steps": self.updates,
+            "seconds": round(self.seconds, 3),
+            "private": self.private,
+            "model": self.model,
+            "temperature": self.temperature,
+            "test": _test_record(self.test, self.calibration, self.untempered),
+            "statements": list(self.statements),
+        }
+
+
+def _test_record(
+    test: Evaluation | None, calibration: CalibrationReport | None, untempered: Evaluation | None
+) -> dict[str, object] | None:
+    """The test figures with the single numbers of the calibration report, and the figures before the temperature."""
+    if test is None:
+        return None
+    record: dict[str, object] = dict(test.to_json())
+    if calibration is not None:
+        whole = calibration.to_json()
+        record |= {
+            name: value for name, value in whole.items() if isinstance(value, float | int) and name != "examples"
+        }
+        record["stamp"] = calibration.stamp
+    if untempered is not None:
+        record["before_temperature"] = {"nll": untempered.nll, "ece": untempered.ece}
+    return record
