@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.operands import chain, depth_of, on_device_of, tile_of, warps_of, widened
+from discreet.core.kernels.operands import chain, on_device_of, tiling_of, widened
 from discreet.core.kernels.results import Squares
 
 
@@ -26,7 +26,8 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
     """
     examples, groups, positions, inputs = input_BKSI.shape
     outputs, pair = grad_BKSO.shape[3], [input_BKSI, grad_BKSO]
-    side, depth = (tile_of(outputs), tile_of(inputs)), depth_of(pair)
+    tiling = tiling_of(pair)
+    side = (tiling.tile(outputs), tiling.tile(inputs))
     tiles = (triton.cdiv(outputs, side[0]), triton.cdiv(inputs, side[1]))
     sums = torch.empty(examples, groups * tiles[0] * tiles[1], dtype=torch.float64, device=grad_BKSO.device)
     with on_device_of(grad_BKSO):
@@ -35,12 +36,12 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
             *(sums, groups, positions, inputs, outputs, tiles[1]),
             OUTPUTS=side[0],
             INPUTS=side[1],
-            DEPTH=depth,
+            DEPTH=tiling.depth,
             WIDE=widened(pair),
-            num_warps=warps_of(max(side)),
+            **tiling.launch(max(side)),
         )
     # A square errs with twice its entry, and a sum of squares along a row with half a spacing for each.
-    return Squares(sums.sum(1) * (1 + (side[1] + 2) * 2.0**-24), chain([positions], depth))
+    return Squares(sums.sum(1) * (1 + (side[1] + 2) * 2.0**-24), chain([positions], tiling.depth))
 
 
 def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
 def _weighted(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor, *, drop: bool) -> Tensor:
     examples, groups, positions, inputs = input_BKSI.shape
     outputs, pair = grad_BKSO.shape[3], [input_BKSI, grad_BKSO]
-    side = (tile_of(outputs), tile_of(inputs))
+    tiling = tiling_of(pair)
+    side = (tiling.tile(outputs), tiling.tile(inputs))
     tiles = (triton.cdiv(outputs, side[0]), triton.cdiv(inputs, side[1]))
     total = torch.empty(groups, outputs, inputs, dtype=torch.float32, device=grad_BKSO.device)
     with on_device_of(grad_BKSO):
@@ -74,10 +76,10 @@ def _weighted(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor, *, drop: 
             *(factor_B, total, examples, positions, inputs, outputs, tiles[1]),
             OUTPUTS=side[0],
             INPUTS=side[1],
-            DEPTH=depth_of(pair),
+            DEPTH=tiling.depth,
             WIDE=widened(pair),
             DROP=drop,
-            num_warps=warps_of(max(side)),
+            **tiling.launch(max(side)),
         )
     return total
 
@@ -119,21 +121,22 @@ def _weighted_kernel(
     rows = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     left = grad + group * grad_k + rows.to(tl.int64)[:, None] * grad_o
     right = input + group * input_k + columns.to(tl.int64)[None, :] * input_i
+    left_inside, right_inside = (rows < outputs)[:, None], (columns < inputs)[None, :]
     total = tl.full((OUTPUTS, INPUTS), 0.0, tl.float32)
-    for example in range(examples):
-        factor = tl.load(factors + example)
-        if factor != 0.0:
-            product = _product(
-                left, grad_s, (rows < outputs)[:, None], right, input_s, (columns < inputs)[None, :], positions,
-                OUTPUTS, INPUTS, DEPTH, WIDE,
-            )  # fmt: skip
-            if DROP:
-                product = tl.where(tl.abs(product) < float("inf"), product, 0.0)
-            total += product * factor
-        left += grad_b
-        right += input_b
+    runs = tl.cdiv(positions, DEPTH)
+    # One loop, not two: operands of the next example are on their way while this one is multiplied.
+    for run in range(examples * runs):
+        example = (run // runs).to(tl.int64)
+        depth = run % runs * DEPTH + tl.arange(0, DEPTH)
+        product = _run(
+            left + example * grad_b, grad_s, left_inside, right + example * input_b, input_s, right_inside, depth,
+            positions, DEPTH, WIDE,
+        )  # fmt: skip
+        if DROP:
+            product = tl.where(tl.abs(product) < float("inf"), product, 0.0)
+        total += product * tl.load(factors + example)
     at = (group * outputs + rows)[:, None] * inputs + columns[None, :]
-    tl.store(out + at, total, mask=(rows < outputs)[:, None] & (columns < inputs)[None, :])
+    tl.store(out + at, total, mask=left_inside & right_inside)
 
 
 @triton.jit
@@ -145,13 +148,21 @@ def _product(
     total = tl.full((OUTPUTS, INPUTS), 0.0, tl.float32)
     for start in range(0, positions, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        inside = depth < positions
-        step = depth.to(tl.int64)
-        one = tl.load(left + step[None, :] * left_step, mask=left_inside & inside[None, :], other=0.0)
-        two = tl.load(right + step[:, None] * right_step, mask=right_inside & inside[:, None], other=0.0)
-        if WIDE:
-            one = one.to(tl.float32)
-            two = two.to(tl.float32)
-        # As in the Gram product: an accumulator for each run, so that the chain of roundings stays short.
-        total += tl.dot(one, two, input_precision="ieee", max_num_imprecise_acc=DEPTH)
+        total += _run(left, left_step, left_inside, right, right_step, right_inside, depth, positions, DEPTH, WIDE)
     return total
+
+
+@triton.jit
+def _run(
+    left, left_step, left_inside, right, right_step, right_inside, depth, positions, DEPTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The part of the product that these positions make, in an accumulator of its own: chains of roundings stay short."""
+    inside = depth < positions
+    step = depth.to(tl.int64)
+    one = tl.load(left + step[None, :] * left_step, mask=left_inside & inside[None, :], other=0.0)
+    two = tl.load(right + step[:, None] * right_step, mask=right_inside & inside[:, None], other=0.0)
+    if WIDE:
+        one = one.to(tl.float32)
+        two = two.to(tl.float32)
+    return tl.dot(one, two, input_precision="ieee", max_num_imprecise_acc=DEPTH)

@@ -1,34 +1,51 @@
-"""How the kernels are given their operands: tile sizes, strides, and the length of the chains that errors come from.
-
-Sizes are not measured: they were chosen by counting registers and shared memory of an A100 and an H100.
-"""
+"""How the kernels are given their operands: tile sizes, strides, and the length of the chains that errors come from."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-_DEPTH = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
-"""Products that are summed before the sum is added to the others."""
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut.
+
+    Attributes:
+        side: the largest side of a tile of positions, inputs or outputs.
+        depth: products that are summed in one accumulator before the sum is added to the others.
+        warps: for a tile of the largest side; four for others.
+        stages: how many steps ahead operands are loaded.
+    """
+
+    side: int
+    depth: int
+    warps: int
+    stages: int
+
+    def tile(self, size: int) -> int:
+        """Length of a tile's side for so many positions, inputs or outputs."""
+        return next(side for side in (16, 32, 64, 128) if side >= min(size, self.side))
+
+    def launch(self, tile: int) -> dict[str, int]:
+        """How a program of this tile is compiled."""
+        return {"num_warps": self.warps if tile == self.side else 4, "num_stages": self.stages}
 
 
-def tile_of(size: int) -> int:
-    """Length of a tile's side for so many positions, inputs or outputs."""
-    return next(side for side in (16, 32, 64) if side >= min(size, 64))
+PLAIN = Tiling(side=64, depth=32, warps=8, stages=3)
+"""Operands that are multiplied in float32: no register is spilled."""
+TENSOR_CORES = Tiling(side=128, depth=64, warps=8, stages=3)
+"""Operands of bfloat16. Their steps fill 96 KiB of shared memory, which the smallest of these cards has."""
 
 
-def warps_of(tile: int) -> int:
-    """Enough threads that no register of the largest tile is spilled."""
-    return 8 if tile == 64 else 4
-
-
-def depth_of(operands: Sequence[Tensor]) -> int:
-    """How many products are summed in one accumulator."""
-    return min(_DEPTH[value.dtype] for value in operands)
+def tiling_of(operands: Sequence[Tensor]) -> Tiling:
+    """How to cut products of these operands."""
+    narrow = all(value.dtype is torch.bfloat16 for value in operands)
+    return TENSOR_CORES if narrow else PLAIN
 
 
 def flat_strides(operands: Sequence[Tensor]) -> tuple[int, ...]:
