@@ -150,12 +150,13 @@ def _turn(step: Step, watch: Stopwatch) -> list[dict[str, float]]:
 
     It finds the caches of the contestant before, and costs all of them milliseconds that no training loop pays.
     """
-    steps, until = [], time.perf_counter() + _TURN_SECONDS
-    while not steps or time.perf_counter() < until:
+    until = time.perf_counter() + _TURN_SECONDS
+    while True:
         watch.start()
         step(watch)
-        steps.append(watch.seconds)
-    return steps[1:] or steps
+        if time.perf_counter() >= until:
+            steps = watch.turn()
+            return steps[1:] or steps
 
 
 def _load_libraries(device: torch.device) -> None:
