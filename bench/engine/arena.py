@@ -142,7 +142,7 @@ def _take_turns(pipe: Connection, setting: Setting, *, model: str, kind: str) ->
         pipe.send(_turn(step, watch))
         go_on = pipe.recv()
     memory_mib = meter.peak_mib()
-    pipe.send({"memory_mib": memory_mib, "tensors_mib": meter.tensors_mib(partial(step, watch))})
+    pipe.send({"memory_mib": memory_mib, "tensors_mib": meter.tensors_mib(partial(_timed, step, watch))})
 
 
 def _turn(step: Step, watch: Stopwatch) -> list[dict[str, float]]:
@@ -152,11 +152,15 @@ def _turn(step: Step, watch: Stopwatch) -> list[dict[str, float]]:
     """
     until = time.perf_counter() + _TURN_SECONDS
     while True:
-        watch.start()
-        step(watch)
+        _timed(step, watch)
         if time.perf_counter() >= until:
             steps = watch.turn()
             return steps[1:] or steps
+
+
+def _timed(step: Step, watch: Stopwatch) -> None:
+    watch.start()
+    step(watch)
 
 
 def _load_libraries(device: torch.device) -> None:

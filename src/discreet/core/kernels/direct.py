@@ -157,7 +157,7 @@ def _run(
     left, left_step, left_inside, right, right_step, right_inside, depth, positions, DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The part of the product that these positions make, in an accumulator of its own: chains of roundings stay short."""
+    """What these positions make of the product, in an accumulator of its own: chains of roundings stay short."""
     inside = depth < positions
     step = depth.to(tl.int64)
     one = tl.load(left + step[None, :] * left_step, mask=left_inside & inside[None, :], other=0.0)
