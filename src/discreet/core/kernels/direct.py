@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.operands import chain, on_device_of, tiling_of, widened
+from discreet.core.kernels.operands import PLAIN, PRODUCT, chain, narrow, on_device_of, widened
 from discreet.core.kernels.results import Squares
 
 
@@ -26,8 +26,8 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
     """
     examples, groups, positions, inputs = input_BKSI.shape
     outputs, pair = grad_BKSO.shape[3], [input_BKSI, grad_BKSO]
-    tiling = tiling_of(pair)
-    side = (tiling.tile(outputs), tiling.tile(inputs))
+    tiling = PRODUCT if narrow(pair) else PLAIN
+    side = tiling.tile(outputs, inputs)
     tiles = (triton.cdiv(outputs, side[0]), triton.cdiv(inputs, side[1]))
     sums = torch.empty(examples, groups * tiles[0] * tiles[1], dtype=torch.float64, device=grad_BKSO.device)
     with on_device_of(grad_BKSO):
@@ -38,7 +38,7 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
             INPUTS=side[1],
             DEPTH=tiling.depth,
             WIDE=widened(pair),
-            **tiling.launch(max(side)),
+            **tiling.launch(side),
         )
     # A square errs with twice its entry, and a sum of squares along a row with half a spacing for each.
     return Squares(sums.sum(1) * (1 + (side[1] + 2) * 2.0**-24), chain([positions], tiling.depth))
@@ -63,25 +63,30 @@ def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
     return _weighted(*operands, one, drop=False).unflatten(0, (examples, groups))
 
 
+_PROGRAMS = 256
+"""Programs that fill an accelerator; where tiles are fewer, examples are shared out as well."""
+
+
 def _weighted(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor, *, drop: bool) -> Tensor:
     examples, groups, positions, inputs = input_BKSI.shape
     outputs, pair = grad_BKSO.shape[3], [input_BKSI, grad_BKSO]
-    tiling = tiling_of(pair)
-    side = (tiling.tile(outputs), tiling.tile(inputs))
+    tiling = PRODUCT if narrow(pair) else PLAIN
+    side = tiling.tile(outputs, inputs)
     tiles = (triton.cdiv(outputs, side[0]), triton.cdiv(inputs, side[1]))
-    total = torch.empty(groups, outputs, inputs, dtype=torch.float32, device=grad_BKSO.device)
+    shares = max(1, min(examples, 4, _PROGRAMS // (groups * tiles[0] * tiles[1])))
+    total = torch.empty(shares, groups, outputs, inputs, dtype=torch.float32, device=grad_BKSO.device)
     with on_device_of(grad_BKSO):
-        _weighted_kernel[(groups * tiles[1], tiles[0])](
+        _weighted_kernel[(groups * tiles[1], tiles[0], shares)](
             *(input_BKSI, *input_BKSI.stride(), grad_BKSO, *grad_BKSO.stride()),
-            *(factor_B, total, examples, positions, inputs, outputs, tiles[1]),
+            *(factor_B, total, examples, groups, positions, inputs, outputs, tiles[1]),
             OUTPUTS=side[0],
             INPUTS=side[1],
             DEPTH=tiling.depth,
             WIDE=widened(pair),
             DROP=drop,
-            **tiling.launch(max(side)),
+            **tiling.launch(side),
         )
-    return total
+    return total.sum(0) if shares > 1 else total[0]
 
 
 @triton.jit
@@ -112,7 +117,7 @@ def _squares_kernel(
 def _weighted_kernel(
     input, input_b, input_k, input_s, input_i,
     grad, grad_b, grad_k, grad_s, grad_o,
-    factors, out, examples, positions, inputs, outputs, input_tiles,
+    factors, out, examples, groups, positions, inputs, outputs, input_tiles,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
@@ -121,21 +126,25 @@ def _weighted_kernel(
     rows = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     left = grad + group * grad_k + rows.to(tl.int64)[:, None] * grad_o
     right = input + group * input_k + columns.to(tl.int64)[None, :] * input_i
-    left_inside, right_inside = (rows < outputs)[:, None], (columns < inputs)[None, :]
+    left_inside = (rows < outputs)[:, None]
+    right_inside = (columns < inputs)[None, :]
     total = tl.full((OUTPUTS, INPUTS), 0.0, tl.float32)
     runs = tl.cdiv(positions, DEPTH)
+    share = tl.program_id(2)
+    shares = tl.num_programs(2)
     # One loop, not two: operands of the next example are on their way while this one is multiplied.
-    for run in range(examples * runs):
+    for run in range(examples * share // shares * runs, examples * (share + 1) // shares * runs):
         example = (run // runs).to(tl.int64)
         depth = run % runs * DEPTH + tl.arange(0, DEPTH)
-        product = _run(
+        factor = tl.load(factors + example)
+        inside = depth < tl.where(factor != 0.0, positions, 0)
+        total += factor * _run(
             left + example * grad_b, grad_s, left_inside, right + example * input_b, input_s, right_inside, depth,
-            positions, DEPTH, WIDE,
+            inside, DEPTH, WIDE,
         )  # fmt: skip
-        if DROP:
-            product = tl.where(tl.abs(product) < float("inf"), product, 0.0)
-        total += product * tl.load(factors + example)
-    at = (group * outputs + rows)[:, None] * inputs + columns[None, :]
+    if DROP:
+        total = tl.where(tl.abs(total) < float("inf"), total, 0.0)
+    at = ((share * groups + group) * outputs + rows)[:, None] * inputs + columns[None, :]
     tl.store(out + at, total, mask=left_inside & right_inside)
 
 
@@ -148,17 +157,17 @@ def _product(
     total = tl.full((OUTPUTS, INPUTS), 0.0, tl.float32)
     for start in range(0, positions, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        total += _run(left, left_step, left_inside, right, right_step, right_inside, depth, positions, DEPTH, WIDE)
+        inside = depth < positions
+        total += _run(left, left_step, left_inside, right, right_step, right_inside, depth, inside, DEPTH, WIDE)
     return total
 
 
 @triton.jit
 def _run(
-    left, left_step, left_inside, right, right_step, right_inside, depth, positions, DEPTH: tl.constexpr,
+    left, left_step, left_inside, right, right_step, right_inside, depth, inside, DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """What these positions make of the product, in an accumulator of its own: chains of roundings stay short."""
-    inside = depth < positions
     step = depth.to(tl.int64)
     one = tl.load(left + step[None, :] * left_step, mask=left_inside & inside[None, :], other=0.0)
     two = tl.load(right + step[:, None] * right_step, mask=right_inside & inside[:, None], other=0.0)

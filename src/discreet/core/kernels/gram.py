@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.operands import chain, flat_strides, on_device_of, tiling_of, widened
+from discreet.core.kernels.operands import GRAM, PLAIN, chain, flat_strides, narrow, on_device_of, widened
 from discreet.core.kernels.results import GramProducts
 
 
@@ -31,9 +31,9 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
             stand for all their pairs.
     """
     examples, groups, positions, _ = inputs_BKSI[0].shape
-    input_tiling, grad_tiling = tiling_of(inputs_BKSI), tiling_of(grads_BKSO)
-    tiling = min(input_tiling, grad_tiling, key=lambda each: each.side)
-    tile = tiling.tile(positions)
+    input_tiling, grad_tiling = (GRAM if narrow(operands) else PLAIN for operands in (inputs_BKSI, grads_BKSO))
+    tiling = GRAM if input_tiling is grad_tiling is GRAM else PLAIN
+    tile, _ = sides = tiling.tile(positions, positions)
     tiles = triton.cdiv(positions, tile)
     like = inputs_BKSI[0]
     sums = torch.empty(examples, groups * (tiles // 2 + 1) * tiles, dtype=torch.float64, device=like.device)
@@ -49,7 +49,7 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
             GRAD_DEPTH=grad_tiling.depth,
             INPUT_WIDE=widened(inputs_BKSI),
             GRAD_WIDE=widened(grads_BKSO),
-            **tiling.launch(tile),
+            **tiling.launch(sides),
         )
     spacings = chain(widths[0], input_tiling.depth) + chain(widths[1], grad_tiling.depth) + (tile + 2) / 2
     return GramProducts(sums.sum(1), input2, grad2, spacings)

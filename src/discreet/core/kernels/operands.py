@@ -16,36 +16,42 @@ class Tiling:
     """How the work is cut.
 
     Attributes:
-        side: the largest side of a tile of positions, inputs or outputs.
+        rows, columns: the largest sides of a tile: positions and positions, or outputs and inputs.
         depth: products that are summed in one accumulator before the sum is added to the others.
-        warps: for a tile of the largest side; four for others.
+        warps: for a tile of the largest sides; four for others.
         stages: how many steps ahead operands are loaded.
     """
 
-    side: int
+    rows: int
+    columns: int
     depth: int
     warps: int
     stages: int
 
-    def tile(self, size: int) -> int:
-        """Length of a tile's side for so many positions, inputs or outputs."""
-        return next(side for side in (16, 32, 64, 128) if side >= min(size, self.side))
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """The sides of a tile of so many rows and columns in all."""
+        return _side(rows, self.rows), _side(columns, self.columns)
 
-    def launch(self, tile: int) -> dict[str, int]:
+    def launch(self, tile: tuple[int, int]) -> dict[str, int]:
         """How a program of this tile is compiled."""
-        return {"num_warps": self.warps if tile == self.side else 4, "num_stages": self.stages}
+        return {"num_warps": self.warps if tile == (self.rows, self.columns) else 4, "num_stages": self.stages}
 
 
-PLAIN = Tiling(side=64, depth=32, warps=8, stages=3)
+def _side(size: int, largest: int) -> int:
+    return next(side for side in (16, 32, 64, 128) if side >= min(size, largest))
+
+
+PLAIN = Tiling(rows=64, columns=64, depth=32, warps=8, stages=3)
 """Operands that are multiplied in float32: no register is spilled."""
-TENSOR_CORES = Tiling(side=128, depth=64, warps=8, stages=3)
-"""Operands of bfloat16. Their steps fill 96 KiB of shared memory, which the smallest of these cards has."""
+GRAM = Tiling(rows=64, columns=64, depth=64, warps=4, stages=4)
+"""Gram matrices of bfloat16."""
+PRODUCT = Tiling(rows=128, columns=128, depth=64, warps=8, stages=3)
+"""Products of bfloat16. Their steps fill 96 KiB of shared memory, which the smallest of these cards has."""
 
 
-def tiling_of(operands: Sequence[Tensor]) -> Tiling:
-    """How to cut products of these operands."""
-    narrow = all(value.dtype is torch.bfloat16 for value in operands)
-    return TENSOR_CORES if narrow else PLAIN
+def narrow(operands: Sequence[Tensor]) -> bool:
+    """Whether tensor cores multiply these operands."""
+    return all(value.dtype is torch.bfloat16 for value in operands)
 
 
 def flat_strides(operands: Sequence[Tensor]) -> tuple[int, ...]:
