@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.operands import PLAIN, PRODUCT, chain, narrow, on_device_of, widened
+from discreet.core.kernels.operands import PLAIN, TENSOR_CORES, chain, narrow, on_device_of, widened
 from discreet.core.kernels.results import Squares
 
 
@@ -26,7 +26,7 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
     """
     examples, groups, positions, inputs = input_BKSI.shape
     outputs, pair = grad_BKSO.shape[3], [input_BKSI, grad_BKSO]
-    tiling = PRODUCT if narrow(pair) else PLAIN
+    tiling = TENSOR_CORES if narrow(pair) else PLAIN
     side = tiling.tile(outputs, inputs)
     tiles = (triton.cdiv(outputs, side[0]), triton.cdiv(inputs, side[1]))
     sums = torch.empty(examples, groups * tiles[0] * tiles[1], dtype=torch.float64, device=grad_BKSO.device)
@@ -51,7 +51,7 @@ def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Ten
         input_BKSI, grad_BKSO: float32, bfloat16 or float16, with any strides.
         factor_B: one factor for each example; one of 0 leaves the example out, whatever it holds.
     """
-    return _weighted(input_BKSI, grad_BKSO, factor_B.to(torch.float32).contiguous(), drop=True)
+    return _weighted(input_BKSI, grad_BKSO, factor_B.contiguous(), drop=True)
 
 
 def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ _PROGRAMS = 256
 def _weighted(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor, *, drop: bool) -> Tensor:
     examples, groups, positions, inputs = input_BKSI.shape
     outputs, pair = grad_BKSO.shape[3], [input_BKSI, grad_BKSO]
-    tiling = PRODUCT if narrow(pair) else PLAIN
+    tiling = TENSOR_CORES if narrow(pair) else PLAIN
     side = tiling.tile(outputs, inputs)
     tiles = (triton.cdiv(outputs, side[0]), triton.cdiv(inputs, side[1]))
     shares = max(1, min(examples, 4, _PROGRAMS // (groups * tiles[0] * tiles[1])))
@@ -136,12 +136,12 @@ def _weighted_kernel(
     for run in range(examples * share // shares * runs, examples * (share + 1) // shares * runs):
         example = (run // runs).to(tl.int64)
         depth = run % runs * DEPTH + tl.arange(0, DEPTH)
-        factor = tl.load(factors + example)
-        inside = depth < tl.where(factor != 0.0, positions, 0)
-        total += factor * _run(
+        product = _run(
             left + example * grad_b, grad_s, left_inside, right + example * input_b, input_s, right_inside, depth,
-            inside, DEPTH, WIDE,
+            positions, DEPTH, WIDE,
         )  # fmt: skip
+        factor = tl.load(factors + example).to(tl.float32)
+        total += factor * tl.where(factor != 0.0, product, 0.0)
     if DROP:
         total = tl.where(tl.abs(total) < float("inf"), total, 0.0)
     at = ((share * groups + group) * outputs + rows)[:, None] * inputs + columns[None, :]
@@ -157,17 +157,17 @@ def _product(
     total = tl.full((OUTPUTS, INPUTS), 0.0, tl.float32)
     for start in range(0, positions, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        inside = depth < positions
-        total += _run(left, left_step, left_inside, right, right_step, right_inside, depth, inside, DEPTH, WIDE)
+        total += _run(left, left_step, left_inside, right, right_step, right_inside, depth, positions, DEPTH, WIDE)
     return total
 
 
 @triton.jit
 def _run(
-    left, left_step, left_inside, right, right_step, right_inside, depth, inside, DEPTH: tl.constexpr,
+    left, left_step, left_inside, right, right_step, right_inside, depth, positions, DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """What these positions make of the product, in an accumulator of its own: chains of roundings stay short."""
+    inside = depth < positions
     step = depth.to(tl.int64)
     one = tl.load(left + step[None, :] * left_step, mask=left_inside & inside[None, :], other=0.0)
     two = tl.load(right + step[:, None] * right_step, mask=right_inside & inside[:, None], other=0.0)

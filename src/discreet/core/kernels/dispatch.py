@@ -82,6 +82,20 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
     return direct.product_squares(input_BKSI, grad_BKSO)
 
 
+def rounded_gram(found: GramProducts, *, inputs: int, outputs: int) -> Tensor:
+    """Squared norms with the bound on their rounding added, (B,), float64."""
+    from discreet.core.kernels import rounding
+
+    return rounding.gram_norm2(found, inputs=inputs, outputs=outputs)
+
+
+def rounded_direct(found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, inputs: int, outputs: int) -> Tensor:
+    """The same for `product_squares`, from the lengths of the positions."""
+    from discreet.core.kernels import rounding
+
+    return rounding.direct_norm2(found, input_BKS, grad_BKS, inputs=inputs, outputs=outputs)
+
+
 def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
     """``grad^T input`` per example, (B, K, O, I), float32."""
     from discreet.core.kernels import direct

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.operands import GRAM, PLAIN, chain, flat_strides, narrow, on_device_of, widened
+from discreet.core.kernels.operands import PLAIN, TENSOR_CORES, chain, flat_strides, narrow, on_device_of, widened
 from discreet.core.kernels.results import GramProducts
 
 
@@ -31,8 +31,8 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
             stand for all their pairs.
     """
     examples, groups, positions, _ = inputs_BKSI[0].shape
-    input_tiling, grad_tiling = (GRAM if narrow(operands) else PLAIN for operands in (inputs_BKSI, grads_BKSO))
-    tiling = GRAM if input_tiling is grad_tiling is GRAM else PLAIN
+    input_tiling, grad_tiling = (TENSOR_CORES if narrow(operands) else PLAIN for operands in (inputs_BKSI, grads_BKSO))
+    tiling = input_tiling if input_tiling is grad_tiling else PLAIN
     tile, _ = sides = tiling.tile(positions, positions)
     tiles = triton.cdiv(positions, tile)
     like = inputs_BKSI[0]

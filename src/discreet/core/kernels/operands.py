@@ -43,10 +43,8 @@ def _side(size: int, largest: int) -> int:
 
 PLAIN = Tiling(rows=64, columns=64, depth=32, warps=8, stages=3)
 """Operands that are multiplied in float32: no register is spilled."""
-GRAM = Tiling(rows=64, columns=64, depth=64, warps=4, stages=4)
-"""Gram matrices of bfloat16."""
-PRODUCT = Tiling(rows=128, columns=128, depth=64, warps=8, stages=3)
-"""Products of bfloat16. Their steps fill 96 KiB of shared memory, which the smallest of these cards has."""
+TENSOR_CORES = Tiling(rows=128, columns=128, depth=64, warps=8, stages=3)
+"""Operands of bfloat16. Their steps fill 96 KiB of shared memory, which the smallest of these cards has."""
 
 
 def narrow(operands: Sequence[Tensor]) -> bool:
