@@ -63,8 +63,19 @@ def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
     return _weighted(*operands, one, drop=False).unflatten(0, (examples, groups))
 
 
-_PROGRAMS = 256
-"""Programs that fill an accelerator; where tiles are fewer, examples are shared out as well."""
+_SHARES = 8
+
+
+def _shares(tiles: int, examples: int, device: torch.device) -> int:
+    """Into how many shares the examples go, so that all processors have work in each round; one holds one program.
+
+    From the shape and the card alone. Each share is a sum to be written and read: two hundredths of a round.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return min(
+        range(1, min(_SHARES, examples) + 1),
+        key=lambda shares: triton.cdiv(tiles * shares, processors) / shares * (1 + 0.02 * shares),
+    )
 
 
 def _weighted(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor, *, drop: bool) -> Tensor:
@@ -73,7 +84,7 @@ def _weighted(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor, *, drop: 
     tiling = TENSOR_CORES if narrow(pair) else PLAIN
     side = tiling.tile(outputs, inputs)
     tiles = (triton.cdiv(outputs, side[0]), triton.cdiv(inputs, side[1]))
-    shares = max(1, min(examples, 4, _PROGRAMS // (groups * tiles[0] * tiles[1])))
+    shares = _shares(groups * tiles[0] * tiles[1], examples, grad_BKSO.device)
     total = torch.empty(shares, groups, outputs, inputs, dtype=torch.float32, device=grad_BKSO.device)
     with on_device_of(grad_BKSO):
         _weighted_kernel[(groups * tiles[1], tiles[0], shares)](
