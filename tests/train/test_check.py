@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 
@@ -190,6 +191,45 @@ def test_a_buffer_that_learns_from_the_data_is_named():
     assert row.name == "buffers"
     assert "seen" in row.detail
     assert not model.seen.any()
+
+
+_WRITES = {
+    "in place": lambda model, mean: model.kept.add_(mean),
+    "past autograd": lambda model, mean: model.kept.data.add_(mean),
+    "another object": lambda model, mean: setattr(model, "kept", nn.Parameter(model.kept + mean, requires_grad=False)),
+    "a trained one": lambda model, mean: model.l.bias.data.add_(1e-6 * mean.mean()),
+    "in training alone": lambda model, mean: torch.is_grad_enabled() and model.kept.data.add_(mean),
+}
+
+
+@pytest.mark.parametrize("how", _WRITES)
+def test_a_parameter_that_a_forward_writes_is_named(how):
+    """A codebook or a teacher that follows the batch: frozen, so it gets no noise, and it is saved with the model."""
+
+    def forward(model, x):
+        value = model.l(x)
+        with contextlib.nullcontext() if how == "in training alone" else torch.no_grad():
+            _WRITES[how](model, x.detach().mean(0))
+        return value
+
+    model = _model(forward, l=nn.Linear(D, D), kept=nn.Parameter(torch.zeros(D), requires_grad=False))
+    row = next(row for row in check(model, loss, _features(D)).rows if row.name == "buffers")
+    assert row.status is Status.FAILED
+    assert ("l.bias" if how == "a trained one" else "kept") in row.detail
+    still = _model(lambda s, x: s.l(x), l=nn.Linear(D, D), kept=nn.Parameter(torch.zeros(D), requires_grad=False))
+    assert check(still, loss, _features(D)).passed
+
+
+def test_a_buffer_that_is_written_in_training_alone_is_named():
+    def forward(model, x):
+        if torch.is_grad_enabled():
+            model.seen.add_(x.detach().mean(0))
+        return model.l(x)
+
+    model = _model(forward, l=nn.Linear(D, D))
+    model.register_buffer("seen", torch.zeros(D))
+    row = next(row for row in check(model, loss, _features(D)).rows if row.name == "buffers")
+    assert row.status is Status.FAILED
 
 
 def test_a_counter_is_no_secret():

@@ -91,11 +91,13 @@ def check(
     """Check a model and a loss on one small batch, without changing either.
 
     **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is
-    tested by replacing and by removing examples; buffers that a forward changes depending on the data are named. The
-    check is a test and no proof: it sees the control flow that these examples take.
+    tested by replacing and by removing examples; buffers that a forward changes depending on the data are named, and
+    parameters that it writes at all. The check is a test and no proof: it sees the control flow that these examples
+    take.
 
     Args:
-        model: as it will be trained (its mode is kept; buffers, gradients and random state are put back).
+        model: as it will be trained (its mode is kept; buffers, gradients and random state are put back; a parameter
+            that its own forward writes is not).
         loss: per-example losses, ``loss(model, batch) -> (B,)``.
         batch: 2 to about 8 examples, all different.
         clipping: the clipping function to compare the sum under; automatic by default.
@@ -125,9 +127,10 @@ def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     ]
     detail = (
         f"{', '.join(verdict.buffers)}: a forward writes private statistics here, and they would be saved without "
-        "noise; use a layer without running statistics."
+        "noise; use a layer without running statistics, and let no forward write a parameter."
     )
-    rows.append(_verdict_row("buffers", "no buffer learns from the data", not verdict.buffers, detail))
+    what = "no buffer learns from the data, and no forward writes a parameter"
+    rows.append(_verdict_row("buffers", what, not verdict.buffers, detail))
     return tuple(rows)
 
 
