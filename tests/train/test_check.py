@@ -334,6 +334,25 @@ def test_nothing_is_left_behind():
     assert all(torch.equal(batch[k], kept[k]) for k in kept)
 
 
+def test_what_is_published_of_a_check_is_the_same_whatever_the_examples_are():
+    """One row decides whether a gate opens, so whether what is behind it is used, and how long the padded batch is."""
+
+    def gated(model, x):
+        is_open = (x > 3).flatten(1).any(1).to(x.dtype)
+        return model.a(x).mean(1) + is_open[:, None] * model.b(x).mean(1)
+
+    reports = []
+    for first, length in ((0.0, 3), (9.0, 3), (0.0, 200)):
+        batch = _features(length, D)
+        batch["x"][0] = first
+        batch["x"].clamp_(max=9.0 if first else 3.0)
+        reports.append(check(_model(gated, a=nn.Linear(D, 9), b=nn.Linear(D, 9)), loss, batch))
+    assert all(report.passed for report in reports)
+    assert len({report.table() for report in reports}) == 3
+    assert len({json.dumps(report.released()) for report in reports}) == 1
+    assert {row["status"] for row in reports[0].released()["rows"]} == {"passed"}
+
+
 def test_unused_parameters_are_reported_and_pass():
     model, batch = CASES["unused parameter"].build(torch.float32)
     report = check(model, loss, batch)

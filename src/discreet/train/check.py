@@ -30,17 +30,28 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One line of the table: what was checked, how it went, and why."""
+    """One line of the table: what was checked, how it went, and why.
+
+    Attributes:
+        own: the line is about one parameter.
+    """
 
     name: str
     what: str
     status: Status
     detail: str
+    own: bool = False
+
+
+_REACHED = "norms agree wherever the examples of the check reach it; it gets noise in any case"
 
 
 @dataclass(frozen=True)
 class CheckReport:
     """Result of the self-check. Holds verdicts, names and shapes only: nothing in it is a value from the data.
+
+    Yet some of it follows from the examples of the check: which parameters they use, what their lengths are. So what a
+    run publishes of it is `released`, and nothing else.
 
     Attributes:
         rows: in the order in which they were checked.
@@ -67,11 +78,24 @@ class CheckReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The public record, as it stands in ``check.json``."""
+        """All rows, for whoever may see the examples of the check."""
         rows = [
             {"name": row.name, "what": row.what, "status": row.status.value, "detail": row.detail} for row in self.rows
         ]
         return {"passed": self.passed, "rows": rows}
+
+    def released(self) -> dict[str, Any]:
+        """The record of a check that passed, as it stands in ``check.json``: the same for all examples.
+
+        Names and shapes are those of the model. Which parameters the examples reached, by which functions and at what
+        lengths is left out: on private examples that is a release without noise.
+        """
+        assert self.passed
+        rows = [
+            {"name": row.name, "what": row.what, "status": Status.PASSED.value, "detail": _REACHED if row.own else "ok"}
+            for row in self.rows
+        ]
+        return {"passed": True, "rows": rows}
 
     def raise_if_failed(self) -> None:
         """Raise `CheckFailed` with every failed row, if any."""
@@ -142,18 +166,18 @@ def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
             detail = f"met by {met}; no gradient of these examples reaches it, so there was nothing to compare"
             if not parameter.functions:
                 detail = "not used by these examples; it is part of every release and gets noise"
-            rows.append(CheckRow(parameter.name, _shape(parameter.shape), Status.UNUSED, detail))
+            rows.append(CheckRow(parameter.name, _shape(parameter.shape), Status.UNUSED, detail, own=True))
             continue
         met = ", ".join(parameter.functions) or "no function"
         name, shape = parameter.name, _shape(parameter.shape)
         if parameter.norms_agree:
             how = "".join(f"; {route}" for route in parameter.routes)
-            rows.append(CheckRow(name, shape, Status.PASSED, f"norms agree; {met}{how}"))
+            rows.append(CheckRow(name, shape, Status.PASSED, f"norms agree; {met}{how}", own=True))
             continue
         detail = (
             f"met by {met}; norms differ from autograd by more than {verdict.tolerance:g}: do not train; report it."
         )
-        rows.append(CheckRow(name, shape, Status.FAILED, detail))
+        rows.append(CheckRow(name, shape, Status.FAILED, detail, own=True))
     detail = f"differs from brute force by more than {verdict.tolerance:g}: do not train; report it."
     rows.append(_verdict_row("clipped sum", "against one example at a time", verdict.sum_agrees, detail))
     return tuple(rows)
