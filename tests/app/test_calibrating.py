@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from discreet.app.cli import main
-from discreet.app.predictions import Scale, load_predictions
+from discreet.app.predictions import Faults, Scale, load_predictions
+from discreet.core.calibration import Neighbours, Reliability, summed_reliability
 from discreet.insight.calibration import Predictions, calibration_report
 from discreet.insight.calibration.advice import Seen, advice
 from discreet.privacy.certificate import verify
@@ -18,6 +19,7 @@ from discreet.privacy.certificate import verify
 ROWS = 600
 CLASSES = ("cat", "dog", "eel")
 SCORES = ("--columns", "p_cat,p_dog,p_eel")
+BUDGET = (*SCORES, "--probabilities", "--epsilon", 1)
 
 
 def made(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +131,7 @@ def test_names_of_groups_and_files_are_escaped(tmp_path, monkeypatch, capsys):
 
 
 def test_a_budget_is_charged_certified_and_verified(table, capsys):
-    code, out, _ = _run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--out", "audit", "--json")
+    code, out, _ = _run(capsys, "calibrate", table, *BUDGET, "--out", "audit", "--json")
     assert code == 0
     found = json.loads(out)
     assert found["private"] is True
@@ -144,15 +146,77 @@ def test_a_budget_is_charged_certified_and_verified(table, capsys):
     assert "calibration report" in certificate["mechanism"]["name"]
     assert json.loads(Path("audit/release/calibration.json").read_text())["ece"] == found["ece"]
     assert not Path("audit/private/key").exists()
-    code, _, err = _run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--out", "audit")
+    code, _, err = _run(capsys, "calibrate", table, *BUDGET, "--out", "audit")
     assert code == 2
     assert "holds a run already" in err
 
 
+def _report_sums(path: Path, scale: Scale) -> torch.Tensor:
+    """What `discreet calibrate --epsilon` adds noise to."""
+    found = load_predictions(path, label=None, group=None, scale=scale, faults=Faults.HARMLESS)
+    scores = found.scores_NK.clamp(min=-1e4)
+    asked = Reliability(bins=15, nll_bound=5.0)
+    total = summed_reliability(scores, found.target_N, asked=asked, neighbours=Neighbours.ADD_REMOVE)
+    return torch.cat([value.flatten() for value in total.tensors.values()])
+
+
+HEADS = {
+    "names": ("label,p_cat,p_dog", "cat,0.8,0.2", "1,0.4,0.6"),
+    "numbers for names": ("label,p_1,p_0", "1,0.8,0.2", "0,0.4,0.6"),
+    "one column": ("label,score", "1,0.8", "0,0.4"),
+}
+STRANGE = ("1.0", "2", "-1", "nobody", "", "nan", "1e400", "cat")
+CELLS = ("1.001", "-0.1", "nan", "inf", "-inf", "1e400", "", "nobody", "0", "1")
+
+
+@pytest.mark.parametrize("scale", [Scale.LOGITS, Scale.PROBABILITIES])
+@pytest.mark.parametrize("head", HEADS)
+def test_no_row_of_a_file_moves_a_report_within_a_budget_by_more_than_its_sensitivity(tmp_path, head, scale):
+    """Neighbouring files, and not neighbouring tensors: reading them is part of the query."""
+    header, *usual = HEADS[head]
+    lines = [header, *(usual * 200)]
+    (tmp_path / "one.csv").write_text("\n".join(lines) + "\n")
+    without = _report_sums(tmp_path / "one.csv", scale)
+    largest = 0.0
+    width = header.count(",")
+    for row in [*((label, *["0.5"] * width) for label in STRANGE), *(("1", *[cell] * width) for cell in CELLS)]:
+        (tmp_path / "other.csv").write_text("\n".join([*lines, ",".join(row)]) + "\n")
+        moved = float((_report_sums(tmp_path / "other.csv", scale) - without).norm())
+        assert moved <= np.sqrt(2) * (1 + 1e-9)
+        largest = max(largest, moved)
+    assert largest > 0.7
+
+
+@pytest.mark.parametrize("name", ["logits", "probabilities"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 7.0])
+def test_no_row_of_an_archive_ends_a_report_within_a_budget(tmp_path, monkeypatch, capsys, name, value):
+    monkeypatch.chdir(tmp_path)
+    numbers, labels = np.full((300, 2), 0.5), np.zeros(300, dtype=int)
+    numbers[7], labels[7] = (value, -value), 5
+    np.savez("rows.npz", **{name: numbers}, labels=labels)
+    code, out, err = _run(capsys, "calibrate", "rows.npz", "--epsilon", 1, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["examples"] == 300
+
+
+def test_within_a_budget_no_row_says_what_the_numbers_are(table, capsys):
+    code, out, err = _run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--out", "audit")
+    assert (code, out) == (2, "")
+    assert "say which they are" in err
+    assert not Path("audit").exists()
+
+
+def test_a_file_of_which_nothing_can_be_read_is_not_charged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("label,score\n" + "yes,x\n" * 50)
+    code, _, err = _run(capsys, "calibrate", "rows.csv", "--probabilities", "--epsilon", 1, "--out", "audit")
+    assert code == 2
+    assert "no row has numbers" in err
+    assert not Path("audit").exists()
+
+
 def test_two_budgeted_reports_carry_different_noise(table, capsys):
-    found = [
-        json.loads(_run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--json")[1])["gap"] for _ in range(2)
-    ]
+    found = [json.loads(_run(capsys, "calibrate", table, *BUDGET, "--json")[1])["gap"] for _ in range(2)]
     assert found[0] != found[1]
 
 

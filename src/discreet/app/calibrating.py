@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from discreet.app.charged_report import charged_report
-from discreet.app.predictions import Loaded, Scale, load_predictions
+from discreet.app.predictions import Faults, Loaded, Scale, load_predictions
 from discreet.app.report import parts, read_run
 from discreet.app.report.believed import HEADING, calibration_section, verdict
 from discreet.app.report.files import write_whole
@@ -67,7 +67,12 @@ def calibrate(options: CalibrateOptions) -> Calibrated:
         return _of_run(options)
     _check(options)
     loaded = load_predictions(
-        options.data, label=options.label, group=options.group, scale=options.scale, columns=options.columns
+        options.data,
+        label=options.label,
+        group=options.group,
+        scale=options.scale,
+        columns=options.columns,
+        faults=Faults.REFUSED if options.epsilon is None else Faults.HARMLESS,
     )
     if options.epsilon is not None:
         return _within_budget(loaded, options)

@@ -70,7 +70,8 @@ class IsolationVerdict:
     Attributes:
         by_substitution: no loss moved when another example of the batch was replaced.
         by_removal: no loss moved when the others were removed (in evaluation mode when the model is stochastic).
-        buffers: names of buffers that a training forward changed in a way that depends on the data.
+        buffers: names of buffers that a training forward changed in a way that depends on the data, and of parameters
+            that it wrote at all, frozen or not: both are released as they are.
     """
 
     by_substitution: bool
@@ -191,7 +192,7 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
     if computes_narrowly(lambda: _losses(model, loss, batch, examples=size)):
         tolerance = _NARROW
     by_substitution = True
-    buffers: set[str] = set()
+    buffers = _parameters_written(model, loss, batch)
     state = _buffers_after(model, loss, batch)
     for row in range(size):
         rows = [other if other != row else (row + 1) % size for other in range(size)]
@@ -318,9 +319,27 @@ def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, 
 
 
 def _buffers_after(model: nn.Module, loss: LossFunction, batch: Any) -> dict[str, Tensor]:
-    with frozen_state(model), torch.no_grad():
+    with frozen_state(model), torch.enable_grad():  # as in training: a forward may ask whether it is
         loss(model, batch)
         return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def _parameters_written(model: nn.Module, loss: LossFunction, batch: Any) -> set[str]:
+    """Parameters that a forward writes, even past autograd. No copy is made: a frozen model may fill the memory."""
+    before = {name: (parameter, *_state_of(parameter)) for name, parameter in model.named_parameters()}
+    with frozen_state(model), torch.enable_grad():
+        loss(model, batch)
+    after = {name: (parameter, *_state_of(parameter)) for name, parameter in model.named_parameters()}
+    known = {name for name, state in after.items() if name in before and state[0] is before[name][0]}
+    return (before.keys() | after.keys()) - {name for name in known if after[name][1:] == before[name][1:]}
+
+
+def _state_of(parameter: Tensor) -> tuple[int, int]:
+    """How often it was written through torch, and the sum of its bits, which sees the other writes."""
+    if parameter.layout is not torch.strided or type(parameter.data) is not Tensor:
+        return parameter._version, 0
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(parameter.element_size(), torch.uint8)
+    return parameter._version, int(parameter.detach().flatten().view(bits).sum(dtype=torch.int64))
 
 
 def _rounding(norms: Mapping[str, Tensor], parameters: Mapping[str, Tensor], tolerance: float) -> float:

@@ -202,7 +202,7 @@ def _conclude(run: Run, contest: Contest, state: SearchState) -> Tuned:
             "search": run.plan.to_json()["search"],
         },
     )
-    run.write("check.json", contest.reports[state.best.choice].to_json())
+    run.write("check.json", contest.reports[state.best.choice].released())
     run.finish(model)
     return Tuned(
         model=model, choice=chosen.name, score=score, plan=run.plan, epsilon=run.ledger.epsilon(), run_dir=run.path
