@@ -1,7 +1,7 @@
 """Who competes: a rate that sets itself, one fixed rate, a grid that nobody may use in practice, and two others.
 
-All but the first go through the same private step (clip, sum, noise, divide) without a ledger: batches and noise
-of a seed are the same for all of them.
+All but the first go through the same private step (clip, sum, noise, divide) without a ledger. Batches and noise of an
+update are functions of the seed, and the same for all of them: what differs is the rate.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from bench.auto_lr.tasks import Task
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import trainable
 from discreet.core.noise import release
-from discreet.core.rng import NoiseSource, seed_key
+from discreet.core.rng import NoiseSource, seed_key, subkey
 from discreet.privacy.plan import Plan
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.tuning import plan_search
-from discreet.train.auto_lr import AutoLR
+from discreet.train.auto_lr import AutoLR, LearningRate
 from discreet.train.examples import Examples as Fetched
 from discreet.train.loop import make_private, self_check
 from discreet.train.step import ClippedStep, Microbatch, write_gradient
+from discreet.train.updates import Step
 
 FIXED_RATE = 0.02
 RATES = {"adam": (0.001, 0.003, 0.01, 0.02, 0.03, 0.06, 0.1), "sgdm": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
 PRIORS = (1e-4, 1e-2, 1.0)
 SEARCH_RUNS = 10.0
+TWINS = {f"grid:adam:{FIXED_RATE:g}:linear": "fixed"}
+"""Settings of the grid that are another contestant."""
 
 Parameters = Iterable[nn.Parameter]
 Shape = Callable[[float], float]
@@ -116,23 +119,28 @@ def _foreign(package: str, name: str) -> Callable[[Parameters], torch.optim.Opti
 
 def _automatic(task: Task, plan: Plan, auto: AutoLR, kind: str, *, seed: int) -> Result:
     model = task.model(seed)
+    first = looped(task, plan, model, _maker(kind, 1.0)(trainable(model).values()), auto, seed=seed)
+    return Result(task.accuracy(model), first.learning_rate, plan.steps, probes=first.index)
+
+
+def looped(
+    task: Task, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, rate: LearningRate, *, seed: int
+) -> Step:
+    """Train by the library's loop; returns the first update that moved the weights."""
     with tempfile.TemporaryDirectory() as where:
         private = make_private(
             model,
-            _maker(kind, 1.0)(trainable(model).values()),
+            optimizer,
             task.train,
             loss=task.loss,
             plan=plan,
-            learning_rate=auto,
+            learning_rate=rate,
             run_dir=Path(where) / "run",
             checkpoint_steps=plan.steps,
             seed=seed,
         )
-        first = None
-        for step in private:
-            first = first or step
-    assert first is not None
-    return Result(task.accuracy(model), first.learning_rate, plan.steps, probes=first.index)
+        first, *_ = list(private)
+    return first
 
 
 def _plain(
@@ -146,18 +154,27 @@ def _plain(
     model = task.model(seed)
     optimizer = maker(trainable(model).values())
     peak = float(optimizer.param_groups[0]["lr"])
-    source = NoiseSource.insecure_seed(seed)
+    trained(task, plan, model, optimizer, shape, seed=seed)
+    return Result(task.accuracy(model), peak, plan.steps)
+
+
+def trained(
+    task: Task, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, shape: Shape, *, seed: int
+) -> None:
+    """Train by bare steps: the batches, noise and updates of the loop, without a ledger."""
+    peak = float(optimizer.param_groups[0]["lr"])
+    key = seed_key(seed)
+    source = NoiseSource.keyed(subkey(key, "noise for gradient"), private=False)
     step = _step(task, model)
     for index in range(plan.steps):
         torch.manual_seed(seed * plan.steps + index)
-        total = step.clipped_sum(plan.sampling.draw(key=seed_key(seed), step=index))
+        total = step.clipped_sum(plan.sampling.draw(key=subkey(key, "sampling"), step=index))
         released = release(
             total, noise_multiplier=plan.noise_multiplier, source=source, divisor=plan.batch_size, into=total.tensors
         )
         write_gradient(released, step.parameters)
         optimizer.param_groups[0]["lr"] = peak * shape(index / plan.steps)
         optimizer.step()
-    return Result(task.accuracy(model), peak, plan.steps)
 
 
 def _step(task: Task, model: nn.Module) -> ClippedStep:
