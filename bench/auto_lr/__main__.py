@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="cut every task to what one core does in a minute or less")
     parser.add_argument("--epsilons", nargs="+", type=float, default=[1.0, 3.0, 8.0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--contestants", nargs="+", help="by the beginning of their names; default: all")
+    parser.add_argument("--contestants", nargs="+", help="auto, grid, grid:sgdm, ...; default: all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
@@ -81,10 +81,10 @@ def order(options: argparse.Namespace) -> Iterator[Cell]:
 def _run_missing(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     known = {(row["task"], row["epsilon"], row["seed"], row["contestant"]): row for row in rows}
     tasks: dict[str, Task] = {}
-    begins = tuple(options.contestants) if options.contestants else ("",)
+    chosen = options.contestants or [""]
     for cell in order(options):
         name, epsilon, seed, contestant = cell
-        if cell in known or not contestant.startswith(begins) or not _installed(contestant):
+        if cell in known or not _is_chosen(contestant, chosen) or not _installed(contestant):
             continue
         if contestant.startswith("grid:") and not pruning.is_worth_a_run(
             contestant, _first(known, task=name, epsilon=epsilon), seed=seed
@@ -115,6 +115,11 @@ def _first(known: dict[Cell, dict[str, Any]], *, task: str, epsilon: float) -> d
         for (of, at, seed, contestant), row in known.items()
         if (of, at, seed) == (task, epsilon, 0) and contestant.startswith("grid:")
     }
+
+
+def _is_chosen(contestant: str, chosen: Sequence[str]) -> bool:
+    """By its whole name, or by a beginning of it that ends at a colon; "" is all."""
+    return any(name in ("", contestant) or contestant.startswith(name + ":") for name in chosen)
 
 
 def _installed(contestant: str) -> bool:

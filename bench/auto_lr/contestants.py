@@ -25,7 +25,7 @@ from discreet.core.rng import NoiseSource, seed_key, subkey
 from discreet.privacy.plan import Plan
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.tuning import plan_search
-from discreet.train.auto_lr import AutoLR, LearningRate
+from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.examples import Examples as Fetched
 from discreet.train.loop import make_private, self_check
 from discreet.train.step import ClippedStep, Microbatch, write_gradient
@@ -49,7 +49,7 @@ SHAPES: dict[str, Shape] = {
 
 @dataclass(frozen=True)
 class Result:
-    """One run: accuracy on held-out rows, the rate of its first update, updates and those spent on probes."""
+    """One run: accuracy on held-out rows, the peak rate as known in the end, updates and those spent on probes."""
 
     accuracy: float
     rate: float
@@ -119,14 +119,15 @@ def _foreign(package: str, name: str) -> Callable[[Parameters], torch.optim.Opti
 
 def _automatic(task: Task, plan: Plan, auto: AutoLR, kind: str, *, seed: int) -> Result:
     model = task.model(seed)
-    first = looped(task, plan, model, _maker(kind, 1.0)(trainable(model).values()), auto, seed=seed)
-    return Result(task.accuracy(model), first.learning_rate, plan.steps, probes=first.index)
+    steps = looped(task, plan, model, _maker(kind, 1.0)(trainable(model).values()), auto, seed=seed)
+    peak = steps[-1].learning_rate / decay(steps[-1].index, plan.steps)
+    return Result(task.accuracy(model), peak, plan.steps, probes=plan.steps - len(steps))
 
 
 def looped(
     task: Task, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, rate: LearningRate, *, seed: int
-) -> Step:
-    """Train by the library's loop; returns the first update that moved the weights."""
+) -> list[Step]:
+    """Train by the library's loop; returns the updates that moved the weights."""
     with tempfile.TemporaryDirectory() as where:
         private = make_private(
             model,
@@ -139,8 +140,7 @@ def looped(
             checkpoint_steps=plan.steps,
             seed=seed,
         )
-        first, *_ = list(private)
-    return first
+        return list(private)
 
 
 def _plain(

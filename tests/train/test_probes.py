@@ -19,7 +19,7 @@ from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
 from discreet.privacy.ledger import Ledger
 from discreet.train import updates as updates_module
-from discreet.train.auto_lr import AutoLR, LearningRate
+from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.loop import Private, make_private
 from discreet.train.probing import probe_sum
 from discreet.train.step import ClippedStep, Microbatch
@@ -165,7 +165,7 @@ def test_every_decision_is_in_the_log_and_in_the_step(tmp_path):
     verdict = steps[0].verdict
     assert verdict is not None
     assert verdict.reason
-    assert steps[0].learning_rate == pytest.approx(probes[-1]["probe_rate"] * (1 - steps[0].index / STEPS))
+    assert steps[0].learning_rate == pytest.approx(probes[-1]["probe_rate"] * decay(steps[0].index, STEPS))
 
 
 @pytest.mark.parametrize("momentum", [False, True])
@@ -388,6 +388,6 @@ def _probe_until(updates: updates_module.Updates, count: int) -> None:
     search = updates._rates.search
     assert search is not None
     true_question = search.question
-    search.question = lambda: true_question() if search.asked < count else None  # type: ignore[method-assign]
+    search.question = lambda done: true_question(done) if search.asked < count else None  # type: ignore[method-assign]
     updates.find_rate()
     del search.question
