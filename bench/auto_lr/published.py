@@ -36,7 +36,7 @@ from discreet.app.models import ModelKind
 from discreet.app.training import DataOptions, open_data
 from discreet.core.gradient import trainable
 from discreet.core.rng import NoiseSource
-from discreet.train.auto_lr import LearningRate
+from discreet.train.auto_lr import LearningRate, LinearDecay, decay
 from discreet.train.loop import make_private
 
 DELTA = 1e-5
@@ -49,8 +49,8 @@ PUBLISHED = {
 }
 CONTESTANTS: dict[str, tuple[str, LearningRate]] = {
     "auto": ("adam", "auto"),
-    "fixed": ("adam", models.defaults(ModelKind.CNN).learning_rate),
     "auto-sgdm": ("sgdm", "auto"),
+    "fixed": ("adam", models.defaults(ModelKind.CNN).learning_rate),
 }
 PIECE = 2000
 """Test images at a time."""
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", choices=list(EPSILONS), default=list(EPSILONS))
     parser.add_argument("--models", nargs="+", choices=["scatter", "tanh"], default=["scatter", "tanh"])
-    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=["auto", "fixed"])
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", type=int, help="training and test rows to keep, to try the program out")
     parser.add_argument("--steps", type=int, help="updates, to try the program out; default: the planner's")
@@ -161,12 +161,10 @@ def run(split: Split, name: str, model: str, contestant: str, *, seed: int, step
             checkpoint_steps=1_000_000,
             seed=seed,
         )
-        first = None
-        for step in private:
-            first = first or step
+        moved = list(private)
         spent = private.epsilon()
-    assert first is not None
-    plan = private.plan
+    plan, last = private.plan, moved[-1]
+    shape = LinearDecay(1.0, plan.steps).at if contestant == "fixed" else lambda step: decay(step, plan.steps)
     return {
         "accuracy": accuracy(trained, split.test),
         "published": PUBLISHED[name, model],
@@ -176,9 +174,9 @@ def run(split: Split, name: str, model: str, contestant: str, *, seed: int, step
         "batch_size": plan.batch_size,
         "updates": plan.steps,
         "noise_multiplier": plan.noise_multiplier,
-        "probes": first.index,
-        "rate": first.learning_rate,
-        "verdict": first.verdict.reason if first.verdict else "given",
+        "probes": plan.steps - len(moved),
+        "rate": last.learning_rate / shape(last.index),
+        "verdict": last.verdict.reason if last.verdict else "given",
         "device": str(device),
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - used, 1),

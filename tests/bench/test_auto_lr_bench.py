@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bench.auto_lr import __main__ as program
-from bench.auto_lr import contestants, pruning, simulated, table
+from bench.auto_lr import contestants, overhead, pruning, simulated, table
 from bench.auto_lr.tasks import NameModel, Task, load, name_loss
 from torch import nn
 
@@ -182,3 +183,22 @@ def test_small_tasks_are_cut():
     task = load("toy", Path(), small=True)
     plan = task.plan(3.0)
     assert (len(task.train), len(task.test), plan.batch_size, plan.steps) == (20_000, 4_000, 500, 300)
+
+
+def test_what_asking_costs_is_told_from_one_run():
+    """Two probes of half an update, three of a whole one, among 95 updates that take 1."""
+    turns = [(2.0, 2), *[(1.0, 0)] * 47, (4.0, 3), *[(1.0, 0)] * 46]
+    cost = overhead.Cost.split(turns)
+    assert (len(cost.probes), len(cost.updates)) == (5, 95)
+    assert cost.share_of_updates == pytest.approx(0.05)
+    assert cost.ratio == pytest.approx(1.0)
+    assert cost.share_of_time == pytest.approx(4 / 99)
+    assert cost.added_time == pytest.approx(0.0)
+    assert cost.noise == pytest.approx(1 / math.sqrt(0.95) - 1)
+
+
+def test_a_run_is_measured_whole():
+    cost = overhead.measure(_small(), 8.0)
+    assert len(cost.probes) + len(cost.updates) == 100
+    assert len(cost.probes) >= 2
+    assert min(cost.updates) > 0
