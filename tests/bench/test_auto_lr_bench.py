@@ -202,3 +202,16 @@ def test_a_run_is_measured_whole():
     assert len(cost.probes) + len(cost.updates) == 100
     assert len(cost.probes) >= 2
     assert min(cost.updates) > 0
+
+
+def test_the_simulation_learns_and_asks_twice():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(900, 6, generator=generator)
+    targets = (features[:, 0] > 0).long()
+    data = (features[:600], targets[:600], features[600:], targets[600:])
+    world = simulated.World({3: (150, 160, 1.0)}, data)
+    accuracy, rate = simulated.automatic(world, 3, seed=0)
+    assert accuracy > 85
+    assert 0.002 < rate < 0.3
+    for kind, peak in (("adam", 0.02), ("sgdm", 1.0)):
+        assert simulated.train(world, 3, rate=peak, kind=kind, seed=0) > 85
