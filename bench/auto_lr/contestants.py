@@ -42,6 +42,7 @@ Parameters = Iterable[nn.Parameter]
 Shape = Callable[[float], float]
 SHAPES: dict[str, Shape] = {
     "linear": lambda passed: 1.0 - passed,
+    "root": lambda passed: math.sqrt(1.0 - passed),
     "constant": lambda _: 1.0,
     "cosine": lambda passed: 0.5 * (1.0 + math.cos(math.pi * passed)),
 }
@@ -64,6 +65,7 @@ def names() -> tuple[str, ...]:
         "auto-sgdm",
         *(f"auto-from-{prior:g}" for prior in PRIORS),
         "fixed",
+        "fixed-root",
         "prodigy",
         "dadapt",
         *grid(),
@@ -94,6 +96,7 @@ def run(contestant: str, task: Task, epsilon: float, *, seed: int) -> Result:
         return _searched(task, plan, seed=seed)
     maker, shape = {
         "fixed": lambda: (_maker("adam", FIXED_RATE), "linear"),
+        "fixed-root": lambda: (_maker("adam", FIXED_RATE), "root"),
         "prodigy": lambda: (_foreign("prodigyopt", "Prodigy"), "cosine"),
         "dadapt": lambda: (_foreign("dadaptation", "DAdaptAdam"), "cosine"),
     }.get(contestant, lambda: _of_grid(contestant))()

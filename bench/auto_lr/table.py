@@ -52,7 +52,7 @@ def spread(rows: Rows, task: str, epsilon: float) -> float | None:
     return max(found) - min(found) if len(found) > 1 else None
 
 
-COLUMNS = ("auto", "auto-sgdm", "fixed", "prodigy", "dadapt", "search")
+COLUMNS = ("auto", "auto-sgdm", "fixed", "fixed-root", "prodigy", "dadapt", "search")
 
 
 def render(rows: Rows) -> str:
