@@ -6,6 +6,7 @@ Autocast would round a Gram matrix to bfloat16, and TF32 keeps 10 bits of each f
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,20 +38,9 @@ def computes_narrowly(run: Callable[[], object]) -> bool:
     return watch.narrow
 
 
-@contextlib.contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Parameters and buffers of half precision are float32 inside; what is written to them there is forgotten."""
-    narrow = [value for value in (*model.parameters(), *model.buffers()) if value.dtype in NARROW]
-    kept = [value.data for value in narrow]
-    try:
-        for value in narrow:
-            value.grad = None
-            value.data = value.data.float()
-        yield
-    finally:
-        for value, before in zip(narrow, kept, strict=True):
-            value.grad = None
-            value.data = before
+def in_float32(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters and buffers are float32."""
+    return copy.deepcopy(model).float()
 
 
 def widened(batch: Any) -> Any:

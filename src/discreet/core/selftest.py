@@ -25,7 +25,6 @@ from discreet.core.meeting import guard
 from discreet.core.precision import NARROW, computes_narrowly, in_float32, widened
 from discreet.core.route import Route, forced
 from discreet.core.uses import zeros_like_sums
-from discreet.errors import UnsupportedUse
 
 _FLOAT32, _NARROW, _DEEP = 2e-3, 5e-2, 0.3
 """How far norms may be off: in float32, in half precision, and in half precision where float32 was compared as well.
@@ -97,14 +96,21 @@ def compare_with_brute_force(
         tolerance = _tolerance(model, loss, batch, parameters)
         if not any(parameter.dtype in NARROW for parameter in parameters.values()):
             return _compare(model, loss, batch, parameters, size, clipping, tolerance)
-        try:
-            with in_float32(model):
-                wide = _compare(model, loss, widened(batch), parameters, size, clipping, _FLOAT32)
-        except UnsupportedUse:
-            raise
-        except (RuntimeError, TypeError):  # a forward that asks for its own dtype, or too little memory
+        wide = _compare_in_float32(model, loss, batch, size, clipping)
+        if wide is None:
             return _compare(model, loss, batch, parameters, size, clipping, tolerance)
         return _both(wide, _compare(model, loss, batch, parameters, size, clipping, _DEEP))
+
+
+def _compare_in_float32(
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, clipping: Clipping
+) -> NormVerdict | None:
+    """The verdict on a copy in float32; None where there is none: a forward asks for its own dtype, or memory ends."""
+    try:
+        twin = in_float32(model)
+        return _compare(twin, loss, widened(batch), trainable(twin), size, clipping, _FLOAT32)
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _both(wide: NormVerdict, narrow: NormVerdict) -> NormVerdict:
