@@ -145,8 +145,8 @@ _SMALL: Mapping[str, Callable[[], Workload]] = {
 }
 
 _REAL: Mapping[str, Callable[[], Workload]] = {
-    "gpt2-small-128": partial(_GPT2_SMALL, length=128, batch=128),
-    "gpt2-small-1024": partial(_GPT2_SMALL, length=1024, batch=16),
+    "gpt2-small-128": partial(_GPT2_SMALL, length=128, batch=256),
+    "gpt2-small-1024": partial(_GPT2_SMALL, length=1024, batch=32),
     "gpt2-medium-128": partial(_GPT2_MEDIUM, length=128, batch=64),
     "gpt2-medium-1024": partial(_GPT2_MEDIUM, length=1024, batch=8),
     "roberta-large": partial(
@@ -154,7 +154,7 @@ _REAL: Mapping[str, Callable[[], Workload]] = {
     ),
     "vit-l16": partial(_vit, image=224, patch=16, width=1024, depth=24, heads=16, batch=64),
     "resnet50gn": partial(_images, _RESNET50, shape=(3, 224, 224), batch=128, optimizer=sgd),
-    "llama-1b": partial(_language, _LLAMA_1B, vocabulary=128256, width=2048, depth=16, heads=32, length=2048, batch=4),
+    "llama-1b": partial(_language, _LLAMA_1B, vocabulary=128256, width=2048, depth=16, heads=32, length=2048, batch=2),
 }
 """Batches that fill an accelerator: on smaller ones every contestant waits for Python."""
 
