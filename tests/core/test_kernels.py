@@ -207,33 +207,37 @@ def _sum(model: nn.Module, batch) -> torch.Tensor:
     return flat(clipped_gradient(model, _pair_loss, batch, clipping=Clipping.abadi(1.0)).tensors)
 
 
-def _summed(terms: torch.Tensor, depth: int, *, cut: bool) -> float:
+def _summed(terms: torch.Tensor, depth: int, runs: int, *, cut: bool) -> float:
     """A sum as a GPU may make it: runs of float32 additions, or of products that are cut where the largest ends."""
     total = np.float32(0)
-    for run in terms.split(depth):
-        part = np.float32(0)
-        for first in range(0, len(run), 16 if cut else 1):
-            step = np.append(run[first : first + (16 if cut else 1)].numpy(), np.float64(part))
-            if cut:
-                spacing = np.spacing(np.float32(np.abs(step).max())).astype(np.float64)
-                part = np.float32((np.trunc(step / spacing) * spacing).sum())
-            else:
-                part = np.float32(step.sum())
-        total = np.float32(total + part)
+    for block in terms.split(depth * runs):
+        several = np.float32(0)
+        for run in block.split(depth):
+            part = np.float32(0)
+            for first in range(0, len(run), 16 if cut else 1):
+                step = np.append(run[first : first + (16 if cut else 1)].numpy(), np.float64(part))
+                if cut:
+                    spacing = np.spacing(np.float32(np.abs(step).max())).astype(np.float64)
+                    part = np.float32((np.trunc(step / spacing) * spacing).sum())
+                else:
+                    part = np.float32(step.sum())
+            several = np.float32(several + part)
+        total = np.float32(total + several)
     return float(total)
 
 
 @needs_triton
 @pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("width", [16, 100, 768, 5000])
+@pytest.mark.parametrize("width", [16, 100, 768, 4096, 5000, 20_000])
 def test_the_bound_on_chains_holds_for_sums_as_gpus_make_them(cut, width):
     """Products of one sign, constant or falling, whose roundings all go one way."""
-    from discreet.core.kernels.operands import chain
+    from discreet.core.kernels.operands import RUNS, chain, is_long
 
     depth = 64 if cut else 32
+    runs = RUNS if is_long([width]) else width
     for terms in (torch.full((width,), 1.1), torch.linspace(1, 1e-4, width), torch.rand(width) + 1e-3):
         exact = float(terms.double().sum())
-        error = abs(_summed(terms.double(), depth, cut=cut) - exact)
+        error = abs(_summed(terms.double(), depth, runs, cut=cut) - exact)
         assert error <= chain([width], depth) * 2.0**-23 * exact
 
 

@@ -47,6 +47,10 @@ TENSOR_CORES = Tiling(rows=128, columns=128, depth=64, warps=8, stages=3)
 """Operands of bfloat16. Their steps fill 96 KiB of shared memory, which the smallest of these cards has."""
 
 
+SMALL = Tiling(rows=64, columns=64, depth=64, warps=4, stages=4)
+"""The same for long rows."""
+
+
 def narrow(operands: Sequence[Tensor]) -> bool:
     """Whether tensor cores multiply these operands."""
     return all(value.dtype is torch.bfloat16 for value in operands)
@@ -73,12 +77,24 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+RUNS = 16
+"""Runs of an operand with a long row that are summed before their sum is added to the others."""
+
+
+def is_long(lengths: Sequence[int]) -> bool:
+    """Whether a row is so long, as a vocabulary is, that one chain over its runs would err by hundreds of spacings."""
+    return max(lengths) > 4096
+
+
 def chain(lengths: Sequence[int], depth: int) -> float:
     """Bound on the error of sums of so many products, made one after the other, in float32 spacings of their sizes.
 
-    Float32 products are added with half a spacing each, in chains of ``depth`` and then chunk by chunk. A tensor core
-    may cut each product where the largest ends: a whole spacing each (Fasi et al. 2021, PeerJ Computer Science 7:e330).
+    Float32 products are added with half a spacing each, in chains of ``depth`` and then chunk by chunk; in long rows
+    chunks of chunks. A tensor core may cut each product where the largest ends: a whole spacing each (Fasi et al. 2021,
+    PeerJ Computer Science 7:e330).
     """
+    if is_long(lengths):
+        return depth + RUNS / 2 + sum(triton.cdiv(length, depth * RUNS) for length in lengths) / 2
     return depth + sum(triton.cdiv(length, depth) for length in lengths) / 2
 
 
