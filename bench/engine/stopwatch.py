@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -101,7 +102,7 @@ class MemoryMeter:
         if self._device.type == "cuda":
             return self.peak_mib()
         step()
-        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors()}
+        held = _storages()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             step()  # the profiler does not see that what was there before is freed: the next step counts
             with record_function(_COUNTED):
@@ -116,11 +117,18 @@ class MemoryMeter:
         return (sum(held.values()) + most) / MIB
 
 
-def _tensors() -> list[torch.Tensor]:
+def _storages() -> dict[int, int]:
+    """Address -> size of every storage on the CPU."""
     gc.collect()
+    found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn of their age when they are asked for their class
-        return [value for value in gc.get_objects() if isinstance(value, torch.Tensor) and value.device.type == "cpu"]
+        tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    for tensor in tensors:
+        with contextlib.suppress(RuntimeError):  # what the compiler traces with has no memory
+            if tensor.device.type == "cpu":
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
 
 
 def _resident(field: str) -> float:
