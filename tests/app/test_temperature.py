@@ -93,13 +93,17 @@ def test_a_private_temperature_costs_no_more_epsilon_and_is_verified(data, capsy
 
 
 def test_figures_of_held_out_private_rows_are_stamped_and_public_ones_are_not(data, capsys):
-    _, out, err = _train(capsys, data, "--out", "private")
+    _, out, _ = _train(capsys, data, "--out", "private")
     assert json.loads(out)["test"]["stamp"] == "NON-PRIVATE"
-    assert "NON-PRIVATE" in err + Path("private/release/report.html").read_text()
+    page = Path("private/release/report.html").read_text()
+    assert "on held-out rows, NON-PRIVATE" in page
+    metrics = [json.loads(line) for line in Path("private/release/metrics.jsonl").read_text().splitlines()]
+    assert {line["test_stamp"] for line in metrics if "test_accuracy" in line} == {"NON-PRIVATE"}
     other = _table(data.parent / "other.csv", seed=1)
     _, out, _ = _train(capsys, data, "--out", "public", "--test", other, "--public-test")
     test = json.loads(out)["test"]
     assert test["stamp"] == ""
+    assert "NON-PRIVATE" not in Path("public/release/report.html").read_text()
     for name in (
         "nll",
         "ece",

@@ -50,6 +50,7 @@ def test_tune_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str])
     assert record["chosen"] in {"mlp at 0.01", "mlp at 0.03"}
     assert record["learning_rate"] == float(record["chosen"].split()[-1])
     assert record["test"]["accuracy"] > 0.6
+    assert record["test"]["stamp"] == "NON-PRIVATE"
     assert "seconds" not in record
     spent = re.search(r"spends epsilon ([\d.]+)", err)
     assert spent is not None

@@ -205,6 +205,30 @@ def test_equal_proportions_leave_the_bound_as_it_is_to_the_last_bit():
             assert math.sqrt(count) * share.clip_bound == pytest.approx(3.0, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Clipping.abadi(1.0, style=Style.groups("head", bounds=(1e-20, 1.0))),
+        lambda: Clipping.quantile(style=Style.groups("head", bounds=(1e-20, 1.0))),
+        lambda: Clipping.abadi(1e-9, style=Style.groups("head", bounds=(1.0, 1e-4))),
+        lambda: Clipping(ClippingKind.ABADI, 1e-30),
+        lambda: Clipping(ClippingKind.AUTOMATIC, 1.0, gamma=1e-30),
+    ],
+)
+def test_a_group_is_not_bounded_below_what_norms_can_tell(make):
+    """A norm of 1e-23 was taken for zero, so that an example moved a group of bound 1e-30 by 3e11 times as much."""
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_a_bound_that_follows_a_quantile_keeps_every_group_above_what_norms_can_tell():
+    rule = Clipping.quantile(0.01, clip_bound=1.0, rate=30.0, style=Style.groups("head", bounds=(1e-6, 1.0)))
+    for _ in range(10):
+        rule = rule.followed(0.5)
+    assert min(each.clip_bound for each in rule.divide(NAMES).rules.values()) >= 1e-12 * (1 - 1e-9)
+    assert rule.followed(0.5) == rule
+
+
 def test_equal_budget_gives_every_group_the_same_ratio_of_bound_to_noise():
     """Noise weights equal to the bounds: S = sqrt(K), and noise sigma sqrt(K) R_r in group r."""
     style = Style.groups("head", bounds=(3.0, 4.0), noise_weights=(3.0, 4.0))

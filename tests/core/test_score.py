@@ -18,6 +18,7 @@ class _Given(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.modes: list[bool] = []
+        self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, values_B: Tensor) -> Tensor:
         self.modes.append(self.training)
@@ -68,11 +69,56 @@ def test_scores_must_be_one_per_example(batch):
 def test_a_score_that_looks_at_others_is_found():
     batch = torch.tensor([0.1, 0.5, 0.9])
     singles = [batch[at : at + 1] for at in range(3)]
-    assert is_isolated(_Given(), _score, batch, singles)
-    assert not is_isolated(_Given(), lambda model, values: values / values.max(), batch, singles)
+    assert is_isolated(_Given(), _score, batch, singles, loss=_score)
+    assert not is_isolated(_Given(), lambda model, values: values / values.max(), batch, singles, loss=_score)
 
 
 def test_a_coupling_that_keeps_the_sum_is_found():
     batch = torch.tensor([0.4, 0.5, 0.6])
     singles = [batch[at : at + 1] for at in range(3)]
-    assert not is_isolated(_Given(), lambda model, values: 0.5 + values - values.mean(), batch, singles)
+    assert not is_isolated(_Given(), lambda model, values: 0.5 + values - values.mean(), batch, singles, loss=_score)
+
+
+class _Mixing(nn.Module):
+    """A classifier whose rows see each other in evaluation mode alone, and a little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        logits = self.layer(rows)
+        return logits if self.training else logits - 0.01 * logits.mean(0)
+
+
+def _right(model: nn.Module, rows: Tensor) -> Tensor:
+    return (model(rows).argmax(1) == 0).float()
+
+
+def _loss(model: nn.Module, rows: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(rows), torch.zeros(len(rows), dtype=torch.int64), reduction="none")
+
+
+def test_a_coupling_that_turns_no_answer_of_the_check_is_found():
+    torch.manual_seed(0)
+    rows = torch.randn(4, 3)
+    singles = [rows[at : at + 1] for at in range(4)]
+    assert not is_isolated(_Mixing(), _right, rows, singles, loss=_loss)
+    assert is_isolated(nn.Linear(3, 2), _right, rows, singles, loss=_loss)
+
+
+def test_a_coupling_behind_a_head_of_zeros_is_found():
+    """Every logit of the fresh model is 0, and so is every difference: 70 scores moved with one row."""
+
+    def compared(model: nn.Module, rows: Tensor) -> Tensor:
+        logits = model(rows)
+        return ((logits - logits.mean(0)).argmax(1) == 0).float()
+
+    torch.manual_seed(0)
+    head, rows = nn.Linear(3, 2), torch.randn(4, 3)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    singles = [rows[at : at + 1] for at in range(4)]
+    assert not is_isolated(head, compared, rows, singles, loss=_loss)
+    assert is_isolated(head, _right, rows, singles, loss=_loss)
+    assert not head.weight.any()

@@ -349,7 +349,11 @@ def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
         "noise multiplier": outcome.plan.noise_multiplier,
     }
     if outcome.test is not None:
-        facts |= {f"test {name}": value for name, value in outcome.test.to_json().items() if name != "unlisted"}
+        facts |= {
+            f"test {name}": value
+            for name, value in outcome.test.to_json().items()
+            if name != "unlisted" and value != ""
+        }
         if outcome.calibration is not None:
             facts |= {f"  {name}": value for name, value in short_facts(outcome.calibration).items()}
         if outcome.untempered is not None:

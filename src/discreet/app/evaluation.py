@@ -34,6 +34,7 @@ class Evaluation:
         ece: expected calibration error, over the same rows; None likewise.
         examples: rows in all.
         unlisted: rows whose class is not in the class list.
+        stamp: NON-PRIVATE unless the user says that these rows are public.
     """
 
     accuracy: float
@@ -41,18 +42,21 @@ class Evaluation:
     ece: float | None
     examples: int
     unlisted: int = 0
+    stamp: str = ""
 
-    def to_json(self) -> dict[str, float | int | None]:
+    def to_json(self) -> dict[str, float | int | str | None]:
         """As it stands in ``result.json``."""
         return dataclasses.asdict(self)
 
 
-def evaluate(model: nn.Module, examples: Examples, *, temperature: float = 1.0) -> Evaluation | None:
+def evaluate(
+    model: nn.Module, examples: Examples, *, temperature: float = 1.0, origin: Origin = Origin.PRIVATE
+) -> Evaluation | None:
     """Evaluate in evaluation mode, and put the mode back; None when there is no row.
 
     Args:
         model: gives logits. examples: held out.
-        temperature: what its logits are divided by.
+        temperature: what its logits are divided by. origin: whose rows these are.
     """
     if not len(examples):
         return None
@@ -68,6 +72,7 @@ def evaluate(model: nn.Module, examples: Examples, *, temperature: float = 1.0) 
         ece=_finite(ece),
         examples=len(targets),
         unlisted=int((~known).sum()),
+        stamp=origin.stamp,
     )
 
 

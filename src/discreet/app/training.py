@@ -322,11 +322,11 @@ def _train(
         conclude=conclusion(prepared.calibration),
     )
     run.write("schema.json", prepared.record)
-    _iterate(private, prepared)
+    _iterate(private, prepared, origin=origin)
     return _conclude(private, prepared, spec, seconds=time.monotonic() - started, origin=origin)
 
 
-def _iterate(private: Private, prepared: Prepared) -> None:
+def _iterate(private: Private, prepared: Prepared, *, origin: Origin) -> None:
     """Run the updates; log what is released or public, and figures on held-out examples now and then."""
     held_out = 0 if prepared.test is None else len(prepared.test)
     interval = max(1, private.steps // evaluations(private.plan, held_out=held_out))
@@ -336,12 +336,13 @@ def _iterate(private: Private, prepared: Prepared) -> None:
             progress.show(done, epsilon=lambda step=step: step.epsilon)
             if done % interval and done < private.steps:
                 continue
-            record: dict[str, float | int] = {"step": done, "learning_rate": step.learning_rate}
+            record: dict[str, float | int | str] = {"step": done, "learning_rate": step.learning_rate}
             if math.isfinite(step.epsilon):
                 record["epsilon"] = step.epsilon
-            evaluation = evaluate(private.model, prepared.test) if prepared.test is not None else None
+            evaluation = evaluate(private.model, prepared.test, origin=origin) if prepared.test is not None else None
             if evaluation is not None:
                 record["test_accuracy"] = evaluation.accuracy
+                record["test_stamp"] = evaluation.stamp
                 if evaluation.nll is not None:
                     record["test_nll"] = evaluation.nll
             private.run.log(record)
@@ -362,7 +363,7 @@ def _conclude(
     verified = verify(private.run_dir)
     model, held_out = private.model, prepared.test
     divisor = 1.0 if verified.temperature is None else verified.temperature
-    test = None if held_out is None else evaluate(model, held_out, temperature=divisor)
+    test = None if held_out is None else evaluate(model, held_out, temperature=divisor, origin=origin)
     calibration = None if held_out is None else calibration_of(model, held_out, origin=origin, temperature=divisor)
     outcome = Outcome(
         run_dir=private.run_dir,

@@ -105,7 +105,7 @@ class TuneOutcome:
             "its score": f"{self.tuned.score:.4f}",
         }
         if self.test is not None:
-            facts["test accuracy"] = f"{self.test.accuracy:.4f}"
+            facts["test accuracy"] = f"{self.test.accuracy:.4f}, {self.test.stamp}"
         facts |= {"run": self.tuned.run_dir, "report": self.report}
         width = max(len(name) for name in facts)
         lines = [f"{name.ljust(width)}  {value}" for name, value in facts.items()]

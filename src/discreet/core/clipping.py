@@ -37,6 +37,8 @@ BELOW = ".below"
 """Name of the count in a clipped sum under the quantile rule; no parameter's name begins with a dot."""
 
 _SMALLEST = 1e-9
+_SMALLEST_SHARE = 1e-12
+"""No group is bounded below this: norms are taken to about so much, and some squares of smaller numbers are lost."""
 _NO_DIRECTION = 1e-6
 """A norm below this has rounding in its direction and in itself: the normalised rule gives such an example nothing."""
 _LARGEST_BOUND = 1e12
@@ -136,6 +138,12 @@ class Clipping:
         if self.kind in _SOFTENED and not (0 < self.gamma < math.inf):
             name = _SOFTENED[self.kind]
             raise ConfigError(f"{name} {self.gamma}: must be a finite number above 0; the usual value is 0.01 to 0.1.")
+        least = self.clip_bound * self.style.least_share
+        if min(least, self.gamma if self.kind in _SOFTENED else math.inf) < _SMALLEST_SHARE * (1 - 1e-9):
+            raise ConfigError(
+                f"clip bound {self.clip_bound} in groups, the least of them at {least:.3g}: each must be at least "
+                f"{_SMALLEST_SHARE:g}, below which norms are not told from zero; choose other proportions."
+            )
         if (self.kind is ClippingKind.QUANTILE) != (self.following is not None):
             raise ConfigError(f"clipping {self.kind.value}: the quantile rule, and no other, follows the norms.")
 
@@ -212,7 +220,9 @@ class Clipping:
         bounds, weights = self.style.proportions(groups)
         length = math.hypot(*bounds)
         rules = {
-            group: self if len(groups) == 1 else replace(self, clip_bound=self.clip_bound * bound / length)
+            group: self
+            if len(groups) == 1
+            else replace(self, clip_bound=self.clip_bound * bound / length, style=Style.flat())
             for group, bound in zip(groups, bounds, strict=True)
         }
         if self.kind is ClippingKind.NONE:
@@ -268,7 +278,8 @@ class Clipping:
         assert self.following is not None
         share = min(max(below + 0.5, 0.0), 1.0)
         bound = self.clip_bound * math.exp(-self.following.rate * (share - self.following.quantile))
-        return replace(self, clip_bound=min(max(bound, _SMALLEST), _LARGEST_BOUND))
+        smallest = max(_SMALLEST, _SMALLEST_SHARE / self.style.least_share)
+        return replace(self, clip_bound=min(max(bound, smallest), _LARGEST_BOUND))
 
     def describe(self) -> dict[str, str | float]:
         """The public record of this rule, as it stands in ``plan.json``."""

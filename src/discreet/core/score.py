@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from discreet.core.clipping import ClippedSum
+from discreet.core.gradient import LossFunction, trainable
+from discreet.core.layout import awake
+from discreet.core.selftest import examine_isolation
 from discreet.errors import ConfigError
 
 SCORES = "scores"
@@ -25,16 +28,25 @@ ScoreFunction = Callable[[nn.Module, Any], Tensor]
 """``score(model, batch) -> Tensor`` of shape (B,): one score per example, such as 1 for a right answer, else 0."""
 
 
-def is_isolated(model: nn.Module, score: ScoreFunction, batch: Any, singles: Sequence[Any]) -> bool:
+def is_isolated(
+    model: nn.Module, score: ScoreFunction, batch: Any, singles: Sequence[Any], *, loss: LossFunction
+) -> bool:
     """Whether each example's score in a batch is its score alone, on these few examples; a verdict and nothing else.
+
+    A score of 0 or 1 hardly moves, so the losses in evaluation mode must be isolated as well. Entries of parameters
+    that begin at zero are something else meanwhile (`discreet.core.layout.awake`).
 
     Args:
         batch: all of them. singles: the same examples in the same order, each as a batch of one.
+        loss: per-example losses, as in training.
     """
     with _evaluating(model):
-        together_B = _scores(model, score, batch, len(singles))
-        apart_B = torch.cat([_scores(model, score, single, 1) for single in singles])
-    return bool(((together_B - apart_B).abs() < _TOLERANCE).all())
+        verdict = examine_isolation(model, loss, batch, examples=len(singles))
+        with awake(trainable(model)):
+            together_B = _scores(model, score, batch, len(singles))
+            apart_B = torch.cat([_scores(model, score, single, 1) for single in singles])
+    alone = verdict.by_substitution and verdict.by_removal and not verdict.buffers
+    return alone and bool(((together_B - apart_B).abs() < _TOLERANCE).all())
 
 
 def summed_scores(model: nn.Module, score: ScoreFunction, batches: Iterable[tuple[Any, int]]) -> ClippedSum:

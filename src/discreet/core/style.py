@@ -141,6 +141,11 @@ class Style:
         bounds, weights = self.bounds or ones, self.noise_weights or ones
         return tuple(bounds[place] for place in places), tuple(weights[place] for place in places)
 
+    @property
+    def least_share(self) -> float:
+        """The smallest share of the bound that a group can have, where the user gave proportions; else 1."""
+        return min(self.bounds) / math.hypot(*self.bounds) if self.bounds else 1.0
+
     def _place_of(self, name: str) -> int:
         under = self._group_of(name)
         return self.prefixes.index(under) if under in self.prefixes else len(self.prefixes)

@@ -12,3 +12,8 @@ class Origin(enum.Enum):
 
     PUBLIC = "public"
     PRIVATE = "private"
+
+    @property
+    def stamp(self) -> str:
+        """What exact figures of such data carry; nothing where they are public."""
+        return NON_PRIVATE_STAMP if self is Origin.PRIVATE else ""

@@ -193,9 +193,10 @@ class Contest:
         few = np.arange(min(4, self._examples.count))
         batch = self._examples.fetch(few, device=device)
         singles = [self._examples.fetch(few[at : at + 1], device=device) for at in few]
-        if not is_isolated(model, self._score.score, batch, singles):
+        if not is_isolated(model, self._score.score, batch, singles, loss=self._loss):
             raise CheckFailed(
-                "score: an example's score depends on other examples of its batch; score each one by itself."
+                "score: in evaluation mode an example's score or loss depends on other examples of its batch; score "
+                "each one by itself."
             )
         return report
 

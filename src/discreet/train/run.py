@@ -274,7 +274,7 @@ class Run:
                     return
         self.ledger.reserve_query(name, query)
 
-    def log(self, record: Mapping[str, float | int]) -> None:
+    def log(self, record: Mapping[str, float | int | str]) -> None:
         """Append one line to metrics.jsonl. Released or public values only; no timings of single steps."""
         with (self.release_dir / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(dict(record), allow_nan=False) + "\n")

@@ -12,6 +12,7 @@ from discreet.app.report.parts import Share
 from discreet.app.report.plots import Curve, can_draw, curve_svg
 from discreet.app.report.record import RunRecord, Stamp, mapping, number, records, texts, word
 from discreet.app.report.text import duration, named, percent, plain, safe, scientific, upward, wilson
+from discreet.insight.origin import NON_PRIVATE_STAMP
 from discreet.privacy.gdp import gdp_mu, step_mu
 
 _WIDE = ("mlp", "cnn", "transformer")
@@ -215,8 +216,8 @@ def curves_section(run: RunRecord) -> str:
     target = number(run.plan, "epsilon")
     wanted = [
         ("epsilon", "Privacy spent (ε)", ("budget", target) if target is not None else None, False),
-        ("test_accuracy", "Test accuracy", None, True),
-        ("test_nll", "Test negative log-likelihood", None, False),
+        ("test_accuracy", _stamped("Test accuracy", run), None, True),
+        ("test_nll", _stamped("Test negative log-likelihood", run), None, False),
         ("learning_rate", "Learning rate", None, False),
         ("probe_rate", "Learning rate, as probes found it", None, False),
     ]
@@ -282,9 +283,14 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         figures = [("Epsilon", "∞", "no guarantee")]
     accuracy = number(mapping(run.result, "test"), "accuracy")
     if accuracy is not None:
-        figures.append(("Test accuracy", percent(accuracy), "on held-out rows"))
+        figures.append(("Test accuracy", percent(accuracy), _stamped("on held-out rows", run)))
     figures.append(("Examples", plain(number(run.plan, "examples")), "in training"))
     return figures
+
+
+def _stamped(words: str, run: RunRecord) -> str:
+    """With the stamp on exact figures of rows that were not said to be public."""
+    return f"{words}, {NON_PRIVATE_STAMP}" if word(mapping(run.result, "test"), "stamp") else words
 
 
 def _definition(run: RunRecord) -> str:
