@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -18,28 +19,46 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Stopwatch:
-    """Seconds of each phase of one step, the accelerator's work included."""
+    """Seconds of each phase of the steps of a turn.
+
+    On an accelerator they are read off events in its own queue, when the turn is over: waiting for it after each phase
+    would charge a step for host work that is done while the accelerator is busy.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.seconds: dict[str, float] = {}
-        self._last = 0.0
+        self._steps: list[list[tuple[str, float | torch.cuda.Event]]] = []
 
     def start(self) -> None:
-        """Forget the last step."""
-        self.seconds = {}
-        self._last = self._now()
+        """A step begins."""
+        self._steps.append([("", self._mark())])
 
     def lap(self, phase: str) -> None:
         """The named phase is over."""
-        now = self._now()
-        self.seconds[phase] = now - self._last
-        self._last = now
+        self._steps[-1].append((phase, self._mark()))
 
-    def _now(self) -> float:
+    def turn(self) -> list[dict[str, float]]:
+        """Phase -> seconds, for each step since this was last asked for."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        steps, self._steps = self._steps, []
+        return [
+            {phase: _seconds(before, after) for (_, before), (phase, after) in itertools.pairwise(marks)}
+            for marks in steps
+        ]
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, float) or isinstance(after, float):
+        return after - before
+    return before.elapsed_time(after) / 1e3
 
 
 class MemoryMeter:

@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from discreet.app.cli import main
-from discreet.app.predictions import Scale, load_predictions
+from discreet.app.predictions import Faults, Scale, load_predictions
+from discreet.core.calibration import Neighbours, Reliability, summed_reliability
+from discreet.core.clipping import Clipping
 from discreet.insight.calibration import Predictions, calibration_report
 from discreet.insight.calibration.advice import Seen, advice
 from discreet.privacy.certificate import verify
+from discreet.train.tempered import tempered_clipping
 
 ROWS = 600
 CLASSES = ("cat", "dog", "eel")
 SCORES = ("--columns", "p_cat,p_dog,p_eel")
+BUDGET = (*SCORES, "--probabilities", "--epsilon", 1)
 
 
 def made(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +133,7 @@ def test_names_of_groups_and_files_are_escaped(tmp_path, monkeypatch, capsys):
 
 
 def test_a_budget_is_charged_certified_and_verified(table, capsys):
-    code, out, _ = _run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--out", "audit", "--json")
+    code, out, _ = _run(capsys, "calibrate", table, *BUDGET, "--out", "audit", "--json")
     assert code == 0
     found = json.loads(out)
     assert found["private"] is True
@@ -144,15 +148,77 @@ def test_a_budget_is_charged_certified_and_verified(table, capsys):
     assert "calibration report" in certificate["mechanism"]["name"]
     assert json.loads(Path("audit/release/calibration.json").read_text())["ece"] == found["ece"]
     assert not Path("audit/private/key").exists()
-    code, _, err = _run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--out", "audit")
+    code, _, err = _run(capsys, "calibrate", table, *BUDGET, "--out", "audit")
     assert code == 2
     assert "holds a run already" in err
 
 
+def _report_sums(path: Path, scale: Scale) -> torch.Tensor:
+    """What `discreet calibrate --epsilon` adds noise to."""
+    found = load_predictions(path, label=None, group=None, scale=scale, faults=Faults.HARMLESS)
+    scores = found.scores_NK.clamp(min=-1e4)
+    asked = Reliability(bins=15, nll_bound=5.0)
+    total = summed_reliability(scores, found.target_N, asked=asked, neighbours=Neighbours.ADD_REMOVE)
+    return torch.cat([value.flatten() for value in total.tensors.values()])
+
+
+HEADS = {
+    "names": ("label,p_cat,p_dog", "cat,0.8,0.2", "1,0.4,0.6"),
+    "numbers for names": ("label,p_1,p_0", "1,0.8,0.2", "0,0.4,0.6"),
+    "one column": ("label,score", "1,0.8", "0,0.4"),
+}
+STRANGE = ("1.0", "2", "-1", "nobody", "", "nan", "1e400", "cat")
+CELLS = ("1.001", "-0.1", "nan", "inf", "-inf", "1e400", "", "nobody", "0", "1")
+
+
+@pytest.mark.parametrize("scale", [Scale.LOGITS, Scale.PROBABILITIES])
+@pytest.mark.parametrize("head", HEADS)
+def test_no_row_of_a_file_moves_a_report_within_a_budget_by_more_than_its_sensitivity(tmp_path, head, scale):
+    """Neighbouring files, and not neighbouring tensors: reading them is part of the query."""
+    header, *usual = HEADS[head]
+    lines = [header, *(usual * 200)]
+    (tmp_path / "one.csv").write_text("\n".join(lines) + "\n")
+    without = _report_sums(tmp_path / "one.csv", scale)
+    largest = 0.0
+    width = header.count(",")
+    for row in [*((label, *["0.5"] * width) for label in STRANGE), *(("1", *[cell] * width) for cell in CELLS)]:
+        (tmp_path / "other.csv").write_text("\n".join([*lines, ",".join(row)]) + "\n")
+        moved = float((_report_sums(tmp_path / "other.csv", scale) - without).norm())
+        assert moved <= np.sqrt(2) * (1 + 1e-9)
+        largest = max(largest, moved)
+    assert largest > 0.7
+
+
+@pytest.mark.parametrize("name", ["logits", "probabilities"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 7.0])
+def test_no_row_of_an_archive_ends_a_report_within_a_budget(tmp_path, monkeypatch, capsys, name, value):
+    monkeypatch.chdir(tmp_path)
+    numbers, labels = np.full((300, 2), 0.5), np.zeros(300, dtype=int)
+    numbers[7], labels[7] = (value, -value), 5
+    np.savez("rows.npz", **{name: numbers}, labels=labels)
+    code, out, err = _run(capsys, "calibrate", "rows.npz", "--epsilon", 1, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["examples"] == 300
+
+
+def test_within_a_budget_no_row_says_what_the_numbers_are(table, capsys):
+    code, out, err = _run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--out", "audit")
+    assert (code, out) == (2, "")
+    assert "say which they are" in err
+    assert not Path("audit").exists()
+
+
+def test_a_file_of_which_nothing_can_be_read_is_not_charged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("label,score\n" + "yes,x\n" * 50)
+    code, _, err = _run(capsys, "calibrate", "rows.csv", "--probabilities", "--epsilon", 1, "--out", "audit")
+    assert code == 2
+    assert "no row has numbers" in err
+    assert not Path("audit").exists()
+
+
 def test_two_budgeted_reports_carry_different_noise(table, capsys):
-    found = [
-        json.loads(_run(capsys, "calibrate", table, *SCORES, "--epsilon", 1, "--json")[1])["gap"] for _ in range(2)
-    ]
+    found = [json.loads(_run(capsys, "calibrate", table, *BUDGET, "--json")[1])["gap"] for _ in range(2)]
     assert found[0] != found[1]
 
 
@@ -243,10 +309,9 @@ def _seen(**changes):
             "temperature": 1.0,
             "std": 0.01,
             "loss": 0.1,
-            "notable": True,
-            "tempered": False,
+            "fitted": False,
             "private": False,
-            "clipping": {"kind": "automatic", "clip_bound": 1.0},
+            "clipping": Clipping.automatic(),
             **changes,
         }
     )
@@ -256,13 +321,25 @@ def test_advice_follows_what_was_seen():
     sure = advice(_seen(temperature=1.9))
     assert "Divide the logits by a temperature" in sure[0]
     assert "abadi:10" in sure[1]
-    low = {"kind": "abadi", "clip_bound": 0.1}
-    assert "raise the clip bound of 0.1" in advice(_seen(temperature=1.9, clipping=low))[1]
+    assert "raise the clip bound of 0.1" in advice(_seen(temperature=1.9, clipping=Clipping.abadi(0.1)))[1]
     assert "more steps" in advice(_seen(temperature=0.6))[1]
     assert "by accuracy" in sure[-1]
-    assert advice(_seen(notable=False)) == ("Nothing to mend that this many rows could show.",)
-    assert "vector scaling" in advice(_seen())[0]
+    assert ".7 to .9" in advice(_seen(temperature=1.9, clipping=Clipping.quantile(0.5)))[2]
     # Within two standard errors of 1 nothing is said against the model.
-    assert "Nothing to mend" in advice(_seen(temperature=1.5, std=0.3, notable=False))[0]
+    assert "Nothing to mend" in advice(_seen(temperature=1.5, std=0.3))[0]
     assert "no ledger holds" in advice(_seen(temperature=1.9, private=True))[-1]
-    assert not any("clip bound of" in line for line in advice(_seen(temperature=1.9, clipping={})))
+    assert not any("clip bound of" in line for line in advice(_seen(temperature=1.9, clipping=None)))
+    assert "again on more rows" in advice(_seen(temperature=1.9, fitted=True))[0]
+
+
+@pytest.mark.parametrize("temperature", [0.85, 0.9, 1.0, 1.04, 1.2])
+@pytest.mark.parametrize("private", [False, True])
+def test_near_one_there_is_no_advice(temperature, private):
+    assert advice(_seen(temperature=temperature, std=0.001, private=private)) == ()
+
+
+@pytest.mark.parametrize(("examples", "bound"), [(1000, "0.5"), (50_000, "6")])
+def test_the_bound_of_a_tempered_rule_is_that_of_the_model(examples, bound):
+    said = " ".join(advice(_seen(temperature=1.4, clipping=tempered_clipping(examples))))
+    assert f"whose clip bound is {bound})" in said
+    assert "raise the clip bound" not in said

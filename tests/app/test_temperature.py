@@ -243,6 +243,9 @@ def test_a_new_key_that_cannot_pay_again_ends_without_a_temperature(ready):
     # Twice eight questions pass epsilon 2: refused, noted nowhere, and the run may end.
     assert temperature_of(run.ledger) is None
     assert run.ledger.epsilon() <= 2.0
+    # The file of the earlier key's temperature would contradict the ledger for good.
+    run.finish(model)
+    assert verify(run.path).temperature is None
 
 
 def test_the_part_is_a_function_of_each_row_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 
@@ -192,6 +193,45 @@ def test_a_buffer_that_learns_from_the_data_is_named():
     assert not model.seen.any()
 
 
+_WRITES = {
+    "in place": lambda model, mean: model.kept.add_(mean),
+    "past autograd": lambda model, mean: model.kept.data.add_(mean),
+    "another object": lambda model, mean: setattr(model, "kept", nn.Parameter(model.kept + mean, requires_grad=False)),
+    "a trained one": lambda model, mean: model.l.bias.data.add_(1e-6 * mean.mean()),
+    "in training alone": lambda model, mean: torch.is_grad_enabled() and model.kept.data.add_(mean),
+}
+
+
+@pytest.mark.parametrize("how", _WRITES)
+def test_a_parameter_that_a_forward_writes_is_named(how):
+    """A codebook or a teacher that follows the batch: frozen, so it gets no noise, and it is saved with the model."""
+
+    def forward(model, x):
+        value = model.l(x)
+        with contextlib.nullcontext() if how == "in training alone" else torch.no_grad():
+            _WRITES[how](model, x.detach().mean(0))
+        return value
+
+    model = _model(forward, l=nn.Linear(D, D), kept=nn.Parameter(torch.zeros(D), requires_grad=False))
+    row = next(row for row in check(model, loss, _features(D)).rows if row.name == "buffers")
+    assert row.status is Status.FAILED
+    assert ("l.bias" if how == "a trained one" else "kept") in row.detail
+    still = _model(lambda s, x: s.l(x), l=nn.Linear(D, D), kept=nn.Parameter(torch.zeros(D), requires_grad=False))
+    assert check(still, loss, _features(D)).passed
+
+
+def test_a_buffer_that_is_written_in_training_alone_is_named():
+    def forward(model, x):
+        if torch.is_grad_enabled():
+            model.seen.add_(x.detach().mean(0))
+        return model.l(x)
+
+    model = _model(forward, l=nn.Linear(D, D))
+    model.register_buffer("seen", torch.zeros(D))
+    row = next(row for row in check(model, loss, _features(D)).rows if row.name == "buffers")
+    assert row.status is Status.FAILED
+
+
 def test_a_counter_is_no_secret():
     class Counting(RunningMean):
         def forward(self, x):
@@ -292,6 +332,25 @@ def test_nothing_is_left_behind():
     assert all(p.grad is None for n, p in model.named_parameters() if n != "a.weight")
     assert all(type(p) is nn.Parameter for p in model.parameters())
     assert all(torch.equal(batch[k], kept[k]) for k in kept)
+
+
+def test_what_is_published_of_a_check_is_the_same_whatever_the_examples_are():
+    """One row decides whether a gate opens, so whether what is behind it is used, and how long the padded batch is."""
+
+    def gated(model, x):
+        is_open = (x > 3).flatten(1).any(1).to(x.dtype)
+        return model.a(x).mean(1) + is_open[:, None] * model.b(x).mean(1)
+
+    reports = []
+    for first, length in ((0.0, 3), (9.0, 3), (0.0, 200)):
+        batch = _features(length, D)
+        batch["x"][0] = first
+        batch["x"].clamp_(max=9.0 if first else 3.0)
+        reports.append(check(_model(gated, a=nn.Linear(D, 9), b=nn.Linear(D, 9)), loss, batch))
+    assert all(report.passed for report in reports)
+    assert len({report.table() for report in reports}) == 3
+    assert len({json.dumps(report.released()) for report in reports}) == 1
+    assert {row["status"] for row in reports[0].released()["rows"]} == {"passed"}
 
 
 def test_unused_parameters_are_reported_and_pass():
@@ -436,3 +495,40 @@ def test_a_failed_check_gives_no_layout():
     report = check(model, loss, _features(3, D))
     assert not report.passed
     assert report.layout is None
+
+
+class OtherKernels(nn.Module):
+    """Rounds as a GPU does, whose kernels change with the shape: alone, an example's outcome is a little different."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.01 if len(x) == 1 else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_that_change_with_the_batch_are_no_coupling_in_half_precision(dtype):
+    model = _model(lambda s, x: s.o(s.a(x)), a=nn.Linear(D, 2), o=OtherKernels()).to(dtype)
+    report = check(model, loss, {key: value.to(dtype) for key, value in _features(D).items()})
+    assert report.passed == (dtype is torch.bfloat16), report.table()
+
+
+@pytest.mark.parametrize("error", [1.0, 1.03])
+def test_a_rule_that_is_a_little_wrong_is_caught_in_half_precision(error, monkeypatch):
+    """Rounding of bfloat16 would hide it: norms are compared in float32 as well."""
+    before = rules.linear.Linear.weight_form
+
+    def wrong(self, grad, input, weight, examples):
+        return before(self, grad * error, input, weight, examples)
+
+    monkeypatch.setattr(rules.linear.Linear, "weight_form", wrong)
+    model = _model(lambda s, x: s.b(torch.tanh(s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 2)).bfloat16()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    report = check(model, loss, {key: value.bfloat16() for key, value in _features(3, D).items()})
+    assert report.passed == (error == 1.0), report.table()
+    assert all(value.dtype is torch.bfloat16 for value in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_asks_for_half_precision_itself_is_compared_in_it():
+    model = _model(lambda s, x: s.a(x.bfloat16()), a=nn.Linear(D, 2)).bfloat16()
+    report = check(model, loss, _features(3, D))
+    assert report.passed, report.table()

@@ -132,6 +132,19 @@ def test_what_changed_between_two_lives_gets_a_new_key(
     assert "of 40 updates" in caplog.text
 
 
+def test_after_a_change_of_key_each_step_says_what_was_released_before(tmp_path: Path) -> None:
+    """The log and the progress line showed the epsilon of a run that had never been interrupted: 8.0 for 10.7."""
+    _go(_private(tmp_path), EVERY + 3)
+    private = _private(tmp_path, resume=True, loss=_scaled_loss(2.0))
+    first = next(iter(private))
+    assert first.index == EVERY
+    # Those of the first life, and this one, are out.
+    assert first.epsilon >= private.plan.spent(EVERY + 3 + 1)
+    for step in private:
+        last = step
+    assert last.epsilon == pytest.approx(private.epsilon(), rel=1e-9)
+
+
 def test_nothing_changed_costs_nothing(tmp_path: Path, reused: Callable[[], list[int]]) -> None:
     _go(_private(tmp_path), 25)
     for _ in range(2):

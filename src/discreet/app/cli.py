@@ -220,7 +220,9 @@ def _add_calibration(command: _Parser) -> None:
     command.add_argument(
         "--columns", type=_names, metavar="A,B,C", help="the columns of the classes, in order; default: all others"
     )
-    command.add_argument("--logits", action="store_true", help="the numbers are logits; default: told from them")
+    command.add_argument(
+        "--logits", action="store_true", help="the numbers are logits; default: told from them, but not with --epsilon"
+    )
     command.add_argument("--probabilities", action="store_true", help="the numbers are probabilities")
     command.add_argument("--public", action="store_true", help="the rows are public; else figures are NON-PRIVATE")
     command.add_argument("--epsilon", type=float, help="report within this budget, with noise and a ledger")

@@ -39,13 +39,24 @@ class Scale(enum.Enum):
     PROBABILITIES = "probabilities"
 
 
+class Faults(enum.Enum):
+    """What becomes of a row without numbers, without a distribution, or without a class.
+
+    REFUSED ends with an error that names the place. HARMLESS lets it count as "all classes alike", or as a wrong
+    answer: within a budget, no row may decide what becomes of the others, or whether there is a report.
+    """
+
+    REFUSED = "refused"
+    HARMLESS = "harmless"
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Numbers and labels of a file.
 
     Attributes:
-        scores_NK: logits, or log-probabilities, float64, as the file has them.
-        target_N: class indices, int64.
+        scores_NK: logits, or log-probabilities, float64, as the file has them; NaN in a harmless row without any.
+        target_N: class indices, int64; -1 in a harmless row without one.
         classes: names of the classes.
         groups: the group of each row, or None.
         scale: what the numbers were taken for.
@@ -59,14 +70,24 @@ class Loaded:
 
 
 def load_predictions(
-    path: Path, *, label: str | None, group: str | None, scale: Scale, columns: tuple[str, ...] | None = None
+    path: Path,
+    *,
+    label: str | None,
+    group: str | None,
+    scale: Scale,
+    columns: tuple[str, ...] | None = None,
+    faults: Faults = Faults.REFUSED,
 ) -> Loaded:
     """Read predictions with their labels.
+
+    **Guarantees.** With harmless faults every row is read by itself: what it holds changes nothing about another row,
+    and raises nothing unless not a single row can be read. What the numbers are is then never told from the rows.
 
     Args:
         path: a ``.npz`` file, or a table. label: name of the label column; None: one of the usual names.
         group: name of a column of groups. scale: what the numbers are.
         columns: those of the classes, in order; None: all but label and group.
+        faults: what becomes of rows that cannot be read.
 
     Raises:
         ConfigError: a column is missing or cannot be told.
@@ -77,7 +98,12 @@ def load_predictions(
     if path.suffix.lower() == ".npz":
         if columns is not None:
             raise ConfigError("--columns with npz: its arrays have no columns with names; leave it out.")
-        return _from_arrays(path, label=label, group=group, scale=scale)
+        return _from_arrays(path, label=label, group=group, scale=scale, faults=faults)
+    if faults is Faults.HARMLESS and scale is Scale.AUTO:
+        raise ConfigError(
+            "--epsilon without --logits or --probabilities: one private row would decide what the numbers of all "
+            "others are taken for; say which they are."
+        )
     records = read_records(path, schema=Schema(), columns=None)
     name = _label_column(records, label)
     if group is not None and group not in records.names:
@@ -88,15 +114,22 @@ def load_predictions(
         raise ConfigError(f"--columns: '{unknown[0]}' is no column of scores in {path}; correct the name.")
     if not scored:
         raise ConfigError(f"{path}: no column beside label and group; it needs one for each class.")
-    numbers = np.stack([_numbers(records, column) for column in scored], 1)
-    taken, scores = _scores(path, numbers, scale)
+    numbers = np.stack([_numbers(records, column, faults) for column in scored], 1)
+    taken, scores = _scores(path, numbers, scale, faults)
     classes = _class_names(scored) if len(scored) > 1 else ("0", "1")
-    target, classes = _targets(records, name, classes)
+    target = _targets(records, name, classes, faults)
     groups = None if group is None else tuple(records.column(group))
+    _check_some_row(path, scores, target)
     return Loaded(scores_NK=scores, target_N=target, classes=classes, groups=groups, scale=taken)
 
 
-def _from_arrays(path: Path, *, label: str | None, group: str | None, scale: Scale) -> Loaded:
+def _check_some_row(path: Path, scores_NK: Tensor, target_N: Tensor) -> None:
+    """Refuse a file of which nothing can be read. The refusal tells one bit, to whoever has the rows."""
+    if not bool((~torch.isnan(scores_NK).any(1) & (target_N >= 0)).any()):
+        raise DataError(f"{path}: no row has numbers and a class that can be read; see --columns and --label.")
+
+
+def _from_arrays(path: Path, *, label: str | None, group: str | None, scale: Scale, faults: Faults) -> Loaded:
     raw = read_bytes(path)
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
@@ -126,7 +159,7 @@ def _from_arrays(path: Path, *, label: str | None, group: str | None, scale: Sca
         if column is None or column.shape != target.shape or column.dtype.kind not in "iuUS":
             raise ConfigError(f"{path}: no array of {len(target)} group names '{group or 'groups'}'; write one.")
         groups = tuple(str(name) for name in column)
-    taken, scores = _scores(path, numbers.astype(np.float64), Scale(given[0]))
+    taken, scores = _scores(path, numbers.astype(np.float64), Scale(given[0]), faults)
     names = tuple(str(index) for index in range(scores.shape[1]))
     return Loaded(
         scores_NK=scores,
@@ -148,10 +181,10 @@ def _label_column(records: Records, label: str | None) -> str:
     return found[0]
 
 
-def _numbers(records: Records, column: str) -> np.ndarray:
+def _numbers(records: Records, column: str, faults: Faults) -> np.ndarray:
     values = np.array([parse_number(value) for value in records.column(column)])
     broken = np.flatnonzero(~np.isfinite(values))
-    if len(broken):
+    if len(broken) and faults is Faults.REFUSED:
         raise DataError(
             f"{records.path}, {records.places[broken[0]]}, column '{column}': not a finite number; correct the row, or "
             "list the columns of the classes with --columns."
@@ -159,7 +192,7 @@ def _numbers(records: Records, column: str) -> np.ndarray:
     return values
 
 
-def _scores(path: Path, numbers_NK: np.ndarray, scale: Scale) -> tuple[Scale, Tensor]:
+def _scores(path: Path, numbers_NK: np.ndarray, scale: Scale, faults: Faults) -> tuple[Scale, Tensor]:
     """What the numbers are, and logits or log-probabilities of at least two classes."""
     single = numbers_NK.shape[1] == 1
     if scale is Scale.AUTO:
@@ -170,8 +203,14 @@ def _scores(path: Path, numbers_NK: np.ndarray, scale: Scale) -> tuple[Scale, Te
         both = np.concatenate([np.zeros_like(numbers_NK), numbers_NK], 1) if single else numbers_NK
         return scale, torch.from_numpy(both)
     both = np.concatenate([1 - numbers_NK, numbers_NK], 1) if single else numbers_NK
-    if not ((both >= 0).all() and (np.abs(both.sum(1) - 1) <= 1e-2).all()):
-        raise DataError(f"{path}: rows that are no probabilities (negative, or not 1 in sum); if logits, say --logits.")
+    with np.errstate(invalid="ignore"):
+        good_N = (both >= 0).all(1) & (np.abs(both.sum(1) - 1) <= 1e-2)
+    if not good_N.all():
+        if faults is Faults.REFUSED:
+            raise DataError(
+                f"{path}: rows that are no probabilities (negative, or not 1 in sum); if logits, say --logits."
+            )
+        both = np.where(good_N[:, None], both, np.nan)
     with np.errstate(divide="ignore"):
         return scale, torch.from_numpy(np.log(both / both.sum(1, keepdims=True)))
 
@@ -184,20 +223,23 @@ def _class_names(columns: list[str]) -> tuple[str, ...]:
     return tuple(columns)
 
 
-def _targets(records: Records, name: str, classes: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
-    """Class indices: labels are names of columns, or else numbers from 0."""
-    labels = records.column(name)
+def _targets(records: Records, name: str, classes: tuple[str, ...], faults: Faults) -> Tensor:
+    """Class indices: a label is the name of a column, or a number from 0. Each is read by itself, and so the same
+    whatever the others are; where columns have numbers for names, a number is a name."""
     index = {known: position for position, known in enumerate(classes)}
-    if not all(label in index for label in labels):
-        index = {str(position): position for position in range(len(classes))}
-        labels = [_whole(label) for label in labels]
-    for label, place in zip(labels, records.places, strict=True):
-        if label not in index:
-            raise DataError(
-                f"{records.path}, {place}, column '{name}': neither the name of a class's column nor a number from 0 "
-                f"to {len(classes) - 1}; correct the row or the header."
-            )
-    return torch.tensor([index[label] for label in labels]), classes
+    numbered = any(_whole(known).isdecimal() for known in classes)
+    if not numbered:
+        index |= {str(position): position for position in range(len(classes))}
+    found = [index.get(label, index.get(_whole(label), _NO_CLASS)) for label in records.column(name)]
+    broken = next((place for each, place in zip(found, records.places, strict=True) if each == _NO_CLASS), None)
+    if broken is not None and faults is Faults.REFUSED:
+        named = "not the name of a class's column"
+        said = named if numbered else f"neither the name of a class's column nor a number from 0 to {len(classes) - 1}"
+        raise DataError(f"{records.path}, {broken}, column '{name}': {said}; correct the row or the header.")
+    return torch.tensor(found)
+
+
+_NO_CLASS = -1
 
 
 def _whole(label: str) -> str:

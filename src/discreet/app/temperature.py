@@ -64,6 +64,8 @@ def conclusion(examples: Examples | None) -> Conclusion | None:
         if temperature_of(run.ledger) is None:
             record = _fit(run, logits_of(model, examples), examples.targets)
             if record is None:
+                # One of an earlier key is that of another model, and no certificate would agree with it.
+                (run.release_dir / FILE).unlink(missing_ok=True)
                 return
             run.ledger.note(TEMPERATURE_NOTE, {**record, "key_id": run.ledger.key_id})
         run.write(FILE, noted(run.ledger))

@@ -318,7 +318,7 @@ class Book:
         accelerator is waited for once a group.
         """
         zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
-        norm2_B = sum((part.quick_norm2() for part in parts), zeros_B)
+        norm2_B = torch.stack([zeros_B, *(part.quick_norm2() for part in parts)]).sum(0)
         if bool(((norm2_B >= 0) & (norm2_B < torch.inf)).all()):
             return norm2_B, True
         return sum((part.norm2() for part in parts), zeros_B), False

@@ -260,6 +260,13 @@ class Plan:
         index = math.ceil(CURVE_POINTS * math.sqrt(steps / self.steps))
         return self.spent(min(self.steps, max(steps, math.ceil(self.steps * (index / CURVE_POINTS) ** 2))))
 
+    def charged_at_most(self, steps: int, *, besides: tuple[Query, ...] = ()) -> float:
+        """`spent_at_most`, together with queries that the plan did not foresee: those of keys that were replaced."""
+        if not besides:
+            return self.spent_at_most(steps)
+        queries = (*self.queries(steps), *besides)
+        return compose_epsilon(queries, delta=self.delta, relation=self.relation, accountant=self.accountant)
+
     def curve(self, points: int = CURVE_POINTS) -> tuple[tuple[int, float], ...]:
         """(steps, epsilon) at up to ``points`` + 1 places from 0 to the end, evenly spaced in sqrt(steps)."""
         places = sorted({math.ceil(self.steps * (index / points) ** 2) for index in range(points + 1)})

@@ -30,17 +30,28 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One line of the table: what was checked, how it went, and why."""
+    """One line of the table: what was checked, how it went, and why.
+
+    Attributes:
+        own: the line is about one parameter.
+    """
 
     name: str
     what: str
     status: Status
     detail: str
+    own: bool = False
+
+
+_REACHED = "norms agree wherever the examples of the check reach it; it gets noise in any case"
 
 
 @dataclass(frozen=True)
 class CheckReport:
     """Result of the self-check. Holds verdicts, names and shapes only: nothing in it is a value from the data.
+
+    Yet some of it follows from the examples of the check: which parameters they use, what their lengths are. So what a
+    run publishes of it is `released`, and nothing else.
 
     Attributes:
         rows: in the order in which they were checked.
@@ -67,11 +78,24 @@ class CheckReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The public record, as it stands in ``check.json``."""
+        """All rows, for whoever may see the examples of the check."""
         rows = [
             {"name": row.name, "what": row.what, "status": row.status.value, "detail": row.detail} for row in self.rows
         ]
         return {"passed": self.passed, "rows": rows}
+
+    def released(self) -> dict[str, Any]:
+        """The record of a check that passed, as it stands in ``check.json``: the same for all examples.
+
+        Names and shapes are those of the model. Which parameters the examples reached, by which functions and at what
+        lengths is left out: on private examples that is a release without noise.
+        """
+        assert self.passed
+        rows = [
+            {"name": row.name, "what": row.what, "status": Status.PASSED.value, "detail": _REACHED if row.own else "ok"}
+            for row in self.rows
+        ]
+        return {"passed": True, "rows": rows}
 
     def raise_if_failed(self) -> None:
         """Raise `CheckFailed` with every failed row, if any."""
@@ -91,11 +115,13 @@ def check(
     """Check a model and a loss on one small batch, without changing either.
 
     **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is
-    tested by replacing and by removing examples; buffers that a forward changes depending on the data are named. The
-    check is a test and no proof: it sees the control flow that these examples take.
+    tested by replacing and by removing examples; buffers that a forward changes depending on the data are named, and
+    parameters that it writes at all. The check is a test and no proof: it sees the control flow that these examples
+    take.
 
     Args:
-        model: as it will be trained (its mode is kept; buffers, gradients and random state are put back).
+        model: as it will be trained (its mode is kept; buffers, gradients and random state are put back; a parameter
+            that its own forward writes is not).
         loss: per-example losses, ``loss(model, batch) -> (B,)``.
         batch: 2 to about 8 examples, all different.
         clipping: the clipping function to compare the sum under; automatic by default.
@@ -125,9 +151,10 @@ def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     ]
     detail = (
         f"{', '.join(verdict.buffers)}: a forward writes private statistics here, and they would be saved without "
-        "noise; use a layer without running statistics."
+        "noise; use a layer without running statistics, and let no forward write a parameter."
     )
-    rows.append(_verdict_row("buffers", "no buffer learns from the data", not verdict.buffers, detail))
+    what = "no buffer learns from the data, and no forward writes a parameter"
+    rows.append(_verdict_row("buffers", what, not verdict.buffers, detail))
     return tuple(rows)
 
 
@@ -139,18 +166,18 @@ def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
             detail = f"met by {met}; no gradient of these examples reaches it, so there was nothing to compare"
             if not parameter.functions:
                 detail = "not used by these examples; it is part of every release and gets noise"
-            rows.append(CheckRow(parameter.name, _shape(parameter.shape), Status.UNUSED, detail))
+            rows.append(CheckRow(parameter.name, _shape(parameter.shape), Status.UNUSED, detail, own=True))
             continue
         met = ", ".join(parameter.functions) or "no function"
         name, shape = parameter.name, _shape(parameter.shape)
         if parameter.norms_agree:
             how = "".join(f"; {route}" for route in parameter.routes)
-            rows.append(CheckRow(name, shape, Status.PASSED, f"norms agree; {met}{how}"))
+            rows.append(CheckRow(name, shape, Status.PASSED, f"norms agree; {met}{how}", own=True))
             continue
         detail = (
             f"met by {met}; norms differ from autograd by more than {verdict.tolerance:g}: do not train; report it."
         )
-        rows.append(CheckRow(name, shape, Status.FAILED, detail))
+        rows.append(CheckRow(name, shape, Status.FAILED, detail, own=True))
     detail = f"differs from brute force by more than {verdict.tolerance:g}: do not train; report it."
     rows.append(_verdict_row("clipped sum", "against one example at a time", verdict.sum_agrees, detail))
     return tuple(rows)

@@ -3,9 +3,50 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 from discreet.privacy.accounting import Query, SampledGaussian, epsilon
+from discreet.privacy.chain import Record
 from discreet.privacy.ledger import LedgerView
+
+
+@dataclass(frozen=True)
+class Charges:
+    """What a ledger has charged beyond the updates that a model has behind it.
+
+    Attributes:
+        lost: steps that were charged under keys that had to be replaced, and that are made again.
+        seen: steps charged in all, so far; some of them may be made again under the same key.
+        besides: queries that the plan did not foresee, such as statistics under a second key.
+    """
+
+    lost: int = 0
+    seen: int = 0
+    besides: tuple[Query, ...] = ()
+
+    @classmethod
+    def of(cls, ledger: LedgerView, *, done: int) -> Charges:
+        """Read off a ledger, at the moment when a process or a key takes over.
+
+        Args:
+            done: updates that will not be repeated.
+        """
+        firsts = [int(str(record.body["first"])) for record in _steps_of_the_key(ledger)]
+        ours = len(_reserved(ledger, start=0))
+        planned = (
+            *ledger.plan.before,
+            *(() if ledger.plan.calibration is None else (ledger.plan.calibration.query(),)),
+        )
+        others = Counter(query for query in ledger.queries() if not isinstance(query, SampledGaussian))
+        return cls(
+            lost=ledger.steps_reserved - ours - min([*firsts, done]),
+            seen=ledger.steps_reserved,
+            besides=tuple((others - Counter(planned)).elements()),
+        )
+
+    def steps(self, index: int) -> int:
+        """Steps that have to be considered released after update ``index``."""
+        return max(index + 1 + self.lost, self.seen)
 
 
 def updates_allowed(ledger: LedgerView, *, done: int) -> int:
@@ -26,12 +67,19 @@ def updates_allowed(ledger: LedgerView, *, done: int) -> int:
 
 def _charged_ahead(ledger: LedgerView, *, done: int) -> int:
     """Steps from ``done`` on that are reserved under the current key: repeating them is free."""
+    return len(_reserved(ledger, start=done))
+
+
+def _reserved(ledger: LedgerView, *, start: int) -> set[int]:
     steps: set[int] = set()
-    for record in ledger.records:
-        if record.kind == "steps" and record.body["key_id"] == ledger.key_id:
-            first, count = int(str(record.body["first"])), int(str(record.body["count"]))
-            steps.update(range(max(first, done), first + count))
-    return len(steps)
+    for record in _steps_of_the_key(ledger):
+        first, count = int(str(record.body["first"])), int(str(record.body["count"]))
+        steps.update(range(max(first, start), first + count))
+    return steps
+
+
+def _steps_of_the_key(ledger: LedgerView) -> list[Record]:
+    return [each for each in ledger.records if each.kind == "steps" and each.body["key_id"] == ledger.key_id]
 
 
 def _affordable(ledger: LedgerView) -> int:

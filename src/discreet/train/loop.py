@@ -310,7 +310,7 @@ def make_private(
             microbatch=size,
         )
         updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
-        run.write("check.json", report.to_json())
+        run.write("check.json", report.released())
         on_failure.pop_all()
     return Private(updates, model=model, optimizer=optimizer, check_report=report)
 

@@ -25,7 +25,7 @@ from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
-from discreet.train.horizon import updates_allowed
+from discreet.train.horizon import Charges, updates_allowed
 from discreet.train.probing import probe_sum
 from discreet.train.run import Run, Stage
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
@@ -47,20 +47,22 @@ class Step:
             learning rate, so that a loop does not see them.
         steps: updates in the whole run.
         learning_rate: of the first parameter group, at this update.
-        verdict: why an automatic rate is what it is; None when the rate was given.
         plan: every public number of the run.
+        charges: what was charged under earlier keys, or by an earlier process.
+        verdict: why an automatic rate is what it is; None when the rate was given.
     """
 
     index: int
     steps: int
     learning_rate: float
     plan: Plan
+    charges: Charges
     verdict: Verdict | None = None
 
     @cached_property
     def epsilon(self) -> float:
-        """An upper bound on what is spent after this update, preprocessing included."""
-        return self.plan.spent_at_most(self.index + 1)
+        """An upper bound on what is spent after this update, preprocessing and replaced keys included."""
+        return self.plan.charged_at_most(self.charges.steps(self.index), besides=self.charges.besides)
 
 
 Conclusion = Callable[[Run, nn.Module], None]
@@ -216,7 +218,14 @@ class Updates:
         self._rates.after_update()
         self.step = self.step.after(released)
         self.done += 1
-        return Step(index=index, steps=self.last, learning_rate=rate, plan=self.plan, verdict=self.verdict)
+        return Step(
+            index=index,
+            steps=self.last,
+            learning_rate=rate,
+            plan=self.plan,
+            verdict=self.verdict,
+            charges=self._charges,
+        )
 
     def _release(
         self, total: ClippedSum, *, index: int, into: Mapping[str, torch.Tensor] | None = None
@@ -256,6 +265,7 @@ class Updates:
         self._source = self.run.noise("gradient")
         self._sums = self.run.sums()
         self._reserved = self.done
+        self._charges = Charges.of(self.run.ledger, done=self.done)
         self.last = updates_allowed(self.run.ledger, done=self.done)
         if self.last >= self.plan.steps:
             return

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.operands import chain, depth_of, flat_strides, on_device_of, tile_of, warps_of, widened
+from discreet.core.kernels.operands import PLAIN, TENSOR_CORES, chain, flat_strides, narrow, on_device_of, widened
 from discreet.core.kernels.results import GramProducts
 
 
@@ -31,26 +31,27 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
             stand for all their pairs.
     """
     examples, groups, positions, _ = inputs_BKSI[0].shape
-    tile = tile_of(positions)
+    input_tiling, grad_tiling = (TENSOR_CORES if narrow(operands) else PLAIN for operands in (inputs_BKSI, grads_BKSO))
+    tiling = input_tiling if input_tiling is grad_tiling else PLAIN
+    tile, _ = sides = tiling.tile(positions, positions)
     tiles = triton.cdiv(positions, tile)
     like = inputs_BKSI[0]
     sums = torch.empty(examples, groups * (tiles // 2 + 1) * tiles, dtype=torch.float64, device=like.device)
     input2, grad2 = torch.empty(2, examples, groups, positions, dtype=torch.float32, device=like.device)
     widths = [tuple(value.shape[3] for value in operands) for operands in (inputs_BKSI, grads_BKSO)]
-    inputs_depth, grads_depth = depth_of(inputs_BKSI), depth_of(grads_BKSO)
     with on_device_of(like):
         _gram_kernel[(examples * groups * tiles, tiles // 2 + 1)](
             *(tuple(inputs_BKSI), flat_strides(inputs_BKSI), widths[0]),
             *(tuple(grads_BKSO), flat_strides(grads_BKSO), widths[1]),
             *(sums, input2, grad2, groups, positions, tiles),
             TILE=tile,
-            INPUT_DEPTH=inputs_depth,
-            GRAD_DEPTH=grads_depth,
+            INPUT_DEPTH=input_tiling.depth,
+            GRAD_DEPTH=grad_tiling.depth,
             INPUT_WIDE=widened(inputs_BKSI),
             GRAD_WIDE=widened(grads_BKSO),
-            num_warps=warps_of(tile),
+            **tiling.launch(sides),
         )
-    spacings = chain(widths[0], inputs_depth) + chain(widths[1], grads_depth) + (tile + 2) / 2
+    spacings = chain(widths[0], input_tiling.depth) + chain(widths[1], grad_tiling.depth) + (tile + 2) / 2
     return GramProducts(sums.sum(1), input2, grad2, spacings)
 
 
