@@ -45,16 +45,17 @@ def features(images: Tensor, *, chunk: int = 2048) -> Tensor:
 
 @dataclass(frozen=True)
 class Bank:
-    """Filters in the Fourier domain, real.
+    """What maps are made with.
 
     Attributes:
-        low: of the low-pass filter at sides S, S/2, S/4. wavelets: of scale j at the sides from which it is applied:
-            ``wavelets[j][r]``, shape (ANGLES, S / 2^r, S / 2^r).
+        averages: matrices A_r that average rows or columns of a map at side S / 2^r, and keep every 2^J-th pixel of the
+            image without the border, shape (side / 4, S / 2^r): the low-pass filter is a product of two.
+        wavelets: in the Fourier domain, real, of each scale, shape (ANGLES, S, S).
         side: S. border: pixels added on each side.
     """
 
-    low: list[Tensor]
-    wavelets: list[list[Tensor]]
+    averages: list[Tensor]
+    wavelets: list[Tensor]
     side: int
     border: tuple[int, int]
 
@@ -65,11 +66,8 @@ def filters(side: int, *, device: torch.device) -> Bank:
     padded = ((side + unit) // unit + 1) * unit
     border = ((padded - side) // 2, (padded - side + 1) // 2)
 
-    def on_device(filter_SS: np.ndarray, resolution: int) -> Tensor:
-        spectrum = np.real(np.fft.fft2(filter_SS))
-        return torch.from_numpy(_periodised(spectrum, resolution)).to(device, torch.float32)
-
-    low = _gabor(padded, sigma=0.8 * 2 ** (SCALES - 1), angle=0.0, frequency=0.0, slant=1.0)
+    low = np.real(np.fft.fft2(_gabor(padded, sigma=0.8 * 2 ** (SCALES - 1), angle=0.0, frequency=0.0, slant=1.0)))
+    averages = [_average(_periodised(low, resolution), every=2 ** (SCALES - resolution)) for resolution in (0, 1)]
     wavelets = []
     for scale in range(SCALES):
         drawn = [
@@ -82,10 +80,12 @@ def filters(side: int, *, device: torch.device) -> Bank:
             )
             for turn in range(ANGLES)
         ]
-        wavelets.append(
-            [torch.stack([on_device(wavelet, resolution) for wavelet in drawn]) for resolution in range(scale + 1)]
-        )
-    return Bank([on_device(low, resolution) for resolution in range(SCALES + 1)], wavelets, padded, border)
+        wavelets.append(np.stack([np.real(np.fft.fft2(wavelet)) for wavelet in drawn]))
+
+    def on_device(arrays: list[np.ndarray]) -> list[Tensor]:
+        return [torch.from_numpy(array).to(device, torch.float32) for array in arrays]
+
+    return Bank(on_device(averages), on_device(wavelets), padded, border)
 
 
 def scatter(images_NSS: Tensor, bank: Bank) -> Tensor:
@@ -93,25 +93,24 @@ def scatter(images_NSS: Tensor, bank: Bank) -> Tensor:
     before, after = bank.border
     padded = F.pad(images_NSS[:, None], (before, after, before, after), mode="reflect")
     spectrum_N1SS = torch.fft.fft2(padded)
-    maps = [_averaged(spectrum_N1SS, bank, resolution=0)]
-    for scale in range(SCALES):
-        first = _modulus(spectrum_N1SS, bank.wavelets[scale][0], shrink=2**scale)
-        maps.append(_averaged(first, bank, resolution=scale))
-    finest = _modulus(spectrum_N1SS, bank.wavelets[0][0], shrink=1)
-    second = _modulus(finest.unsqueeze(2), bank.wavelets[1][0], shrink=2)
-    maps.append(_averaged(second.flatten(1, 2), bank, resolution=1))
-    return torch.cat(maps, 1)
+    fine = _modulus(spectrum_N1SS, bank.wavelets[0], shrink=1)
+    coarse = _modulus(spectrum_N1SS, bank.wavelets[1], shrink=2)
+    second = _modulus(torch.fft.fft2(fine).unsqueeze(2), bank.wavelets[1], shrink=2).flatten(1, 2)
+    averaged = (
+        _averaged(map_, bank.averages[resolution])
+        for map_, resolution in ((padded, 0), (fine, 0), (coarse, 1), (second, 1))
+    )
+    return torch.cat(list(averaged), 1)
 
 
 def _modulus(spectrum: Tensor, wavelets_FSS: Tensor, *, shrink: int) -> Tensor:
-    """Spectrum of ``|x * psi|``, sampled at every ``shrink``-th pixel."""
-    return torch.fft.fft2(torch.fft.ifft2(_sampled(spectrum * wavelets_FSS, shrink)).abs())
+    """``|x * psi|``, sampled at every ``shrink``-th pixel."""
+    return torch.fft.ifft2(_sampled(spectrum * wavelets_FSS, shrink)).abs()
 
 
-def _averaged(spectrum_NFSS: Tensor, bank: Bank, *, resolution: int) -> Tensor:
+def _averaged(map_NFSS: Tensor, average: Tensor) -> Tensor:
     """``x * phi`` at every 2^J-th pixel of the image, without the border."""
-    low = _sampled(spectrum_NFSS * bank.low[resolution], 2 ** (SCALES - resolution))
-    return torch.fft.ifft2(low).real[..., 1:-1, 1:-1]
+    return average @ map_NFSS @ average.T
 
 
 def _sampled(spectrum: Tensor, every: int) -> Tensor:
@@ -131,6 +130,14 @@ def _periodised(spectrum_SS: np.ndarray, resolution: int) -> np.ndarray:
     keep[int(side / (2 * every)) :][:cut] = 0.0
     kept = spectrum_SS * keep[:, None] * keep[None, :]
     return kept.reshape(every, side // every, every, side // every).sum((0, 2))
+
+
+def _average(spectrum_SS: np.ndarray, *, every: int) -> np.ndarray:
+    """The matrix of convolution along one axis with a filter that is a product, at every so-many-th pixel."""
+    side = len(spectrum_SS)
+    along = spectrum_SS[:, 0] / math.sqrt(spectrum_SS[0, 0])
+    matrix = np.real(np.fft.ifft(along[:, None] * np.fft.fft(np.eye(side), axis=0), axis=0))
+    return matrix[::every][1:-1]
 
 
 def _gabor(side: int, *, sigma: float, angle: float, frequency: float, slant: float) -> np.ndarray:

@@ -215,3 +215,17 @@ def test_the_simulation_learns_and_asks_twice():
     assert 0.002 < rate < 0.3
     for kind, peak in (("adam", 0.02), ("sgdm", 1.0)):
         assert simulated.train(world, 3, rate=peak, kind=kind, seed=0) > 85
+
+
+@pytest.mark.parametrize(
+    ("contestant", "chosen", "is_run"),
+    [
+        ("auto", ["auto"], True),
+        ("auto-sgdm", ["auto"], False),
+        ("grid:sgdm:1:linear", ["grid"], True),
+        ("grid:sgdm:1:linear", ["grid:adam"], False),
+        ("search", [""], True),
+    ],
+)
+def test_contestants_are_chosen_by_name_or_group(contestant, chosen, is_run):
+    assert program._is_chosen(contestant, chosen) == is_run

@@ -408,7 +408,7 @@ def _rate_found(private: Private) -> tuple[str, ...]:
     verdict = private.verdict
     if verdict is None:
         return ()
-    known = "" if verdict.tolerance is None else f"; noise of {verdict.tolerance:.3g} in every weight doubles the loss"
+    known = "" if verdict.tolerance is None else f"; the weights bear noise of {verdict.tolerance:.3g} each"
     return (f"The learning rate set itself, inside the budget ({verdict.reason}{known}).",)
 
 

@@ -4,6 +4,7 @@
 weights bear. That is a property of model and data at the start, in units of weights, whatever the optimizer: the
 *tolerance*, the root mean square of a random displacement at which the mean loss doubles. The rate follows from it by a
 constant (`PER_UPDATE`), as docs/lab-notes.md measures. No gradient is needed: it is known before the first update.
+Asked later, when the model has learned something, it is the displacement that costs what was learned.
 
 **The search.** Each probe is one of the plan's updates, spent on one bounded number in place of a gradient: the mean
 rise of the loss at one displacement, on a Poisson batch of its own. So epsilon is that of the plan, bit by bit,
@@ -31,8 +32,8 @@ from discreet.core.probe import OCTAVES
 PRIOR = 0.02
 """Root mean square movement of a weight by one update, before anything is asked: that of DP-Adam at rate 0.02."""
 PER_UPDATE = 1.0 / 8.0
-"""First movement of an update over the tolerance, for the usual number of updates and a linear decay. Steps of random
-direction add up like a square root: with more updates each is smaller by the root of their number."""
+"""First movement of an update over the tolerance, for the usual number of updates. Steps of random direction add up
+like a square root: with more updates each is smaller by the root of their number."""
 USUAL_UPDATES = 300
 
 CAP = 8.0
@@ -103,7 +104,7 @@ class Verdict:
 
     Attributes:
         movement: root mean square movement of a weight by the first update.
-        tolerance: the displacement at which the loss doubles; None where it is not known.
+        tolerance: the displacement at which the loss rises by the unit of the search; None where it is not known.
         octaves: its standard deviation, in factors of two; None likewise.
         accepted: whether the probes, and not the prior, say so.
         reason: in words.

@@ -26,13 +26,19 @@ def rate_section(run: RunRecord) -> str:
         "How the learning rate set itself",
         markup=[
             parts.table(
-                ("Update spent", "Noise in weights", "Rise of the mean loss<small>over its level</small>", "Rate"),
+                (
+                    "Update spent",
+                    "Noise in weights",
+                    "Rise of the mean loss<small>in units of what it may lose</small>",
+                    "Rate",
+                ),
                 rows=rows,
                 numeric=(0, 1, 2, 3),
             ),
             parts.paragraph(
                 "Each row is one update of the plan, spent on one number in place of a gradient: part of the privacy "
-                "loss above, and not beside it. The rate aims at the noise that doubles the loss, a rise of 1.",
+                "loss above, and not beside it. The rate aims at noise that costs all there is to lose, a rise of 1: "
+                "the loss itself before training, later what has been learned.",
                 role="note",
             ),
         ],
