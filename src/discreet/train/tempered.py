@@ -135,12 +135,12 @@ def tempered_clipping(examples: int) -> Clipping:
     """The rule for a `Tempered` model: Abadi at `BOUND`, and temperature and floor as groups of their own.
 
     A function of the number of examples alone. Where there are few, a batch is small beside the noise: then the bound
-    is small, and temperature and floor get larger shares of the query (k = .25 and not .1; all noise grows by 6 %).
+    is small, and temperature and floor get larger shares of the query (k = .15 and not .1; all noise grows by 2.2 %).
 
     Args:
         examples: N, public.
     """
-    body, share = (BOUND, 0.1) if examples >= MANY_EXAMPLES else (SMALL_BOUND, 0.25)
+    body, share = (BOUND, 0.1) if examples >= MANY_EXAMPLES else (SMALL_BOUND, 0.15)
     bounds = (TEMPERATURE_BOUND * STEEPNESS, FLOOR_BOUND * FLOOR_STEEPNESS)
     weights = [bound / (share * body) for bound in bounds]
     style = Style.groups(*GROUPS, bounds=(*bounds, body), noise_weights=(*weights, 1.0))
