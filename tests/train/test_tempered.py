@@ -90,7 +90,7 @@ def test_the_output_is_the_mixture_of_a_softmax_and_a_floor() -> None:
     assert torch.equal(model(features).argmax(1), model.body(features).argmax(1))
 
 
-@pytest.mark.parametrize("floor", [-1e4, -1.0, 0.0, 1.0, 1e4])
+@pytest.mark.parametrize("floor", [-1e6, -1.0, 0.0, 1.0, 1e6])
 def test_a_floor_of_any_size_gives_probabilities(floor: float) -> None:
     """Also where softmax rounds to 0, and where a wild learning rate has moved the floor's parameter far."""
     layer = Temperature()
@@ -142,7 +142,7 @@ def test_temperature_and_model_are_one_query(examples: int) -> None:
     """S^2 = R^2 + 2 (k R)^2, and no example moves the whitened sum by more."""
     model, batch, rule = _model(), _batch(), tempered_clipping(examples)
     assert check(model, _loss, batch, clipping=rule).passed
-    bound, share = (BOUND, 0.1) if examples >= 20_000 else (SMALL_BOUND, 0.25)
+    bound, share = (BOUND, 0.1) if examples >= 20_000 else (SMALL_BOUND, 0.15)
     whole = clipped_gradient(model, _loss, batch, clipping=rule)
     assert whole.sensitivity == pytest.approx(bound * math.sqrt(1.0 + 2 * share**2), rel=1e-12)
     assert body_bound(rule) == pytest.approx(bound)
@@ -169,7 +169,7 @@ def test_the_rule_survives_the_plan() -> None:
     assert found.describe() == rule.describe()
     assert is_tempered(found)
     assert "abadi at 0.5" in reason(found, 1000)
-    assert "6.1 % larger" in reason(found, 1000)
+    assert "2.2 % larger" in reason(found, 1000)
     assert body_bound(Clipping.abadi(3.0)) == 3.0
 
 

@@ -65,17 +65,21 @@ def render_page(found: Convergence) -> str:
         )
         for name, flow in found.flows.items()
     ]
-    header = ("Rule", "Least eigenvalue", "symmetric part", "Asymmetry", "dL/dt", "Clipped", "The loss")
+    header = ("Rule", "Least eigenvalue", "of the symmetric part", "Asymmetry", "dL/dt", "Clipped", "The loss")
     made_up = f"{found.examples} made-up examples of the data's public shape, {found.outputs} outputs, no noise."
     return parts.page(
         title="Descent under clipping",
         markup=[
+            "<header>",
+            parts.paragraph("Convergence", role="eyebrow"),
+            "<h1>Descent under clipping</h1>",
+            "</header>",
             parts.section(
                 "What each rule does",
                 markup=[
-                    parts.paragraph(parts.sentence(found.stamp), role="alarm") if found.stamp else "",
+                    parts.paragraph(parts.sentence(found.stamp), role="stamp") if found.stamp else "",
                     parts.paragraph(parts.sentence(made_up)),
-                    parts.table(header, rows=rows, numeric=(1, 2, 3, 4, 5)),
+                    parts.table(header, rows=rows, numeric=(1, 2, 3, 4, 5), role="wide"),
                 ],
             ),
             parts.section(

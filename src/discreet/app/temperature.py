@@ -25,6 +25,7 @@ from discreet.privacy.certificate import TEMPERATURE_NOTE, temperature_of
 from discreet.privacy.ledger import LedgerView
 from discreet.privacy.plan import CALIBRATION_PART, Calibration, Plan
 from discreet.train.run import Run
+from discreet.train.tempered import Tempered
 from discreet.train.updates import Conclusion
 
 FILE = "temperature.json"
@@ -143,6 +144,17 @@ def statement(plan: Plan, ledger: LedgerView) -> tuple[str, ...]:
     return (
         f"{use} It was fitted privately on {apart}; of their epsilon and that of training the larger counts "
         "(parallel composition).",
+    )
+
+
+def trained_statement(model: nn.Module) -> tuple[str, ...]:
+    """The sentence about a temperature and a floor that were trained with the model."""
+    if not isinstance(model, Tempered):
+        return ()
+    found = model.temperature
+    return (
+        f"A temperature ({found.value:.3g}) and a floor ({100 * found.share:.2g} % of each answer is spread over all "
+        "classes) were trained with the model in the same query, and are part of it: what it gives is logits already.",
     )
 
 

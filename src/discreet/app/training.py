@@ -28,7 +28,7 @@ from discreet.app.progress import Progress
 from discreet.app.report import write_report
 from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run
 from discreet.app.stand_ins import measure_spec
-from discreet.app.temperature import conclusion, plan_calibration, planned, statement
+from discreet.app.temperature import conclusion, plan_calibration, planned, statement, trained_statement
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
@@ -377,6 +377,7 @@ def _conclude(
         test=test,
         statements=(
             *prepared.statements,
+            *trained_statement(model),
             *statement(private.plan, private.run.ledger),
             *_rate_found(private),
             *_cut_short(private),

@@ -20,6 +20,7 @@ from discreet.app.evaluation import Evaluation, calibration_of, evaluate
 from discreet.app.progress import SECONDS_BETWEEN_LINES
 from discreet.app.report import write_report
 from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, sizes
+from discreet.app.temperature import trained_statement
 from discreet.app.training import DataOptions, open_data, pick_device
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
@@ -331,6 +332,7 @@ def _conclude(
         test=evaluate(tuned.model, prepared.test) if prepared.test is not None else None,
         statements=(
             *prepared.statements,
+            *trained_statement(tuned.model),
             f"The learning rate and the model were chosen by a search that is part of epsilon, scored on {score}.",
         ),
     )

@@ -68,6 +68,8 @@ table.plan td:nth-child(2) { width: 42%; font-variant-numeric: tabular-nums; fon
 table.pairs td { font-variant-numeric: tabular-nums; }
 table.pairs td:last-child { font-weight: 600; }
 table.pairs th { white-space: normal; vertical-align: bottom; }
+table.wide th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; }
+table.wide th, table.wide td { padding-right: .7rem; min-width: 3.5rem; }
 .ok { color: var(--accent); font-weight: 600; white-space: nowrap; }
 .bad { color: var(--alarm); font-weight: 700; white-space: nowrap; }
 .bar { display: flex; height: 1.5rem; margin: .4rem 0 .8rem; border-radius: .35rem; overflow: hidden;
