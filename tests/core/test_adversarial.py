@@ -689,3 +689,14 @@ def test_a_buffer_that_changes_after_a_derived_value_was_made_is_refused():
 
     model = _model(forward, w=par(D), mask=torch.ones(D))
     _refused(model, _x(T, D), "changed in place")
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_that_would_never_run_is_refused(kind):
+    """It would be passed over in silence."""
+    model = _model(lambda s, x: s.b(s.a(x)), a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    removed = getattr(model.b.weight, kind)(lambda value: None)
+    with pytest.raises(UnsupportedUse, match="b.weight: a hook"):
+        clipped_gradient(model, loss, _x(D), clipping=CLIP)
+    removed.remove()
+    _exact(model, _x(D))

@@ -15,6 +15,7 @@ from discreet.core.clipping import ClippedSum
 from discreet.core.kernels import dispatch
 from discreet.core.noise import release
 from discreet.core.rng import NoiseSource
+from discreet.errors import ConfigError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNTS = (1, 2, 2047, 2048, 2049, 7000)
@@ -34,8 +35,15 @@ def test_the_keystream_is_that_of_rfc_8439(key, first, hexadecimal):
 
 
 def test_a_tensor_beyond_the_counter_is_not_drawn():
-    with pytest.raises(AssertionError, match="32 bits"):
+    with pytest.raises(ConfigError, match="split it"):
         chacha.piece(bytes(32), 2**32 // chacha.LANES)
+
+
+@needs_triton
+def test_the_kernel_does_not_draw_it_either():
+    huge = torch.empty(1, device="meta").expand(chacha.LARGEST + 1)
+    with pytest.raises(ConfigError, match="split it"):
+        dispatch.add_noise({"w": huge}, {"w": huge}, keys={"w": (bytes(32),)}, scales={"w": 1.0}, share=1.0)
 
 
 def _sums(kind: tuple[torch.dtype, torch.dtype]) -> dict[str, torch.Tensor]:

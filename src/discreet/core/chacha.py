@@ -14,11 +14,14 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from discreet.core import normal
+from discreet.errors import ConfigError
 
 LANES = 256
 """Blocks of a piece."""
 PIECE = 8 * LANES
 """Draws of a piece: as many as words."""
+LARGEST = 2**32 // LANES * PIECE
+"""Draws of one stream: the counter of RFC 8439 has 32 bits."""
 _BLOCK_BYTES = 64
 _ZEROS = bytes(LANES * _BLOCK_BYTES)
 
@@ -41,6 +44,9 @@ def piece(key: bytes, number: int) -> np.ndarray:
 
 def _blocks(key: bytes, first: int) -> np.ndarray:
     """The words of `LANES` blocks, from block ``first`` on (RFC 8439, section 2.3), uint64, shape (8 LANES,)."""
-    assert first + LANES <= 2**32, "the counter of RFC 8439 has 32 bits: a tensor of more than 2^35 numbers"
+    if first + LANES > 2**32:
+        raise ConfigError(
+            f"piece {first // LANES} of a stream of noise: a tensor has at most {LARGEST} numbers; split it."
+        )
     cipher = Cipher(algorithms.ChaCha20(key, first.to_bytes(4, "little") + bytes(12)), mode=None)
     return np.frombuffer(cipher.encryptor().update(_ZEROS), dtype="<u8").astype(np.uint64)

@@ -56,10 +56,17 @@ def guard(book: Book) -> Iterator[None]:
 
     Raises:
         ConfigError: a model is guarded already (one backward is booked at a time).
+        UnsupportedUse: somebody waits for the gradient of a parameter, which is never made.
     """
     global _active
     if _active is not None:
         raise ConfigError("a model is guarded already: finish that microbatch before the next one begins.")
+    waiting = [n for n, p in book.parameters.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    if waiting:
+        raise UnsupportedUse(
+            f"{', '.join(waiting)}: a hook waits for a gradient that is never made (sums are clipped before they are "
+            "added up), and would be passed over in silence; remove it, and change p.grad once it is written."
+        )
     classes = {}
     hooks = []
     try:

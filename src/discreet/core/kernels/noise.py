@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.chacha import LANES, PIECE
+from discreet.core.chacha import LANES, LARGEST, PIECE
 from discreet.core.kernels.operands import on_device_of
+from discreet.errors import ConfigError
 
 _LANES = tl.constexpr(LANES)
 _PIECE = tl.constexpr(PIECE)
@@ -57,6 +58,10 @@ def add(stretches: Sequence[Stretch], *, share: float) -> None:
     """``target = value * share + draw * scale`` in float64, rounded once: one launch for all tensors of a kind."""
     kinds: dict[object, list[Stretch]] = defaultdict(list)
     for stretch in stretches:
+        if stretch.value.numel() > LARGEST:
+            raise ConfigError(
+                f"a tensor of {stretch.value.numel()} numbers: noise is drawn for {LARGEST} at most; split it."
+            )
         if stretch.value.numel():
             kinds[stretch.kind].append(stretch)
     for alike in kinds.values():
