@@ -15,10 +15,10 @@ from architecture.checkers import (
     undocumented,
 )
 
-CORE_LINES = 6_760
+CORE_LINES = 6_775
 RULE_LINES = 2200
 """The engine, clipping, noise, sums and self-check; apart from them the rules, which are many small texts read one at a
-time. The last 49 lines: what the self-check must see of parameters and scores."""
+time. The last 64 lines: what the self-check must see of parameters, buffers and scores."""
 FILE_LINES = 600
 
 MAY_CATCH_ALL = {
