@@ -1,7 +1,7 @@
 """Who competes: a rate that sets itself, one fixed rate, a grid that nobody may use in practice, and two others.
 
-All but the first go through the same private step (clip, sum, noise, divide) without a ledger: batches and noise
-of a seed are the same for all of them.
+All but the first go through the same private step (clip, sum, noise, divide) without a ledger. Batches and noise of an
+update are functions of the seed, and the same for all of them: what differs is the rate.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ from bench.auto_lr.tasks import Task
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import trainable
 from discreet.core.noise import release
-from discreet.core.rng import NoiseSource, seed_key
+from discreet.core.rng import NoiseSource, seed_key, subkey
 from discreet.privacy.plan import Plan
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.tuning import plan_search
-from discreet.train.auto_lr import AutoLR
+from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.examples import Examples as Fetched
 from discreet.train.loop import make_private, self_check
 from discreet.train.step import ClippedStep, Microbatch, write_gradient
+from discreet.train.updates import Step
 
 FIXED_RATE = 0.02
 RATES = {"adam": (0.001, 0.003, 0.01, 0.02, 0.03, 0.06, 0.1), "sgdm": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
 PRIORS = (1e-4, 1e-2, 1.0)
 SEARCH_RUNS = 10.0
+TWINS = {f"grid:adam:{FIXED_RATE:g}:linear": "fixed"}
+"""Settings of the grid that are another contestant."""
 
 Parameters = Iterable[nn.Parameter]
 Shape = Callable[[float], float]
 SHAPES: dict[str, Shape] = {
     "linear": lambda passed: 1.0 - passed,
+    "root": lambda passed: math.sqrt(1.0 - passed),
     "constant": lambda _: 1.0,
     "cosine": lambda passed: 0.5 * (1.0 + math.cos(math.pi * passed)),
 }
@@ -46,7 +50,7 @@ SHAPES: dict[str, Shape] = {
 
 @dataclass(frozen=True)
 class Result:
-    """One run: accuracy on held-out rows, the rate of its first update, updates and those spent on probes."""
+    """One run: accuracy on held-out rows, the peak rate as known in the end, updates and those spent on probes."""
 
     accuracy: float
     rate: float
@@ -61,6 +65,7 @@ def names() -> tuple[str, ...]:
         "auto-sgdm",
         *(f"auto-from-{prior:g}" for prior in PRIORS),
         "fixed",
+        "fixed-root",
         "prodigy",
         "dadapt",
         *grid(),
@@ -91,6 +96,7 @@ def run(contestant: str, task: Task, epsilon: float, *, seed: int) -> Result:
         return _searched(task, plan, seed=seed)
     maker, shape = {
         "fixed": lambda: (_maker("adam", FIXED_RATE), "linear"),
+        "fixed-root": lambda: (_maker("adam", FIXED_RATE), "root"),
         "prodigy": lambda: (_foreign("prodigyopt", "Prodigy"), "cosine"),
         "dadapt": lambda: (_foreign("dadaptation", "DAdaptAdam"), "cosine"),
     }.get(contestant, lambda: _of_grid(contestant))()
@@ -116,23 +122,28 @@ def _foreign(package: str, name: str) -> Callable[[Parameters], torch.optim.Opti
 
 def _automatic(task: Task, plan: Plan, auto: AutoLR, kind: str, *, seed: int) -> Result:
     model = task.model(seed)
+    steps = looped(task, plan, model, _maker(kind, 1.0)(trainable(model).values()), auto, seed=seed)
+    peak = steps[-1].learning_rate / decay(steps[-1].index, plan.steps)
+    return Result(task.accuracy(model), peak, plan.steps, probes=plan.steps - len(steps))
+
+
+def looped(
+    task: Task, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, rate: LearningRate, *, seed: int
+) -> list[Step]:
+    """Train by the library's loop; returns the updates that moved the weights."""
     with tempfile.TemporaryDirectory() as where:
         private = make_private(
             model,
-            _maker(kind, 1.0)(trainable(model).values()),
+            optimizer,
             task.train,
             loss=task.loss,
             plan=plan,
-            learning_rate=auto,
+            learning_rate=rate,
             run_dir=Path(where) / "run",
             checkpoint_steps=plan.steps,
             seed=seed,
         )
-        first = None
-        for step in private:
-            first = first or step
-    assert first is not None
-    return Result(task.accuracy(model), first.learning_rate, plan.steps, probes=first.index)
+        return list(private)
 
 
 def _plain(
@@ -146,18 +157,27 @@ def _plain(
     model = task.model(seed)
     optimizer = maker(trainable(model).values())
     peak = float(optimizer.param_groups[0]["lr"])
-    source = NoiseSource.insecure_seed(seed)
+    trained(task, plan, model, optimizer, shape, seed=seed)
+    return Result(task.accuracy(model), peak, plan.steps)
+
+
+def trained(
+    task: Task, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, shape: Shape, *, seed: int
+) -> None:
+    """Train by bare steps: the batches, noise and updates of the loop, without a ledger."""
+    peak = float(optimizer.param_groups[0]["lr"])
+    key = seed_key(seed)
+    source = NoiseSource.keyed(subkey(key, "noise for gradient"), private=False)
     step = _step(task, model)
     for index in range(plan.steps):
         torch.manual_seed(seed * plan.steps + index)
-        total = step.clipped_sum(plan.sampling.draw(key=seed_key(seed), step=index))
+        total = step.clipped_sum(plan.sampling.draw(key=subkey(key, "sampling"), step=index))
         released = release(
             total, noise_multiplier=plan.noise_multiplier, source=source, divisor=plan.batch_size, into=total.tensors
         )
         write_gradient(released, step.parameters)
         optimizer.param_groups[0]["lr"] = peak * shape(index / plan.steps)
         optimizer.step()
-    return Result(task.accuracy(model), peak, plan.steps)
 
 
 def _step(task: Task, model: nn.Module) -> ClippedStep:

@@ -2,9 +2,9 @@
 
     python -m bench.auto_lr.simulated --data DATA --tasks toy digits adult transfer --epsilons 1 3 --seeds 3
 
-DP-Adam and DP-SGD with momentum, automatic clipping, linear decay; the noise is torch's: nothing here is private. The
-search is the shipped one (`discreet.train.tolerance`); the step is a second, independent implementation. A seed has
-the same batches and noise at every rate.
+DP-Adam and DP-SGD with momentum, automatic clipping; the grid decays linearly. The noise is torch's: nothing here is
+private. The search and its decay are the shipped ones (`discreet.train.rate_search`); the step is a second, independent
+implementation. A seed has the same batches and noise at every rate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discreet.core.probe import OCTAVES
-from discreet.train.tolerance import Asked, ToleranceSearch
+from discreet.train.auto_lr import decay
+from discreet.train.rate_search import RateSearch
+from discreet.train.tolerance import Asked, Question
 
 PLANS = {
     "toy": {8: (500, 600, 0.730), 3: (500, 600, 1.14), 1: (500, 600, 2.456)},
@@ -102,53 +104,71 @@ class World:
         return torch.nonzero(torch.rand(examples, generator=generator) < size / examples)[:, 0]
 
 
-def train(world: World, epsilon: int, *, rate: float, kind: str, seed: int, first: int = 0) -> float:
-    """Accuracy after a run whose first updates are missing, as if spent on probes."""
-    size, updates, sigma = world.plans[epsilon]
-    generator = torch.Generator().manual_seed(1000 + seed)
-    weights = world.weights(seed)
-    mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
-    for step in range(first, updates):
-        total = world.clipped(weights, world.batch(size, generator))
-        gradient = (total + sigma * torch.randn(len(weights), generator=generator)) / size
-        if kind == "sgdm":
-            mean = 0.9 * mean + gradient
-            move = mean
-        else:
-            turn = step - first + 1
-            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-            move = mean / (1 - 0.9**turn) / ((square / (1 - 0.999**turn)).sqrt() + 1e-8)
-        weights = weights - rate * (1 - step / updates) * move
-    return world.accuracy(weights)
-
-
-def search(world: World, epsilon: int, *, seed: int) -> ToleranceSearch:
-    """The shipped search, its questions answered with noise."""
-    size, updates, sigma = world.plans[epsilon]
-    generator = torch.Generator().manual_seed(1500 + seed)
-    weights = world.weights(seed + 500)
-    found = ToleranceSearch(noise=sigma / size, updates=updates)
-    while (question := found.question()) is not None:
-        rows = world.batch(size, generator)
-        losses = world.losses(weights, rows)
-        if question.asked is Asked.LEVEL:
-            place = (torch.frexp(losses).exponent.long() - 1 - OCTAVES[0]).clamp(0, len(OCTAVES) - 1)
-            counts = torch.bincount(place, minlength=len(OCTAVES)).double()
-            noisy = counts + sigma * torch.randn(len(OCTAVES), generator=generator)
-            found.observe_level((noisy / size).tolist())
-        else:
-            moved = weights + question.displacement * torch.randn(len(weights), generator=generator)
-            rises = (world.losses(moved, rows) - losses).clamp(-question.bound, question.bound)
-            noise = question.bound * sigma * torch.randn((), generator=generator)
-            found.observe_rise(question, float(rises.sum() + noise) / size)
-    return found
+def train(world: World, epsilon: int, *, rate: float, kind: str, seed: int) -> float:
+    """Accuracy after a run at this peak rate, with linear decay."""
+    updates = world.plans[epsilon][1]
+    run = _Run(world, epsilon, kind=kind, seed=seed)
+    for step in range(updates):
+        run.update(rate * (1 - step / updates))
+    return world.accuracy(run.weights)
 
 
 def automatic(world: World, epsilon: int, *, seed: int) -> tuple[float, float]:
-    """Accuracy and rate of DP-Adam at the rate that the search finds."""
-    found = search(world, epsilon, seed=seed)
-    rate = found.verdict().movement
-    return train(world, epsilon, rate=rate, kind="adam", seed=seed, first=found.asked), rate
+    """Accuracy and peak rate of DP-Adam at the rate that the shipped search finds, with its decay."""
+    size, updates, sigma = world.plans[epsilon]
+    run = _Run(world, epsilon, kind="adam", seed=seed)
+    search = RateSearch(noise=sigma / size, updates=updates)
+    step = 0
+    while step < updates:
+        question = search.question(step)
+        if question is not None:
+            run.answer(question, search)
+        else:
+            run.update(search.verdict().movement * decay(step, updates))
+        step += 1
+    return world.accuracy(run.weights), search.verdict().movement
+
+
+class _Run:
+    """Weights, the state of an optimizer, and a generator of batches and noise."""
+
+    def __init__(self, world: World, epsilon: int, *, kind: str, seed: int) -> None:
+        self.weights = world.weights(seed)
+        self._world, self._kind = world, kind
+        self._size, _, self._sigma = world.plans[epsilon]
+        self._generator = torch.Generator().manual_seed(1000 + seed)
+        self._mean, self._square, self._turn = torch.zeros_like(self.weights), torch.zeros_like(self.weights), 0
+
+    def update(self, rate: float) -> None:
+        """Move the weights by one noisy gradient."""
+        total = self._world.clipped(self.weights, self._world.batch(self._size, self._generator))
+        gradient = (total + self._sigma * torch.randn(len(total), generator=self._generator)) / self._size
+        self._turn += 1
+        if self._kind == "sgdm":
+            self._mean = 0.9 * self._mean + gradient
+            move = self._mean
+        else:
+            self._mean = 0.9 * self._mean + 0.1 * gradient
+            self._square = 0.999 * self._square + 0.001 * gradient**2
+            root = (self._square / (1 - 0.999**self._turn)).sqrt()
+            move = self._mean / (1 - 0.9**self._turn) / (root + 1e-8)
+        self.weights = self.weights - rate * move
+
+    def answer(self, question: Question, search: RateSearch) -> None:
+        """Answer a question of the search, with noise."""
+        rows = self._world.batch(self._size, self._generator)
+        losses = self._world.losses(self.weights, rows)
+        if question.asked is Asked.LEVEL:
+            place = (torch.frexp(losses).exponent.long() - 1 - OCTAVES[0]).clamp(0, len(OCTAVES) - 1)
+            counts = torch.bincount(place, minlength=len(OCTAVES)).double()
+            noisy = counts + self._sigma * torch.randn(len(OCTAVES), generator=self._generator)
+            search.observe_level((noisy / self._size).tolist())
+        else:
+            direction = torch.randn(len(self.weights), generator=self._generator)
+            moved = self.weights + question.displacement * direction
+            rises = (self._world.losses(moved, rows) - losses).clamp(-question.bound, question.bound)
+            noise = question.bound * self._sigma * torch.randn((), generator=self._generator)
+            search.observe_rise(question, float(rises.sum() + noise) / self._size)
 
 
 def load(name: str, data: Path) -> World:

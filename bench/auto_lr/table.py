@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,21 @@ def mean(rows: Rows, task: str, epsilon: float, contestant: str) -> float | None
 
 
 def oracle(rows: Rows, task: str, epsilon: float) -> tuple[str, float] | None:
-    """The best setting of the grid by its mean over seeds, chosen on the test rows; None without a grid."""
-    settings = {row["contestant"] for row in rows if row["contestant"].startswith("grid:")}
-    found = [(setting, value) for setting in settings if (value := mean(rows, task, epsilon, setting)) is not None]
+    """The best setting of the grid by its mean over seeds, chosen on the test rows; None without a grid.
+
+    Settings with fewer seeds than others are out: they were left behind (`bench.auto_lr.pruning`).
+    """
+    counts = Counter(
+        row["contestant"]
+        for row in rows
+        if (row["task"], row["epsilon"]) == (task, epsilon) and row["contestant"].startswith("grid:")
+    )
+    most = max(counts.values(), default=0)
+    found = [
+        (setting, value)
+        for setting, count in counts.items()
+        if count == most and (value := mean(rows, task, epsilon, setting)) is not None
+    ]
     return max(found, key=lambda pair: (pair[1], pair[0])) if found else None
 
 
@@ -39,7 +52,7 @@ def spread(rows: Rows, task: str, epsilon: float) -> float | None:
     return max(found) - min(found) if len(found) > 1 else None
 
 
-COLUMNS = ("auto", "auto-sgdm", "fixed", "prodigy", "dadapt", "search")
+COLUMNS = ("auto", "auto-sgdm", "fixed", "fixed-root", "prodigy", "dadapt", "search")
 
 
 def render(rows: Rows) -> str:

@@ -1,6 +1,7 @@
 """The tasks: public data, the program's models, and sizes that two CPU cores can afford.
 
-Batches are the planner's, but at most `LARGEST_BATCH`; the number of updates is 300, on the toy 600 as in its source.
+Batches are the planner's, but at most `LARGEST_BATCH`; the number of updates is 300, on the toy 600 as in its source;
+`SMALL` cuts all of it down.
 The noise is solved for epsilon at these sizes. Statistics of tables are computed without noise and not charged: every
 contestant gets the same features, and it is rates that are compared.
 """
@@ -31,6 +32,30 @@ from discreet.privacy.planner import plan as planned
 
 LARGEST_BATCH = 2048
 UPDATES = 300
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a task is cut to: the first rows in the order of the data, and an upper limit of the planner's batch."""
+
+    train: int
+    test: int
+    updates: int
+    batch: int
+
+
+SMALL = {
+    "toy": Size(20_000, 4_000, 300, 500),
+    "transfer": Size(20_000, 4_000, 300, 500),
+    "digits": Size(1_447, 350, 300, 256),
+    "adult": Size(32_561, 16_281, 150, 1_024),
+    "mnist": Size(12_000, 5_000, 150, 256),
+    "fashion_mnist": Size(12_000, 5_000, 150, 256),
+    "sms": Size(4_462, 1_112, 150, 256),
+    "names": Size(29_033, 3_000, 150, 128),
+    "lora": Size(29_033, 3_000, 150, 128),
+}
+"""Sizes at which every task has a grid and three seeds in an hour or two of one core."""
 ADULT = (
     "age,workclass,fnlwgt,education,education_num,marital_status,occupation,relationship,race,sex,capital_gain,"
     "capital_loss,hours_per_week,native_country,income"
@@ -48,13 +73,14 @@ class Task:
     loss: LossFunction = models.loss
     updates: int = UPDATES
     batch: int | None = None
+    largest_batch: int = LARGEST_BATCH
 
     def plan(self, epsilon: float) -> Plan:
         """Sizes and noise at this epsilon; delta 1 / N^1.1, on the toy 1e-5."""
         examples = len(self.train)
         delta = 1e-5 if self.name in ("toy", "transfer") else None
         usual = planned(examples=examples, epsilon=epsilon, delta=delta, usual_steps=self.updates)
-        batch = self.batch if self.batch is not None else min(LARGEST_BATCH, usual.batch_size)
+        batch = min(self.largest_batch, usual.batch_size if self.batch is None else self.batch)
         return Plan.solve(examples=examples, batch_size=batch, steps=self.updates, epsilon=epsilon, delta=delta)
 
     def model(self, seed: int) -> nn.Module:
@@ -78,9 +104,20 @@ class Task:
         return right / total
 
 
-def load(name: str, data: Path) -> Task:
-    """A task by its name; real data are read below ``data``."""
-    return TASKS[name](data)
+def load(name: str, data: Path, *, small: bool = False) -> Task:
+    """A task by its name, at full size or cut to `SMALL`; real data are read below ``data``."""
+    task = TASKS[name](data)
+    return cut(task, SMALL[name]) if small else task
+
+
+def cut(task: Task, size: Size) -> Task:
+    """The task with fewer rows and updates, and smaller batches."""
+
+    def first(examples: Examples, rows: int) -> Examples:
+        return Examples(features=examples.features[:rows], targets=examples.targets[:rows])
+
+    train, test = first(task.train, size.train), first(task.test, size.test)
+    return dataclasses.replace(task, train=train, test=test, updates=size.updates, largest_batch=size.batch)
 
 
 def _toy(data: Path) -> Task:

@@ -142,7 +142,7 @@ def _take_turns(pipe: Connection, setting: Setting, *, model: str, kind: str) ->
         pipe.send(_turn(step, watch))
         go_on = pipe.recv()
     memory_mib = meter.peak_mib()
-    pipe.send({"memory_mib": memory_mib, "tensors_mib": meter.tensors_mib(partial(step, watch))})
+    pipe.send({"memory_mib": memory_mib, "tensors_mib": meter.tensors_mib(partial(_timed, step, watch))})
 
 
 def _turn(step: Step, watch: Stopwatch) -> list[dict[str, float]]:
@@ -150,12 +150,17 @@ def _turn(step: Step, watch: Stopwatch) -> list[dict[str, float]]:
 
     It finds the caches of the contestant before, and costs all of them milliseconds that no training loop pays.
     """
-    steps, until = [], time.perf_counter() + _TURN_SECONDS
-    while not steps or time.perf_counter() < until:
-        watch.start()
-        step(watch)
-        steps.append(watch.seconds)
-    return steps[1:] or steps
+    until = time.perf_counter() + _TURN_SECONDS
+    while True:
+        _timed(step, watch)
+        if time.perf_counter() >= until:
+            steps = watch.turn()
+            return steps[1:] or steps
+
+
+def _timed(step: Step, watch: Stopwatch) -> None:
+    watch.start()
+    step(watch)
 
 
 def _load_libraries(device: torch.device) -> None:

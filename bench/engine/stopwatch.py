@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -18,28 +20,46 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Stopwatch:
-    """Seconds of each phase of one step, the accelerator's work included."""
+    """Seconds of each phase of the steps of a turn.
+
+    On an accelerator they are read off events in its own queue, when the turn is over: waiting for it after each phase
+    would charge a step for host work that is done while the accelerator is busy.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.seconds: dict[str, float] = {}
-        self._last = 0.0
+        self._steps: list[list[tuple[str, float | torch.cuda.Event]]] = []
 
     def start(self) -> None:
-        """Forget the last step."""
-        self.seconds = {}
-        self._last = self._now()
+        """A step begins."""
+        self._steps.append([("", self._mark())])
 
     def lap(self, phase: str) -> None:
         """The named phase is over."""
-        now = self._now()
-        self.seconds[phase] = now - self._last
-        self._last = now
+        self._steps[-1].append((phase, self._mark()))
 
-    def _now(self) -> float:
+    def turn(self) -> list[dict[str, float]]:
+        """Phase -> seconds, for each step since this was last asked for."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        steps, self._steps = self._steps, []
+        return [
+            {phase: _seconds(before, after) for (_, before), (phase, after) in itertools.pairwise(marks)}
+            for marks in steps
+        ]
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, float) or isinstance(after, float):
+        return after - before
+    return before.elapsed_time(after) / 1e3
 
 
 class MemoryMeter:
@@ -82,7 +102,7 @@ class MemoryMeter:
         if self._device.type == "cuda":
             return self.peak_mib()
         step()
-        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors()}
+        held = _storages()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             step()  # the profiler does not see that what was there before is freed: the next step counts
             with record_function(_COUNTED):
@@ -97,11 +117,18 @@ class MemoryMeter:
         return (sum(held.values()) + most) / MIB
 
 
-def _tensors() -> list[torch.Tensor]:
+def _storages() -> dict[int, int]:
+    """Address -> size of every storage on the CPU."""
     gc.collect()
+    found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn of their age when they are asked for their class
-        return [value for value in gc.get_objects() if isinstance(value, torch.Tensor) and value.device.type == "cpu"]
+        tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    for tensor in tensors:
+        with contextlib.suppress(RuntimeError):  # what the compiler traces with has no memory
+            if tensor.device.type == "cpu":
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
 
 
 def _resident(field: str) -> float:

@@ -145,17 +145,18 @@ _SMALL: Mapping[str, Callable[[], Workload]] = {
 }
 
 _REAL: Mapping[str, Callable[[], Workload]] = {
-    "gpt2-small-128": partial(_GPT2_SMALL, length=128, batch=32),
-    "gpt2-small-1024": partial(_GPT2_SMALL, length=1024, batch=4),
-    "gpt2-medium-128": partial(_GPT2_MEDIUM, length=128, batch=16),
-    "gpt2-medium-1024": partial(_GPT2_MEDIUM, length=1024, batch=2),
+    "gpt2-small-128": partial(_GPT2_SMALL, length=128, batch=256),
+    "gpt2-small-1024": partial(_GPT2_SMALL, length=1024, batch=32),
+    "gpt2-medium-128": partial(_GPT2_MEDIUM, length=128, batch=64),
+    "gpt2-medium-1024": partial(_GPT2_MEDIUM, length=1024, batch=8),
     "roberta-large": partial(
-        _roberta, vocabulary=50265, width=1024, depth=24, heads=16, feed=4096, positions=512, length=128, batch=32
+        _roberta, vocabulary=50265, width=1024, depth=24, heads=16, feed=4096, positions=512, length=128, batch=128
     ),
-    "vit-l16": partial(_vit, image=224, patch=16, width=1024, depth=24, heads=16, batch=32),
-    "resnet50gn": partial(_images, _RESNET50, shape=(3, 224, 224), batch=64, optimizer=sgd),
+    "vit-l16": partial(_vit, image=224, patch=16, width=1024, depth=24, heads=16, batch=64),
+    "resnet50gn": partial(_images, _RESNET50, shape=(3, 224, 224), batch=128, optimizer=sgd),
     "llama-1b": partial(_language, _LLAMA_1B, vocabulary=128256, width=2048, depth=16, heads=32, length=2048, batch=2),
 }
+"""Batches that fill an accelerator: on smaller ones every contestant waits for Python."""
 
 _TINY: Mapping[str, Callable[[], Workload]] = {
     "mlp": partial(_mlp, inputs=12, hidden=16, batch=8),

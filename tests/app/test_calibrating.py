@@ -12,9 +12,11 @@ import torch
 from discreet.app.cli import main
 from discreet.app.predictions import Faults, Scale, load_predictions
 from discreet.core.calibration import Neighbours, Reliability, summed_reliability
+from discreet.core.clipping import Clipping
 from discreet.insight.calibration import Predictions, calibration_report
 from discreet.insight.calibration.advice import Seen, advice
 from discreet.privacy.certificate import verify
+from discreet.train.tempered import tempered_clipping
 
 ROWS = 600
 CLASSES = ("cat", "dog", "eel")
@@ -307,10 +309,9 @@ def _seen(**changes):
             "temperature": 1.0,
             "std": 0.01,
             "loss": 0.1,
-            "notable": True,
-            "tempered": False,
+            "fitted": False,
             "private": False,
-            "clipping": {"kind": "automatic", "clip_bound": 1.0},
+            "clipping": Clipping.automatic(),
             **changes,
         }
     )
@@ -320,13 +321,25 @@ def test_advice_follows_what_was_seen():
     sure = advice(_seen(temperature=1.9))
     assert "Divide the logits by a temperature" in sure[0]
     assert "abadi:10" in sure[1]
-    low = {"kind": "abadi", "clip_bound": 0.1}
-    assert "raise the clip bound of 0.1" in advice(_seen(temperature=1.9, clipping=low))[1]
+    assert "raise the clip bound of 0.1" in advice(_seen(temperature=1.9, clipping=Clipping.abadi(0.1)))[1]
     assert "more steps" in advice(_seen(temperature=0.6))[1]
     assert "by accuracy" in sure[-1]
-    assert advice(_seen(notable=False)) == ("Nothing to mend that this many rows could show.",)
-    assert "vector scaling" in advice(_seen())[0]
+    assert ".7 to .9" in advice(_seen(temperature=1.9, clipping=Clipping.quantile(0.5)))[2]
     # Within two standard errors of 1 nothing is said against the model.
-    assert "Nothing to mend" in advice(_seen(temperature=1.5, std=0.3, notable=False))[0]
+    assert "Nothing to mend" in advice(_seen(temperature=1.5, std=0.3))[0]
     assert "no ledger holds" in advice(_seen(temperature=1.9, private=True))[-1]
-    assert not any("clip bound of" in line for line in advice(_seen(temperature=1.9, clipping={})))
+    assert not any("clip bound of" in line for line in advice(_seen(temperature=1.9, clipping=None)))
+    assert "again on more rows" in advice(_seen(temperature=1.9, fitted=True))[0]
+
+
+@pytest.mark.parametrize("temperature", [0.85, 0.9, 1.0, 1.04, 1.2])
+@pytest.mark.parametrize("private", [False, True])
+def test_near_one_there_is_no_advice(temperature, private):
+    assert advice(_seen(temperature=temperature, std=0.001, private=private)) == ()
+
+
+@pytest.mark.parametrize(("examples", "bound"), [(1000, "0.5"), (50_000, "6")])
+def test_the_bound_of_a_tempered_rule_is_that_of_the_model(examples, bound):
+    said = " ".join(advice(_seen(temperature=1.4, clipping=tempered_clipping(examples))))
+    assert f"whose clip bound is {bound})" in said
+    assert "raise the clip bound" not in said

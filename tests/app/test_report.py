@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from html.parser import HTMLParser
 
 import pytest
@@ -420,6 +422,20 @@ def test_a_link_in_place_of_the_page_is_replaced_and_not_followed(tmp_path):
     path = write_report(folder)
     assert outside.read_text() == "untouched"
     assert not path.is_symlink()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_nothing_beside_the_page(tmp_path, monkeypatch, call):
+    folder = make_run(tmp_path / "r")
+    before = sorted(item.name for item in (folder / "release").iterdir())
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"discreet.privacy.files.os.{call}", full)
+    with pytest.raises(DataError, match=r"report\.html: cannot be written \(No space left .* free some space"):
+        write_report(folder)
+    assert sorted(item.name for item in (folder / "release").iterdir()) == before
 
 
 # --- damaged files ----------------------------------------------------------------------------------------------------

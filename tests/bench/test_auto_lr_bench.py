@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bench.auto_lr import __main__ as program
-from bench.auto_lr import contestants, simulated, table
+from bench.auto_lr import contestants, overhead, pruning, simulated, table
 from bench.auto_lr.tasks import NameModel, Task, load, name_loss
 from torch import nn
 
@@ -84,7 +86,7 @@ def test_rows_are_resumed(tmp_path, monkeypatch):
         return contestants.Result(accuracy=0.5, rate=0.1, updates=1)
 
     monkeypatch.setattr(contestants, "run", run)
-    monkeypatch.setattr(program, "load", lambda name, data: _small())
+    monkeypatch.setattr(program, "load", lambda name, data, *, small: _small())
     words = ["--tasks", "toy", "--epsilons", "1", "--contestants", "auto", "--out", str(tmp_path / "rows.json")]
     assert program.main([*words, "--seeds", "1"]) == 0
     once = len(asked)
@@ -131,3 +133,85 @@ def test_the_simulated_step_is_that_of_the_engine():
     )
     engine = torch.cat([value.flatten() for value in total.tensors.values()])
     torch.testing.assert_close(world.clipped(weights, torch.arange(30)), engine, rtol=1e-4, atol=1e-4)
+
+
+def test_contestants_differ_in_the_rate_alone():
+    """Batches and noise of a seed are those of the loop: a rate of the grid, given to it, ends at the same bits."""
+    task = _small()
+    plan = task.plan(8.0)
+    ends = []
+    for how in ("plain", "loop"):
+        model = task.model(3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        if how == "loop":
+            contestants.looped(task, plan, model, optimizer, 0.02, seed=3)
+        else:
+            contestants.trained(task, plan, model, optimizer, contestants.SHAPES["linear"], seed=3)
+        ends.append(torch.cat([value.detach().flatten() for value in model.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_the_grid_is_walked_outward_and_left_where_it_is_lost():
+    """Best at 0.06: every better rate is met; the far side is left once 5 points are lost."""
+    known: dict[str, float] = {}
+    accuracies = dict(zip(contestants.RATES["adam"], (0.5, 0.7, 0.79, 0.8, 0.86, 0.9, 0.89), strict=True))
+    for setting in pruning.outward():
+        _, kind, rate, shape = setting.split(":")
+        if (kind, shape) == ("adam", "linear") and pruning.is_worth_a_run(setting, known, seed=0):
+            known[setting] = accuracies[float(rate)]
+    assert [float(setting.split(":")[2]) for setting in known] == [0.02, 0.01, 0.03, 0.06, 0.1]
+    later = {setting for setting in known if pruning.is_worth_a_run(setting, known, seed=1)}
+    assert later == {"grid:adam:0.06:linear", "grid:adam:0.1:linear"}
+
+
+def test_a_setting_left_behind_is_no_oracle():
+    rows = [*ROWS, _row("grid:adam:0.06:linear", 0.98)]
+    assert table.oracle(rows, "toy", 1.0) == ("grid:adam:0.02:linear", pytest.approx(87.0))
+
+
+def test_seeds_are_outermost_and_searches_last(tmp_path):
+    options = argparse.Namespace(tasks=["toy", "digits"], epsilons=[1.0], seeds=2)
+    cells = list(program.order(options))
+    assert [cell[2] for cell in cells if cell[3] != "search"] == sorted(
+        cell[2] for cell in cells if cell[3] != "search"
+    )
+    assert {cell[3] for cell in cells[-4:]} == {"search"}
+    assert len(cells) == len(set(cells)) == 2 * 2 * len(contestants.names())
+
+
+def test_small_tasks_are_cut():
+    task = load("toy", Path(), small=True)
+    plan = task.plan(3.0)
+    assert (len(task.train), len(task.test), plan.batch_size, plan.steps) == (20_000, 4_000, 500, 300)
+
+
+def test_what_asking_costs_is_told_from_one_run():
+    """Two probes of half an update, three of a whole one, among 95 updates that take 1."""
+    turns = [(2.0, 2), *[(1.0, 0)] * 47, (4.0, 3), *[(1.0, 0)] * 46]
+    cost = overhead.Cost.split(turns)
+    assert (len(cost.probes), len(cost.updates)) == (5, 95)
+    assert cost.share_of_updates == pytest.approx(0.05)
+    assert cost.ratio == pytest.approx(1.0)
+    assert cost.share_of_time == pytest.approx(4 / 99)
+    assert cost.added_time == pytest.approx(0.0)
+    assert cost.noise == pytest.approx(1 / math.sqrt(0.95) - 1)
+
+
+def test_a_run_is_measured_whole():
+    cost = overhead.measure(_small(), 8.0)
+    assert len(cost.probes) + len(cost.updates) == 100
+    assert len(cost.probes) >= 2
+    assert min(cost.updates) > 0
+
+
+def test_the_simulation_learns_and_asks_twice():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(900, 6, generator=generator)
+    targets = (features[:, 0] > 0).long()
+    data = (features[:600], targets[:600], features[600:], targets[600:])
+    world = simulated.World({3: (150, 160, 1.0)}, data)
+    accuracy, rate = simulated.automatic(world, 3, seed=0)
+    assert accuracy > 85
+    assert 0.002 < rate < 0.3
+    for kind, peak in (("adam", 0.02), ("sgdm", 1.0)):
+        assert simulated.train(world, 3, rate=peak, kind=kind, seed=0) > 85

@@ -138,3 +138,10 @@ def test_the_memory_of_tensors_is_what_they_hold_and_no_more():
     meter = MemoryMeter(torch.device("cpu"), tensors_mib=4.0)
     before = meter.tensors_mib(lambda: None)
     assert meter.tensors_mib(step) - before == pytest.approx(8 + 2 + 2, abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_compiled_contestant_has_figures_too():
+    """Its process holds tensors without memory, which the compiler traced with."""
+    outcomes = measure("mlp", contestants=["ordinary", "ordinary_compiled", "private_compiled"], setting=TINY)
+    assert all(isinstance(outcome, Figures) and outcome.tensors_mib > 0 for outcome in outcomes.values()), outcomes

@@ -136,7 +136,7 @@ class ProductContract(abc.ABC):
         added = (grad.float().mT @ input.float()).double().norm()
         assert float(added) <= float(self.norm2(input, grad)[0].sqrt()) * (1 + 2.0**-18)
 
-    @pytest.mark.parametrize("width", [16, 768, 3000])
+    @pytest.mark.parametrize("width", [16, 768, 3000, 5000])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_constant_features_do_not_hide_a_norm(self, width, dtype):
         """All products of an entry are equal, so that they are all rounded to the same side."""

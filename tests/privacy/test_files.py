@@ -35,6 +35,26 @@ def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "two")
     assert path.read_text() == "one"
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_beside_the_file_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    (tmp_path / "file.tmp").symlink_to(outside)
+    write_atomically(tmp_path / "file", "one")
+    assert outside.read_text() == "untouched"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "outside"]
+
+
+def test_an_interrupted_write_leaves_nothing_beside(tmp_path, monkeypatch):
+    def interrupt(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("discreet.privacy.files.os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", "one")
+    assert not list(tmp_path.iterdir())
 
 
 def test_create_append_hold(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from discreet.core import noise, normal, rng
+from discreet.core import chacha, noise, normal, rng
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import clipped_gradient, zero_sum
 from discreet.core.noise import release
@@ -234,15 +234,40 @@ def test_the_number_of_threads_changes_nothing(threads):
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
 
+def _device_draws(count: int = COUNT) -> np.ndarray:
+    key = bytes(range(1, 33))
+    return np.concatenate([chacha.piece(key, number) for number in range(-(-count // chacha.PIECE))])[:count]
+
+
+def test_draws_for_an_accelerator_have_the_law_of_all_others():
+    draws = _device_draws()
+    assert std_is(draws, 1.0)
+    assert normal_is(draws, 1.0)
+    assert abs(draws.mean()) < stats.norm.ppf(1 - FALSE_ALARM / 2) / math.sqrt(COUNT)
+    assert abs(float((draws**4).mean()) - 3) < 5 * math.sqrt(96 / COUNT)
+    assert len(np.unique(draws)) == COUNT
+    bound = stats.norm.ppf(1 - FALSE_ALARM / 20)
+    for lag in (1, 2, chacha.LANES - 1, chacha.LANES, 4 * chacha.LANES, chacha.PIECE):  # 4: a sine and its cosine
+        for values in (draws, (draws**2 - 1) / math.sqrt(2)):
+            assert abs(float((values[:-lag] * values[lag:]).mean()) * math.sqrt(COUNT - lag)) < bound
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_another_device_adds_the_same_bits(dtype, monkeypatch):
-    """The way that sums on an accelerator take, on the CPU: piece by piece, in float64, rounded once."""
+def test_sums_elsewhere_get_their_noise_in_float64_rounded_once(dtype, monkeypatch):
+    """The way of sums on an accelerator without Triton, on the CPU."""
     total = ClippedSum({"w": torch.randn(2 * rng.PIECE + 3, dtype=dtype), "b": torch.randn(3, dtype=dtype)}, 0.7)
-    arguments = {"noise_multiplier": 1.3, "divisor": 48.0}
-    here = release(total, source=NoiseSource.insecure_seed(3), **arguments).tensors
     monkeypatch.setattr(noise, "_on_host", lambda value: False)
-    there = release(total, source=NoiseSource.insecure_seed(3), **arguments).tensors
-    assert all(torch.equal(here[name], there[name]) for name in here)
+    released = [
+        release(total, source=NoiseSource.insecure_seed(3), noise_multiplier=1.3, divisor=48.0) for _ in range(2)
+    ]
+    for name, value in total.tensors.items():
+        found = released[0].tensors[name]
+        assert found.dtype is dtype
+        assert torch.equal(found, released[1].tensors[name])
+        noise_N = (found.double() - value.double() / 48).numpy() / released[0].noise_std
+        assert std_is(noise_N, 1.0)
+        assert not std_is(noise_N, 1.3) or name == "b"
+    assert not (released[0].tensors["w"][:3] - total.tensors["w"][:3] / 48 == released[0].tensors["b"]).any()
 
 
 @pytest.mark.parametrize("divisor", [0.0, -1.0, math.inf, math.nan])

@@ -495,3 +495,40 @@ def test_a_failed_check_gives_no_layout():
     report = check(model, loss, _features(3, D))
     assert not report.passed
     assert report.layout is None
+
+
+class OtherKernels(nn.Module):
+    """Rounds as a GPU does, whose kernels change with the shape: alone, an example's outcome is a little different."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.01 if len(x) == 1 else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_that_change_with_the_batch_are_no_coupling_in_half_precision(dtype):
+    model = _model(lambda s, x: s.o(s.a(x)), a=nn.Linear(D, 2), o=OtherKernels()).to(dtype)
+    report = check(model, loss, {key: value.to(dtype) for key, value in _features(D).items()})
+    assert report.passed == (dtype is torch.bfloat16), report.table()
+
+
+@pytest.mark.parametrize("error", [1.0, 1.03])
+def test_a_rule_that_is_a_little_wrong_is_caught_in_half_precision(error, monkeypatch):
+    """Rounding of bfloat16 would hide it: norms are compared in float32 as well."""
+    before = rules.linear.Linear.weight_form
+
+    def wrong(self, grad, input, weight, examples):
+        return before(self, grad * error, input, weight, examples)
+
+    monkeypatch.setattr(rules.linear.Linear, "weight_form", wrong)
+    model = _model(lambda s, x: s.b(torch.tanh(s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 2)).bfloat16()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    report = check(model, loss, {key: value.bfloat16() for key, value in _features(3, D).items()})
+    assert report.passed == (error == 1.0), report.table()
+    assert all(value.dtype is torch.bfloat16 for value in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_asks_for_half_precision_itself_is_compared_in_it():
+    model = _model(lambda s, x: s.a(x.bfloat16()), a=nn.Linear(D, 2)).bfloat16()
+    report = check(model, loss, _features(3, D))
+    assert report.passed, report.table()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from discreet.errors import ConfigError
 from discreet.privacy.certificate import verify
 from discreet.privacy.ledger import Ledger
 from discreet.train import updates as updates_module
-from discreet.train.auto_lr import AutoLR, LearningRate
+from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.loop import Private, make_private
 from discreet.train.probing import probe_sum
+from discreet.train.rate_search import AGAIN, SECOND_SHARE
 from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.tolerance import Asked, Question
 from train import toys
 
 STEPS = 100
+LONG = 160
+"""Updates enough for a second search."""
 
 
 def _private(
@@ -38,6 +42,7 @@ def _private(
     microbatch: int | None = None,
     checkpoint_steps: int = 50,
     momentum: bool = False,
+    updates: int = STEPS,
 ) -> Private:
     network = network if network is not None else toys.model()
     make = torch.optim.SGD if momentum else torch.optim.Adam
@@ -49,7 +54,7 @@ def _private(
         loss=toys.loss,
         noise_multiplier=1.5,
         batch_size=60,
-        steps=STEPS,
+        steps=updates,
         learning_rate=rate,
         run_dir=run_dir,
         resume=resume,
@@ -165,7 +170,7 @@ def test_every_decision_is_in_the_log_and_in_the_step(tmp_path):
     verdict = steps[0].verdict
     assert verdict is not None
     assert verdict.reason
-    assert steps[0].learning_rate == pytest.approx(probes[-1]["probe_rate"] * (1 - steps[0].index / STEPS))
+    assert steps[0].learning_rate == pytest.approx(probes[-1]["probe_rate"] * decay(steps[0].index, STEPS))
 
 
 @pytest.mark.parametrize("momentum", [False, True])
@@ -190,8 +195,39 @@ def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, momentum):
         assert torch.equal(toys.weights(again.model), toys.weights(whole.model))
 
 
+def test_a_second_search_is_made_of_updates_too_and_resumes(tmp_path):
+    """In the middle of a run: indices of the plan go to probes, nothing else moves, and a stop there changes no bit."""
+    whole = _private(tmp_path / "whole", updates=LONG)
+    steps = list(whole)
+    gaps = [b.index - a.index - 1 for a, b in pairwise(steps) if b.index - a.index > 1]
+    assert len(gaps) == 1
+    assert 2 <= gaps[0] <= LONG // SECOND_SHARE
+    before = next(a for a, b in pairwise(steps) if b.index - a.index > 1)
+    assert before.index == LONG // AGAIN - 1
+    report = verify(tmp_path / "whole")
+    assert report.steps == LONG
+    verdict = steps[-1].verdict
+    assert verdict is not None
+    assert "at the start" in verdict.reason
+    for stop in range(before.index + 1, before.index + gaps[0] + 2):
+        where = tmp_path / f"stop{stop}"
+        private = _private(where, checkpoint_steps=1, updates=LONG)
+        moved = iter(private)
+        while next(moved).index < before.index:
+            pass
+        private.save()
+        _probe_until(private._updates, private._updates._rates.search.asked + stop - before.index - 1)
+        assert private.done == min(stop, before.index + 1 + gaps[0])
+        private.save()
+        private.close()
+        again = _private(where, resume=True, checkpoint_steps=1, updates=LONG)
+        rest = {step.index: step.learning_rate for step in again}
+        assert rest == {step.index: step.learning_rate for step in steps if step.index > before.index}
+        assert torch.equal(toys.weights(again.model), toys.weights(whole.model))
+
+
 def test_an_unchanged_loop_gets_the_same_rate_and_weights(tmp_path):
-    iterated = _private(tmp_path / "iterated")
+    iterated = _private(tmp_path / "iterated", updates=LONG)
     list(iterated)
     network = toys.model()
     optimizer = torch.optim.Adam(network.parameters(), lr=9.0)
@@ -202,7 +238,7 @@ def test_an_unchanged_loop_gets_the_same_rate_and_weights(tmp_path):
         loss=toys.loss,
         noise_multiplier=1.5,
         batch_size=60,
-        steps=STEPS,
+        steps=LONG,
         run_dir=tmp_path / "loop",
         seed=7,
     )
@@ -388,6 +424,6 @@ def _probe_until(updates: updates_module.Updates, count: int) -> None:
     search = updates._rates.search
     assert search is not None
     true_question = search.question
-    search.question = lambda: true_question() if search.asked < count else None  # type: ignore[method-assign]
+    search.question = lambda done: true_question(done) if search.asked < count else None  # type: ignore[method-assign]
     updates.find_rate()
     del search.question

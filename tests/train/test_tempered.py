@@ -1,4 +1,4 @@
-"""A temperature that is trained beside the model: exact gradients, one query, and probabilities that are right."""
+"""A temperature and a floor that are trained beside the model: exact gradients, one query, honest probabilities."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ from discreet.train.loop import make_private
 from discreet.train.setup import clipping_of
 from discreet.train.tempered import (
     BOUND,
+    FLOOR_BOUND,
+    FLOOR_STEEPNESS,
     SMALL_BOUND,
     STEEPNESS,
     TEMPERATURE_BOUND,
+    Temperature,
     Tempered,
+    body_bound,
     check_tempered,
     is_tempered,
     reason,
@@ -39,6 +43,7 @@ def _model() -> Tempered:
         model = Tempered(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))).double()
     with torch.no_grad():
         model.temperature.log.fill_(-0.2)
+        model.temperature.floor.fill_(0.5)
     return model
 
 
@@ -57,12 +62,13 @@ def test_each_part_has_the_gradient_of_its_own_loss() -> None:
     losses = tempered_cross_entropy(model, features, targets)
     plain = F.cross_entropy(model.body(features), targets, reduction="none")
     assert torch.equal(losses, plain)
-    body, log = list(model.body.parameters()), model.temperature.log
-    found = torch.autograd.grad(losses.sum(), [*body, log], retain_graph=True)
+    body, ends = list(model.body.parameters()), list(model.temperature.parameters())
+    found = torch.autograd.grad(losses.sum(), [*body, *ends], retain_graph=True)
     for one, other in zip(found, torch.autograd.grad(plain.sum(), body), strict=False):
         torch.testing.assert_close(one, other)
     held = F.cross_entropy(model(features), targets, reduction="sum")
-    torch.testing.assert_close(found[-1], torch.autograd.grad(held, [log])[0])
+    for one, other in zip(found[len(body) :], torch.autograd.grad(held, ends), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_ignored_examples_move_nothing() -> None:
@@ -72,25 +78,78 @@ def test_ignored_examples_move_nothing() -> None:
     assert not any(gradient.any() for gradient in torch.autograd.grad(losses.sum(), list(model.parameters())))
 
 
-def test_the_value_is_the_temperature() -> None:
+def test_the_output_is_the_mixture_of_a_softmax_and_a_floor() -> None:
+    """p = (1 - e) softmax(z / T) + e / K."""
     model, (features, _) = _model(), _batch()
     assert model.temperature.value == pytest.approx(math.exp(0.2 * STEEPNESS))
-    torch.testing.assert_close(model(features), model.body(features) / model.temperature.value)
+    floor = model.temperature.share
+    assert 0.05 < floor < 0.2
+    wanted = (1 - floor) * torch.softmax(model.body(features) / model.temperature.value, 1) + floor / 3
+    torch.testing.assert_close(model(features).exp(), wanted)
+    torch.testing.assert_close(torch.softmax(model(features), 1), wanted)
+    assert torch.equal(model(features).argmax(1), model.body(features).argmax(1))
+
+
+@pytest.mark.parametrize("floor", [-1e4, -1.0, 0.0, 1.0, 1e4])
+def test_a_floor_of_any_size_gives_probabilities(floor: float) -> None:
+    """Also where softmax rounds to 0, and where a wild learning rate has moved the floor's parameter far."""
+    layer = Temperature()
+    with torch.no_grad():
+        layer.floor.fill_(floor)
+    assert 0 < layer.share < 1
+    found = layer(torch.tensor([[0.0, 1e4, -1e4], [1.0, 1.0, 1.0]]))
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(2), rtol=1e-5, atol=0)
+
+
+def test_bounds_are_passed_by_what_is_wrong_by_many_nats_alone() -> None:
+    """d loss / d log(1 / T) is at most the loss without a floor, and log K; d loss / d e at most 1 / e."""
+    model, (features, targets) = _model(), _batch()
+    losses = F.nll_loss(model(features), targets, reduction="none")
+    without = F.cross_entropy(model.body(features) / model.temperature.value, targets, reduction="none").detach()
+    for loss, bare in zip(losses, without.tolist(), strict=True):
+        log, floor = torch.autograd.grad(loss, list(model.temperature.parameters()), retain_graph=True)
+        assert abs(float(log)) / STEEPNESS <= bare + math.log(3)
+        assert abs(float(floor)) / FLOOR_STEEPNESS <= 1 / model.temperature.share
+
+
+@pytest.mark.parametrize(("random_share", "low", "high"), [(0.0, 0.0, 0.003), (0.2, 0.1, 0.23)])
+def test_the_floor_finds_labels_that_are_random_and_vanishes_without(
+    random_share: float, low: float, high: float
+) -> None:
+    """Sure logits, right but for the labels that were drawn anew; clipped gradients, Adam as the program has it."""
+    generator = torch.Generator().manual_seed(2)
+    right = torch.randint(10, (500,), generator=generator)
+    anew = torch.rand(500, generator=generator) < random_share
+    targets = torch.where(anew, torch.randint(10, (500,), generator=generator), right)
+    logits = 12.0 * F.one_hot(right, 10) + torch.randn(500, 10, generator=generator)
+    model = Tempered(nn.Linear(10, 10))
+    with torch.no_grad():
+        model.body.weight.copy_(torch.eye(10))
+        model.body.bias.zero_()
+    optimizer, rule = torch.optim.Adam(model.temperature.parameters()), tempered_clipping(500)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 300)
+        total = clipped_gradient(model, _loss, (logits, targets), clipping=rule).tensors
+        for name, parameter in model.temperature.named_parameters():
+            parameter.grad = total[f"temperature.{name}"].float()
+        optimizer.step()
+    assert low <= model.temperature.share <= high
 
 
 @pytest.mark.parametrize("examples", [500, 50_000])
 def test_temperature_and_model_are_one_query(examples: int) -> None:
-    """S^2 = R^2 + (k R)^2, and no example moves the whitened sum by more."""
+    """S^2 = R^2 + 2 (k R)^2, and no example moves the whitened sum by more."""
     model, batch, rule = _model(), _batch(), tempered_clipping(examples)
     assert check(model, _loss, batch, clipping=rule).passed
     bound, share = (BOUND, 0.1) if examples >= 20_000 else (SMALL_BOUND, 0.25)
     whole = clipped_gradient(model, _loss, batch, clipping=rule)
-    assert whole.sensitivity == pytest.approx(bound * math.hypot(1.0, share), rel=1e-12)
-    bounds = {
-        group[0].split(".")[0]: each.clip_bound
-        for group, each in rule.divide(dict(model.named_parameters())).rules.items()
-    }
-    assert bounds == pytest.approx({"body": bound, "temperature": STEEPNESS * TEMPERATURE_BOUND})
+    assert whole.sensitivity == pytest.approx(bound * math.sqrt(1.0 + 2 * share**2), rel=1e-12)
+    assert body_bound(rule) == pytest.approx(bound)
+    rules = rule.divide(dict(model.named_parameters())).rules
+    bounds = {group[0] if len(group) == 1 else "body": each.clip_bound for group, each in rules.items()}
+    apart = {"temperature.log": STEEPNESS * TEMPERATURE_BOUND, "temperature.floor": FLOOR_STEEPNESS * FLOOR_BOUND}
+    assert bounds == pytest.approx({"body": bound, **apart})
     for out in range(7):
         rows = [row for row in range(7) if row != out]
         rest = clipped_gradient(model, _loss, (batch[0][rows], batch[1][rows]), clipping=rule)
@@ -109,7 +168,9 @@ def test_the_rule_survives_the_plan() -> None:
     found = clipping_of(Plan.from_json(plan.to_json()))
     assert found.describe() == rule.describe()
     assert is_tempered(found)
-    assert "temperature" in reason(found, 1000)
+    assert "abadi at 0.5" in reason(found, 1000)
+    assert "6.1 % larger" in reason(found, 1000)
+    assert body_bound(Clipping.abadi(3.0)) == 3.0
 
 
 def test_a_temperature_without_a_group_of_its_own_is_refused() -> None:

@@ -11,13 +11,14 @@ from discreet.app.charged_report import charged_report
 from discreet.app.predictions import Faults, Loaded, Scale, load_predictions
 from discreet.app.report import parts, read_run
 from discreet.app.report.believed import HEADING, calibration_section, verdict
-from discreet.app.report.files import write_whole
 from discreet.app.report.record import mapping, number, texts, word
 from discreet.app.report.text import named, plain, scientific, upward
+from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.insight.calibration import CalibrationReport, Predictions, calibration_report
 from discreet.insight.calibration.advice import Seen, advice
 from discreet.insight.origin import Origin
+from discreet.privacy.files import write_atomically
 from discreet.privacy.plan import default_delta
 
 
@@ -88,18 +89,20 @@ def predictions_of(loaded: Loaded) -> Predictions:
     return Predictions.from_logits(loaded.scores_NK, loaded.target_N, groups=loaded.groups)
 
 
-def with_advice(
-    found: CalibrationReport, *, clipping: dict[str, object] | None = None, tempered: bool = False
-) -> dict[str, Any]:
-    """A report's JSON record, with what to do about it."""
+def with_advice(found: CalibrationReport, *, clipping: Clipping | None = None, fitted: bool = False) -> dict[str, Any]:
+    """A report's JSON record, with what to do about it.
+
+    Args:
+        clipping: the rule that the model was trained under, if it is known.
+        fitted: whether a temperature from rows of its own is applied already.
+    """
     seen = Seen(
         temperature=found.temperature.value,
         std=found.temperature.std,
         loss=found.temperature.calibration_loss,
-        notable=found.notable,
-        tempered=tempered,
+        fitted=fitted,
         private=bool(found.stamp),
-        clipping=clipping or {},
+        clipping=clipping,
     )
     return {**found.to_json(), "advice": list(advice(seen))}
 
@@ -232,6 +235,6 @@ def _write_page(record: dict[str, Any], options: CalibrateOptions) -> None:
     section = calibration_section(record, temperature={})
     text = parts.page(title=f"{HEADING} {options.data.name}", markup=["\n".join(head), section])
     try:
-        write_whole(options.html, text)
+        write_atomically(options.html, text)
     except OSError as error:
         raise ConfigError(f"{options.html}: cannot be written ({error.strerror}); name a file that can.") from None

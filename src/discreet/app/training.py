@@ -401,7 +401,7 @@ def _conclude(
     outcome.report.unlink(missing_ok=True)
     private.run.write("result.json", outcome.to_json())
     if calibration is not None:
-        told = with_advice(calibration, clipping=dict(private.plan.clipping), tempered=verified.temperature is not None)
+        told = with_advice(calibration, clipping=clipping_of(private.plan), fitted=verified.temperature is not None)
         private.run.write("calibration.json", told)
     return dataclasses.replace(outcome, report=write_report(private.run_dir))
 

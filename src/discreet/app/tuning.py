@@ -7,20 +7,23 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from discreet.app import models
+from discreet.app.calibrating import with_advice
 from discreet.app.data import Examples, Prepared, Preprocessing, Source
-from discreet.app.evaluation import Evaluation, evaluate
+from discreet.app.evaluation import Evaluation, calibration_of, evaluate
 from discreet.app.progress import SECONDS_BETWEEN_LINES
 from discreet.app.report import write_report
 from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content, sizes
 from discreet.app.training import DataOptions, open_data, pick_device
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
+from discreet.insight.origin import Origin
 from discreet.privacy.accounting import Query
 from discreet.privacy.certificate import Verification, verify
 from discreet.privacy.files import write_atomically
@@ -31,6 +34,8 @@ from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.environment import describe_data
 from discreet.train.loop import new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
+from discreet.train.setup import clipping_of
+from discreet.train.tempered import is_tempered, reason, tempered_clipping
 from discreet.train.trial import Recipe
 from discreet.train.tune import Tuned, tune
 
@@ -132,7 +137,7 @@ def tune_file(data: DataOptions, options: TuneOptions) -> TuneOutcome:
             run.reserve_query(f"preprocessing {position}", query)
         prepared = source.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing)
         scoring = None if judge is None else _scoring_rows(judge, prepared, run, preprocessing)
-        settings = _settings(prepared, kinds, options.rates)
+        settings = _settings(prepared, kinds, options.rates, tempered=is_tempered(clipping_of(run.plan)))
         choices = [
             Choice(name=name, build=lambda spec=spec: models.build(spec).to(device), recipe=Recipe(rate))
             for name, (spec, rate) in settings.items()
@@ -147,7 +152,7 @@ def tune_file(data: DataOptions, options: TuneOptions) -> TuneOutcome:
             on_step=Heartbeat().beat,
         )
     spec, rate = settings[tuned.choice]
-    return _conclude(tuned, prepared, spec, rate=rate, public=scoring is not None)
+    return _conclude(tuned, prepared, spec, rate=rate, public=scoring is not None, origin=data.test_origin)
 
 
 def right_answers(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -230,11 +235,11 @@ def _public_score(judge: Source, rows: Examples | None) -> PublicScore:
 
 
 def _settings(
-    prepared: Prepared, kinds: tuple[models.ModelKind, ...], rates: tuple[float, ...]
+    prepared: Prepared, kinds: tuple[models.ModelKind, ...], rates: tuple[float, ...], *, tempered: bool
 ) -> dict[str, tuple[models.ModelSpec, float]]:
     return {
         f"{kind.value} at {rate:g}": (
-            models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes)),
+            models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes), tempered=tempered),
             rate,
         )
         for kind in kinds
@@ -278,6 +283,7 @@ def _open_run(
         run = resume_run(options.out, seed=options.seed, asked=asked)
         announce(run.plan)
         return run
+    rule = options.clipping if options.clipping is not None else tempered_clipping(source.examples)
     plan = plan_search(
         examples=source.examples,
         epsilon=options.epsilon,
@@ -287,8 +293,9 @@ def _open_run(
         private_score=options.score_data is None,
         batch_size=options.batch_size,
         steps=options.steps if options.steps is not None else models.defaults(kinds[0]).steps,
-        clipping=(options.clipping if options.clipping is not None else Clipping.automatic()).describe(),
+        clipping=rule.describe(),
         before=before,
+        notes=() if options.clipping is not None else (reason(rule, source.examples),),
     )
     announce(plan)
     return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
@@ -304,7 +311,9 @@ def _searched(plan: Plan, options: TuneOptions) -> AskedAndPlanned:
     }
 
 
-def _conclude(tuned: Tuned, prepared: Prepared, spec: models.ModelSpec, *, rate: float, public: bool) -> TuneOutcome:
+def _conclude(
+    tuned: Tuned, prepared: Prepared, spec: models.ModelSpec, *, rate: float, public: bool, origin: Origin
+) -> TuneOutcome:
     score = "public data" if public else "the training rows, with noise"
     outcome = TuneOutcome(
         tuned=tuned,
@@ -319,10 +328,18 @@ def _conclude(tuned: Tuned, prepared: Prepared, spec: models.ModelSpec, *, rate:
         ),
     )
     outcome.report.unlink(missing_ok=True)
+    if prepared.test is not None:
+        calibration = calibration_of(tuned.model, prepared.test, origin=origin)
+        if calibration is not None:
+            told = with_advice(calibration, clipping=clipping_of(tuned.plan))
+            _write_json(tuned.run_dir / "release" / "calibration.json", told)
     return dataclasses.replace(outcome, report=_write(tuned.run_dir, outcome))
 
 
 def _write(run_dir: Path, outcome: TuneOutcome) -> Path:
-    text = json.dumps(outcome.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(run_dir / "release" / "result.json", text)
+    _write_json(run_dir / "release" / "result.json", outcome.to_json())
     return write_report(run_dir)
+
+
+def _write_json(path: Path, record: Mapping[str, object]) -> None:
+    write_atomically(path, json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n")

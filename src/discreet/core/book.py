@@ -318,20 +318,23 @@ class Book:
         accelerator is waited for once a group.
         """
         zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
-        norm2_B = sum((part.quick_norm2() for part in parts), zeros_B)
+        norm2_B = torch.stack([zeros_B, *(part.quick_norm2() for part in parts)]).sum(0)
         if bool(((norm2_B >= 0) & (norm2_B < torch.inf)).all()):
             return norm2_B, True
         return sum((part.norm2() for part in parts), zeros_B), False
 
-    def parameter_norms(self) -> dict[str, Tensor]:
-        """Per-example norms of each used parameter as training takes them, name -> (B,). For the self-check."""
+    def parameter_norms(self, *, sure: bool = False) -> dict[str, Tensor]:
+        """Per-example norms of each used parameter, name -> (B,), as training takes them, or the sure way.
+
+        For the self-check.
+        """
         norms = {}
         with full_precision():
             for name, records in self._records.items():
                 uses = Uses.of(name, records, self.examples)
                 if uses.joined is not None:
                     self._records[name] = [(0, uses.joined)]  # joining may overwrite what it joins: once, and no more
-                norms[name] = self._norm2([uses])[0].sqrt()
+                norms[name] = (uses.norm2() if sure else self._norm2([uses])[0]).sqrt()
         return norms
 
     def grams(self) -> dict[str, Tensor]:

@@ -240,7 +240,12 @@ def _has_graph(value: object) -> bool:
 
 def wide(value: Tensor) -> Tensor:
     """At least float32: norms and sums never accumulate in half precision."""
-    return value if value.dtype in (torch.float32, torch.float64) else value.to(torch.float32)
+    return value.to(wide_dtype(value))
+
+
+def wide_dtype(value: Tensor) -> torch.dtype:
+    """The dtype that `wide` makes of a value."""
+    return torch.float64 if value.dtype is torch.float64 else torch.float32
 
 
 def drop_vanishing(factor_B: Tensor) -> Tensor:

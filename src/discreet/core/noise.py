@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Mapping
@@ -79,25 +78,25 @@ def release(
             torch.div(value, divisor, out=targets[name])
         return Released(tensors=targets, noise_std=0.0, private=False)
     noise_std = noise_multiplier * total.sensitivity
-    shares = _shares(total.tensors, targets, threads=torch.get_num_threads())
     scales = {name: noise_std * total.noise_weights.get(name, 1.0) / divisor for name in total.tensors}
-    for_each(partial(_add_noise, source=source, position=position, scales=scales, share=1.0 / divisor), shares)
+    how = {"position": position, "scales": scales, "share": 1.0 / divisor}
+    away = {name: value for name, value in total.tensors.items() if not _on_host(value)}
+    if away:
+        source.add_on_device(away, {name: targets[name] for name in away}, **how)
+    here = {name: value for name, value in total.tensors.items() if _on_host(value)}
+    shares = _shares(here, targets, threads=torch.get_num_threads())
+    for_each(partial(_add_noise, source=source, **how), shares)
     return Released(tensors=targets, noise_std=noise_std / divisor, private=source.private)
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`.
-
-    Attributes:
-        stream: the CUDA stream that the sum is made on; a worker thread would begin on another, and not wait for it.
-    """
+    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`."""
 
     name: str
     value: Tensor
     target: Tensor
     start: int
-    stream: torch.cuda.Stream | None
 
 
 def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, threads: int) -> list[list[_Stretch]]:
@@ -112,8 +111,7 @@ def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, thre
             starts = [start for _, start in group]
             rows = slice(starts[0], starts[-1] + PIECE)
             value, target = values[name].reshape(-1)[rows], targets[name].view(-1)[rows]
-            stream = torch.cuda.current_stream(value.device) if value.is_cuda else None
-            stretches.append(_Stretch(name, value, target, starts[0], stream))
+            stretches.append(_Stretch(name, value, target, starts[0]))
         shares.append(stretches)
     return shares
 
@@ -136,20 +134,19 @@ def _add_noise(
     with source.scratch() as scratch:
         for stretch in stretches:
             scale = scales[stretch.name]
-            if _on_host(stretch.value) and stretch.value.dtype is stretch.target.dtype is torch.float32:
+            if stretch.value.dtype is stretch.target.dtype is torch.float32:
                 # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
                 value, target = stretch.value.numpy(), stretch.target.numpy()
                 where = {"position": position, "name": stretch.name, "start": stretch.start}
                 source.add(value, target, scratch, **where, scale=scale, share=share)
             else:
-                with contextlib.nullcontext() if stretch.stream is None else torch.cuda.stream(stretch.stream):
-                    _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
+                _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
 
 
 def _add_by_pieces(
     stretch: _Stretch, scratch: Scratch, *, source: NoiseSource, position: int, scale: float, share: float
 ) -> None:
-    """The same for float64 sums and other devices. Results that stay float64 get the normalised sum of two draws."""
+    """The same for float64 sums. Results that stay float64 get the normalised sum of two draws."""
     for start in range(0, len(stretch.value), PIECE):
         value, target = stretch.value[start : start + PIECE], stretch.target[start : start + PIECE]
         where = {"position": position, "name": stretch.name, "start": stretch.start + start}
@@ -159,10 +156,7 @@ def _add_by_pieces(
             noise = source.piece(len(value), scratch, **where, layer=1)
             np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
         np.multiply(noise, scale, out=noise)
-        if _on_host(value):
-            np.add(noise, np.multiply(value.numpy(), share), out=target.numpy(), casting="same_kind")
-        else:
-            target.copy_(value.to(torch.float64).mul_(share).add_(torch.from_numpy(noise).to(value.device)))
+        np.add(noise, np.multiply(value.numpy(), share), out=target.numpy(), casting="same_kind")
 
 
 def _on_host(value: Tensor) -> bool:

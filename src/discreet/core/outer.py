@@ -15,10 +15,9 @@ from torch import Tensor
 
 from discreet.core.forms import Dense, Form, Lookup, examples_at_a_time, squares_along, wide, zero_rows
 from discreet.core.kernels import dispatch
-from discreet.core.kernels.results import GramProducts
+from discreet.core.kernels.results import HARMLESS, GramProducts
 from discreet.core.route import Choice, Cost, Route
 
-_HARMLESS = 1e-24
 _LENGTH = 4096
 """Squares of one row that are added up in their own precision: those of equal numbers lose 2e-6 of the length."""
 _WIDTH = 768
@@ -204,7 +203,8 @@ def fused_gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]
     Subnormal entries, which a tensor core may take for zero, are less than the squares that `rounded_up` looks for.
     """
     found = dispatch.gram_products(inputs_BKSI, grads_BKSO)
-    return _rounded_up(found, inputs_BKSI, grads_BKSO, taken=torch.float32, summed=torch.float32)
+    inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
+    return dispatch.rounded_gram(found, inputs=inputs, outputs=outputs)
 
 
 def _rounded_up(
@@ -226,14 +226,9 @@ def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
     Entries err with ``sum_s |input_s| |grad_s|``. The weighted sum cancels as it does after a Gram norm, so the same
     ``4 eps (sum_s |input_s| |grad_s|)^2`` is added.
     """
-    found, eps = dispatch.product_squares(input_BKSI, grad_BKSO), torch.finfo(torch.float32).eps
-    input_BKS, grad_BKS = (
-        torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).double() for value in (input_BKSI, grad_BKSO)
-    )
-    met_B = (input_BKS * grad_BKS).sum(2).square().sum(1).sqrt()
-    exact_B = (found.total_B.sqrt() + found.spacings * eps * met_B).square() + 4 * eps * met_B.square()
-    sums = Sums(input_BKSI.shape[3], grad_BKSO.shape[3], 32 * found.spacings, torch.float32, torch.float32)
-    return _unless_hidden(exact_B, input_BKS, grad_BKS, sums)
+    found = dispatch.product_squares(input_BKSI, grad_BKSO)
+    lengths = (torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32) for value in (input_BKSI, grad_BKSO))
+    return dispatch.rounded_direct(found, *lengths, inputs=input_BKSI.shape[3], outputs=grad_BKSO.shape[3])
 
 
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
@@ -321,7 +316,7 @@ def _unless_hidden(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: S
     far_B = torch.maximum(input2_B, grad2_B) > torch.finfo(sums.summed).max / 256
     input_B, grad_B = (value.flatten(1).sum(1).square() for value in (input_BKS, grad_BKS))
     hidden_B = torch.finfo(sums.taken).tiny * (sums.outputs * input_B + sums.inputs * grad_B)
-    sure_B = exact_B.masked_fill(hidden_B > 1e-7 * exact_B + _HARMLESS, torch.nan)
+    sure_B = exact_B.masked_fill(hidden_B > 1e-7 * exact_B + HARMLESS, torch.nan)
     return sure_B.masked_fill(far_B, torch.inf)
 
 

@@ -6,11 +6,46 @@ Autocast would round a Gram matrix to bfloat16, and TF32 keeps 10 bits of each f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 _PER_BACKEND = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class _Watch(TorchDispatchMode):
+    """Notices results in half precision."""
+
+    narrow = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.narrow |= any(isinstance(leaf, Tensor) and leaf.dtype in NARROW for leaf in tree_leaves(result))
+        return result
+
+
+def computes_narrowly(run: Callable[[], object]) -> bool:
+    """Whether anything is computed in half precision meanwhile: parameters of that kind, or autocast."""
+    with _Watch() as watch:
+        run()
+    return watch.narrow
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters and buffers are float32."""
+    return copy.deepcopy(model).float()
+
+
+def widened(batch: Any) -> Any:
+    """A batch whose tensors of half precision are float32."""
+    return tree_map(lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in NARROW else leaf, batch)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Noise sources: a keyed counter-mode generator (AES-256-CTR) and the normal draws made from it.
+"""Noise sources: a keyed counter-mode generator (AES-256-CTR; ChaCha20 on an accelerator) and normal draws made of it.
 
 Every stream is a function of (key, label): the same key and label give the same keystream on every machine, and two
 labels never share a block of it. The stream is seekable, so that the pieces of a large tensor are drawn on all cores.
@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import math
 import os
 import secrets
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from discreet.core import normal
+from discreet.core import chacha, normal
+from discreet.core.kernels import dispatch
 from discreet.errors import ConfigError, DiscreetError
 
 KEY_BYTES = 32
@@ -169,10 +171,53 @@ class NoiseSource:
             words = _keystream(scratch, key, start + at, _words_of(len(target[some])))
             normal.add(words, value[some], target[some], scale=scale, share=share)
 
+    def add_on_device(
+        self,
+        values: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        *,
+        position: int,
+        scales: Mapping[str, float],
+        share: float,
+    ) -> None:
+        """``target = value * share + draw * scale`` for tensors that are not the processor's; rounded once.
+
+        The draws are those of `chacha.piece`, whether a kernel makes them there, or the processor makes them and they
+        are sent. Results that stay float64 get the normalised sum of two draws.
+
+        Args:
+            values, targets: name -> contiguous, float32 or float64, of one size and on one device; may be the same.
+            position: a claimed position of this source.
+            scales: name -> public constant.
+            share: public constant.
+        """
+        keys = {name: self._device_keys(position, name, target.dtype) for name, target in targets.items()}
+        if dispatch.draw(*values.values()):
+            dispatch.add_noise(values, targets, keys=keys, scales=scales, share=share)
+            return
+        for name, value in values.items():
+            value_N, target_N = value.reshape(-1), targets[name].view(-1)
+            for start in range(0, value.numel(), PIECE):
+                pieces = range(start // chacha.PIECE, -(-min(start + PIECE, value.numel()) // chacha.PIECE))
+                draws = [_normalised([chacha.piece(key, number) for key in keys[name]]) for number in pieces]
+                some = slice(start, start + PIECE)
+                noise = torch.from_numpy(np.concatenate(draws) * scales[name])[: len(value_N[some])]
+                target_N[some] = (value_N[some].cpu().double() * share + noise).to(target_N.dtype)
+
+    def _device_keys(self, position: int, name: str, dtype: torch.dtype) -> tuple[bytes, ...]:
+        layers = (0, 1) if dtype is torch.float64 else (0,)
+        return tuple(subkey(self._key, f"noise of a device|{layer}|{position}|{name}") for layer in layers)
+
     def _stream_key(self, *, position: int, name: str, start: int, layer: int) -> bytes:
         """The key of the stream of (position, name, layer); ``start`` is where in it a piece begins."""
         assert start % PIECE == 0
         return subkey(self._key, f"noise|{layer}|{position}|{name}")
+
+
+def _normalised(draws: list[np.ndarray]) -> np.ndarray:
+    """One draw as it is; of two independent ones their sum, which is again a draw."""
+    first, *others = draws
+    return (others[0] + first) * math.sqrt(0.5) if others else first
 
 
 def seed_key(seed: int) -> bytes:

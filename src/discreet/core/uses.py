@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide
+from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide, wide_dtype
 from discreet.core.kernels import dispatch
 from discreet.core.outer import Outer, Tied, fused_gram_norm2, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
@@ -118,9 +118,9 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
     rest: list[Part] = []
     for use in every:
         if use.is_small:
-            small[use.small_grad.dtype].append(use)
+            small[wide_dtype(use.small_grad)].append(use)
         elif (outer := use.by_product) is not None:
-            products[wide(outer.grad).dtype].append(use)
+            products[wide_dtype(outer.grad)].append(use)
         elif (outer := use.by_gram) is not None:
             by_input[_identity_of(outer.input)].append(use)
         else:
@@ -208,10 +208,10 @@ class Uses(Summand):
 
     @property
     def small_grad(self) -> Tensor:
-        """The gradients of a small parameter, (B, numbers), at least float32."""
+        """The gradients of a small parameter, (B, numbers)."""
         assert self.joined is not None
         assert isinstance(self.joined.form, Dense)
-        return wide(self.joined.form.grad).reshape(self.examples, -1)
+        return self.joined.form.grad.reshape(self.examples, -1)
 
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         yield self.name, self._weighted_sum(factor_B, bad_B)
@@ -249,7 +249,7 @@ class SmallUses(Summand):
 
     @functools.cached_property
     def _together(self) -> Dense:
-        return Dense(torch.cat([use.small_grad for use in self.uses], 1))
+        return Dense(torch.cat([wide(use.small_grad) for use in self.uses], 1))
 
     def quick_norm2(self) -> Tensor:
         return self._together.norm2()
@@ -311,7 +311,7 @@ class Crossed(Part):
 
     def _norm2(self, convert: Callable[[Tensor], Tensor]) -> Tensor:
         inputs, grads = self._operands()
-        summed = wide(grads[0]).dtype
+        summed = wide_dtype(grads[0])
         examples, _, positions, _ = inputs[0].shape
         chunk = examples_at_a_time(2 * positions**2)
         parts = []

@@ -24,20 +24,21 @@ def file_digest(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or nothing: beside it, fsync, rename, fsync of the folder.
 
+    A link of that name is replaced and not followed, and so is what an earlier crash, or somebody else, left beside it.
+
     Raises:
         OSError: the old content is untouched, and nothing lies beside it.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
+    _remove(temporary)
+    with ExitStack() as on_failure:  # an interrupt included
+        on_failure.callback(_remove, temporary)
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+        on_failure.pop_all()
     _sync_folder(path.parent)
 
 
@@ -198,6 +199,12 @@ class AppendOnlyFile:
             return
         finally:
             self.close()
+
+
+def _remove(path: Path) -> None:
+    """If it is there and can be removed."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

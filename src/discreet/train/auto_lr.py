@@ -3,13 +3,13 @@
 The best rate of DP-SGD grows linearly with epsilon, but that of sign-like methods, DP-Adam among them, is nearly
 independent of it (arXiv:2603.03226): Adam divides by the size of what it sees, and under DP that is mostly the noise.
 So a movement per update is known beforehand to a factor of a few, for every budget. A few private probes before the
-first update find the rest (`discreet.train.tolerance`), and the optimizer's response to noise turns the movement into
-its rate (`discreet.train.response`).
+first update, and a few more when one in ten is made, find the rest (`discreet.train.tolerance`,
+`discreet.train.rate_search`), and the optimizer's response to noise turns the movement into its rate
+(`discreet.train.response`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from discreet.errors import ConfigError
+from discreet.train.rate_search import RateSearch
 from discreet.train.response import is_scale_free, response
-from discreet.train.tolerance import PRIOR, Answer, Asked, Question, ToleranceSearch, Verdict
+from discreet.train.tolerance import PRIOR, Asked, Question, Verdict
 
 AUTO = "auto"
 
@@ -33,7 +34,7 @@ class AutoLR:
     Attributes:
         lr_scale: multiplies the rate that was found: the one knob.
         scheduler: a torch scheduler over the same optimizer, stepped once per update, whose rate over its initial rate
-            multiplies ours. None: linear decay to zero at the end of the run.
+            multiplies ours. None: decay to zero, as `decay`.
         prior: where the search begins; a movement of weights, not a rate. For experiments: the result does not depend
             on it over four orders of magnitude (docs/lab-notes.md).
     """
@@ -92,6 +93,16 @@ class LinearDecay:
         return self.peak * (1.0 - step / self.steps)
 
 
+def decay(step: int, steps: int) -> float:
+    """``sqrt(1 - step / steps)``: what an automatic rate is multiplied by at this update.
+
+    Where updates are mostly noise, what is learned grows like the sum of the rates, and the noise in the weights like
+    the root of the sum of their squares. At equal sums a constant rate has the least noise, a linear decay 15 % more,
+    this one 6 %; and it still ends where the last updates do little harm (docs/lab-notes.md).
+    """
+    return math.sqrt(1.0 - step / steps)
+
+
 class RateControl:
     """Sets the learning rate of every parameter group before each update, keeping the ratios between groups.
 
@@ -116,7 +127,7 @@ class RateControl:
     ) -> None:
         self._optimizer = optimizer
         self.scheduler: LRScheduler | None = None
-        self.search: ToleranceSearch | None = None
+        self.search: RateSearch | None = None
         self._decay: LinearDecay | None = None
         self._auto: AutoLR | None = None
         self._steps = steps
@@ -148,9 +159,13 @@ class RateControl:
         """Where an automatic rate comes from; None when the rate was given."""
         return None if self.search is None else self.search.verdict()
 
-    def question(self) -> Question | None:
-        """What the rate asks of the next update in place of a gradient; None when it is known, or was given."""
-        return None if self.search is None else self.search.question()
+    def question(self, done: int) -> Question | None:
+        """What the rate asks of the next update in place of a gradient; None when nothing is due, or it was given.
+
+        Args:
+            done: updates made, probes among them.
+        """
+        return None if self.search is None else self.search.question(done)
 
     def observe(self, question: Question, released: Sequence[float]) -> dict[str, float]:
         """Take in what a probe released, and say it in numbers for the log."""
@@ -184,7 +199,7 @@ class RateControl:
         """Set the rates for this update; returns the first group's."""
         if self._auto is not None:
             if self.scheduler is None:
-                factors = [1.0 - step / self._steps] * len(self.ratios)
+                factors = [decay(step, self._steps)] * len(self.ratios)
             else:
                 factors = [rate / base for rate, base in zip(self._scheduled, self._bases, strict=True)]
             peak = self._peak()
@@ -211,9 +226,7 @@ class RateControl:
         """What a checkpoint must keep beyond the scheduler; None when the rate was given."""
         if self.search is None:
             return None
-        answers = [dataclasses.astuple(answer) for answer in self.search.answers]
-        known = {"level": self.search.level, "asked": self.search.asked, "answers": answers}
-        return {**known, "scheduled": self._scheduled}
+        return {**self.search.state(), "scheduled": self._scheduled}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Take in the `state` of a checkpoint, after the optimizer has its own back.
@@ -224,8 +237,7 @@ class RateControl:
         if (state is None) != (self.search is None):
             raise ConfigError('the checkpoint is of another learning rate: "auto" there or here; pass the same again.')
         if state is not None and self.search is not None:
-            self.search.level, self.search.asked = state["level"], state["asked"]
-            self.search.answers = [Answer(*answer) for answer in state["answers"]]
+            self.search.restore(state)
             self._scheduled = list(state["scheduled"])
         self._written = self._rates()
 
@@ -248,7 +260,7 @@ class RateControl:
             )
         self._auto = auto
         self._response = response(self._optimizer, noise_std=noise.std if known else _UNIT)
-        self.search = ToleranceSearch(noise=noise.share, updates=self._steps, prior=auto.prior)
+        self.search = RateSearch(noise=noise.share, updates=self._steps, prior=auto.prior)
 
     def _peak(self) -> float:
         """The first group's rate at the first update, as far as it is known."""

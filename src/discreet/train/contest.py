@@ -27,6 +27,7 @@ from discreet.train.environment import describe_environment, digest, source_of, 
 from discreet.train.examples import Examples
 from discreet.train.loop import self_check
 from discreet.train.setup import clipping_of
+from discreet.train.tempered import check_tempered
 from discreet.train.trial import MICROBATCH, Recipe, Schedule, fresh_model, run_trial
 
 _ANY_KEY = bytes(32)
@@ -184,6 +185,7 @@ class Contest:
         return [first for first, _ in pairs]
 
     def _checked(self, model: nn.Module) -> CheckReport:
+        check_tempered(model, self._clipping)
         device = next(model.parameters()).device
         report = self_check(model, self._loss, self._examples, self._clipping, device)
         if isinstance(self._score, PublicScore):

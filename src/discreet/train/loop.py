@@ -100,8 +100,10 @@ class Private:
     def __iter__(self) -> Iterator[Step]:
         """One private update per iteration, until the plan's last; then the run is finished."""
         updates = self._updates
-        updates.find_rate()
         while not updates.finished:
+            updates.find_rate()
+            if updates.finished:
+                break
             index = updates.done
             step = updates.update(updates.clipped_sum(), index=index)
             if step is not None:

@@ -40,8 +40,10 @@ class MicrobatchLoader:
     def __iter__(self) -> Iterator[Any]:
         """The batches, as the data set collates them; when the last update is made, the run is finished."""
         updates = self._updates
-        updates.find_rate()
         while not updates.finished:
+            updates.find_rate()
+            if updates.finished:
+                break
             indices = updates.draw()
             self.index = updates.done
             self._weight = 1.0 if len(indices) else 0.0

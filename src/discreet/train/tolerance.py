@@ -9,7 +9,7 @@ constant (`PER_UPDATE`), as docs/lab-notes.md measures. No gradient is needed: i
 rise of the loss at one displacement, on a Poisson batch of its own. So epsilon is that of the plan, bit by bit,
 whatever is probed and how often. The noise of the answer is known; a posterior over the tolerance on a logarithmic grid
 says where to ask next, and when to stop. A rate is moved on evidence only: where no displacement was seen to raise the
-loss, the prior stays.
+loss, the prior stays. `discreet.train.rate_search` asks twice.
 
 Differs from HyFreeDP (arXiv:2503.00703), which follows the loss along each update: see docs/lab-notes.md for what that
 does to a rate that was right.
@@ -20,8 +20,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from discreet.core.probe import OCTAVES
 
 PRIOR = 0.02
 """Root mean square movement of a weight by one update, before anything is asked: that of DP-Adam at rate 0.02."""
-PER_UPDATE = 1.0 / 9.0
+PER_UPDATE = 1.0 / 8.0
 """First movement of an update over the tolerance, for the usual number of updates and a linear decay. Steps of random
 direction add up like a square root: with more updates each is smaller by the root of their number."""
 USUAL_UPDATES = 300
@@ -39,18 +40,28 @@ CAP = 8.0
 WORST_NOISE = 0.5
 """With more noise in an answer, in units of the level, nothing is asked."""
 SHARE = 25
-"""One update in so many may be spent on probes, and no more than `MOST` of them."""
+"""One update in so many may be spent on the probes of a search, and no more than `MOST` of them."""
 MOST, FEWEST = 8, 3
 ENOUGH = 0.35
 """Octaves of standard deviation at which the tolerance is known well enough."""
 
+LEAST_LEARNED = 0.25
+"""What a model has learned counts as this share of its loss, at least."""
+
 _STEEPNESS = 2.5
 """Rises grow like this power of the displacement around the tolerance, on all models measured (2 to 3)."""
+_PATIENCE = 2
+"""After so many answers without a rise, the next question is a standard deviation further out."""
 _GRID = np.arange(-36.0, 16.0, 0.125)
 _PRIOR_OCTAVES = 2.0
 _MODEL_ERROR, _FLOOR_ERROR = 0.4, 0.15
 _WORST_LOG_LIKELIHOOD = -8.0
 _SIGNIFICANT = 4.0
+
+
+def per_update(updates: int) -> float:
+    """Movement by the first of so many updates, over the tolerance."""
+    return PER_UPDATE * math.sqrt(USUAL_UPDATES / updates)
 
 
 class Asked(enum.Enum):
@@ -78,7 +89,7 @@ class Answer:
     """What a probe released, with its known noise. Safe to log.
 
     Attributes:
-        displacement: as asked. rise: of the mean loss, in units of its level. noise: standard deviation of ``rise``.
+        displacement: as asked. rise: of the mean loss, in units of the search. noise: standard deviation of ``rise``.
     """
 
     displacement: float
@@ -113,12 +124,17 @@ class ToleranceSearch:
         noise: noise multiplier over expected batch: standard deviation of the released mean of a number in [-1, 1].
         updates: S, of the whole run.
         prior: movement of a weight by an update, before anything is asked.
+        share: one update in so many may be spent. enough: octaves of standard deviation at which to stop.
+        before: the released mean loss before training; None when nothing has been trained yet.
         level: the released mean loss, once known. answers: all so far. asked: probes made.
     """
 
     noise: float
     updates: int
     prior: float = PRIOR
+    share: int = SHARE
+    enough: float = ENOUGH
+    before: float | None = None
     level: float | None = None
     answers: list[Answer] = dataclasses.field(default_factory=list)
     asked: int = 0
@@ -126,7 +142,15 @@ class ToleranceSearch:
     @property
     def most(self) -> int:
         """Probes that may be made; public."""
-        return min(MOST, self.updates // SHARE)
+        return min(MOST, self.updates // self.share)
+
+    @property
+    def unit(self) -> float:
+        """The rise that is asked for: the level, or less where a model has learned less than that."""
+        assert self.level is not None
+        if self.before is None:
+            return self.level
+        return min(self.level, max(self.before - self.level, LEAST_LEARNED * self.level))
 
     @property
     def refusal(self) -> str | None:
@@ -144,9 +168,11 @@ class ToleranceSearch:
         if self.level is None:
             return None if self.asked else Question(Asked.LEVEL)
         mean, spread = self._posterior()
-        if spread < ENOUGH and self._rose:
+        if spread < self.enough and self._rose:
             return None
-        return Question(Asked.RISE, displacement=2.0**mean, bound=CAP * self.level)
+        if len(self.answers) >= _PATIENCE and not self._rose:
+            mean += spread
+        return Question(Asked.RISE, displacement=2.0**mean, bound=CAP * self.unit)
 
     def observe_level(self, shares: Sequence[float]) -> None:
         """Take in the released counts by octave, as shares of the expected batch.
@@ -163,7 +189,7 @@ class ToleranceSearch:
         """Take in the released mean rise at a displacement."""
         assert self.level is not None
         self.asked += 1
-        answer = Answer(question.displacement, mean / self.level, self.noise * question.bound / self.level)
+        answer = Answer(question.displacement, mean / self.unit, self.noise * question.bound / self.unit)
         self.answers.append(answer)
         return answer
 
@@ -176,12 +202,22 @@ class ToleranceSearch:
         mean, spread = self._posterior()
         if not self._rose:
             return Verdict(self.prior, None, None, False, "held: no displacement raised the loss beyond its noise")
-        movement = 2.0**mean * PER_UPDATE * math.sqrt(USUAL_UPDATES / self.updates)
+        movement = 2.0**mean * per_update(self.updates)
         factor = movement / self.prior
         word = "confirmed" if abs(math.log(factor)) < math.log(1.25) else "grown" if factor > 1 else "shrunk"
         return Verdict(
             movement, 2.0**mean, spread, True, f"{word}: {factor:.3g} times the prior, by {len(self.answers)} answers"
         )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        answers = [dataclasses.astuple(answer) for answer in self.answers]
+        return {"level": self.level, "asked": self.asked, "answers": answers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take in the `state` of a checkpoint."""
+        self.level, self.asked = state["level"], state["asked"]
+        self.answers = [Answer(*answer) for answer in state["answers"]]
 
     @property
     def _rose(self) -> bool:
@@ -194,7 +230,7 @@ class ToleranceSearch:
         A rise at displacement d is ``min((d / tolerance)^2.5, CAP)`` up to its noise and to 40 % of itself; the prior
         is a Cauchy distribution around the one that the prior movement implies.
         """
-        centre = math.log2(self.prior / (PER_UPDATE * math.sqrt(USUAL_UPDATES / self.updates)))
+        centre = math.log2(self.prior / per_update(self.updates))
         log_K = -np.log1p(((_GRID - centre) / _PRIOR_OCTAVES) ** 2)
         for answer in self.answers:
             expected_K = np.minimum(2.0 ** (_STEEPNESS * (math.log2(answer.displacement) - _GRID)), CAP)

@@ -36,7 +36,8 @@ from discreet.train.examples import Examples
 from discreet.train.loop import Data, new_run_dir
 from discreet.train.run import SEARCH, Run
 from discreet.train.search_state import SearchState
-from discreet.train.setup import check_examples, check_same, existing_run
+from discreet.train.setup import check_examples, check_same, existing_run, rule_for
+from discreet.train.trial import fresh_model
 
 QUERY = "search"
 """Name of the one entry in the ledger."""
@@ -87,7 +88,8 @@ def tune(
         score: how runs are compared.
         epsilon, delta: of the whole search. runs: how many are expected; None: 10. stopping: distribution of their
             number; None: logarithmic.
-        batch_size, steps: of each run; None: the planner's. clipping: automatic by default.
+        batch_size, steps: of each run; None: the planner's.
+        clipping: None: automatic, or for `Tempered` models the rule that keeps their probabilities right.
         plan: of `plan_search`, instead of all of these.
         run_dir, resume, seed: as in `make_private`. A resumed search keeps its plan, and is refused other numbers.
         on_plan: told the plan, and so what will be spent, before anything is written or read of the data.
@@ -133,7 +135,7 @@ def tune(
                 private_score=isinstance(score, PrivateScore),
                 batch_size=batch_size,
                 steps=steps,
-                clipping=(clipping if clipping is not None else Clipping.automatic()).describe(),
+                clipping=_rule(choices, clipping, epsilon=epsilon, examples=examples.count).describe(),
             )
         _check_plan(the_plan, score=score, clipping=clipping, examples=examples.count)
         if on_plan is not None:
@@ -145,6 +147,14 @@ def tune(
         state = _begin(run, contest)
         _search(run, contest, state, on_step=on_step)
         return _conclude(run, contest, state)
+
+
+def _rule(choices: Sequence[Choice], clipping: Clipping | None, *, epsilon: float, examples: int) -> Clipping:
+    """What was asked for, or what the first choice needs; a choice that needs another one is refused by its check."""
+    if clipping is not None:
+        return clipping
+    first = fresh_model(choices[0].build, key=bytes(32))
+    return rule_for(first, None, epsilon=epsilon, examples=examples) or Clipping.automatic()
 
 
 def _begin(run: Run, contest: Contest) -> SearchState:

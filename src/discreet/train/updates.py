@@ -158,12 +158,12 @@ class Updates:
         return self.plan.sampling.draw(key=self.run.sampling_key, step=self.done)
 
     def find_rate(self) -> None:
-        """Spend updates on probes of the loss, for as long as the learning rate asks for them.
+        """Spend updates on probes of the loss, for as long as the learning rate asks for them; before every update.
 
         A probe is an update like any other: the same charge, a Poisson batch of its own, one release of one bounded sum
         with the plan's noise. Only what is released is a number about the loss, and the weights stay where they are.
         """
-        while not self.finished and (question := self._rates.question()) is not None:
+        while not self.finished and (question := self._rates.question(self.done)) is not None:
             index, indices = self.done, self.draw()
             with self.model_randomness():
                 total = world_sum(self._probe_sum(question, indices))

@@ -15,8 +15,8 @@ from discreet.app.plan_page.sections import (
 )
 from discreet.app.plan_page.simulated import Simulation
 from discreet.app.report import parts
-from discreet.app.report.files import write_whole
 from discreet.errors import ConfigError
+from discreet.privacy.files import write_atomically
 from discreet.privacy.options import Proposal
 
 
@@ -47,6 +47,6 @@ def write_page(proposal: Proposal, path: Path, *, simulation: Simulation | None 
         raise ConfigError(f"{path}: is a directory; name a file, e.g. plan.html.")
     text = render_page(proposal, simulation=simulation)
     try:
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name a file that can.") from None

@@ -7,7 +7,6 @@ from pathlib import Path
 from discreet.app.report import parts
 from discreet.app.report.believed import run_section
 from discreet.app.report.evidence import check_section, data_section, plan_section, verify_section
-from discreet.app.report.files import write_whole
 from discreet.app.report.rate import rate_section
 from discreet.app.report.record import RunRecord, read_run
 from discreet.app.report.story import (
@@ -19,6 +18,7 @@ from discreet.app.report.story import (
     metrics_section,
 )
 from discreet.errors import DataError
+from discreet.privacy.files import write_atomically
 
 
 def render_report(run: RunRecord) -> str:
@@ -60,7 +60,10 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "release" / "report.html"
     text = render_report(read_run(run_dir))
     try:
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); make the folder writable.") from error
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}); free some space or make the folder writable, then repeat "
+            "with `discreet report`."
+        ) from error
     return path

@@ -1,7 +1,7 @@
 """The one place where it is decided whether a kernel is used: by device, dtype, shape and whether Triton is installed.
 
-Never by data. What kernels replace is PyTorch's own arithmetic in `discreet.core.outer`. Triton is imported when it is
-first used, so `import discreet` needs none.
+Never by data. What kernels replace is PyTorch's own arithmetic in `discreet.core.outer`, and draws that a processor
+would make and send. Triton is imported when it is first used, so `import discreet` needs none.
 
 Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,29 @@ def plain_prices(*operands: Tensor) -> Prices:
     return ACCELERATOR if any(_on_accelerator(value) for value in operands) else CPU
 
 
+def draw(*values: Tensor) -> bool:
+    """Whether noise is drawn by the kernel, where the sums are."""
+    return all(_on_accelerator(value) for value in values) and _found()
+
+
+def add_noise(
+    values: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    *,
+    keys: Mapping[str, tuple[bytes, ...]],
+    scales: Mapping[str, float],
+    share: float,
+) -> None:
+    """``target = value * share + draw * scale``, each with the draws of its own keys."""
+    from discreet.core.kernels import noise
+
+    stretches = [
+        noise.Stretch(value.reshape(-1), targets[name].view(-1), keys[name], scales[name])
+        for name, value in values.items()
+    ]
+    noise.add(stretches, share=share)
+
+
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
     """``<input input^T, grad grad^T>`` per example; several operands stand for all their pairs."""
     from discreet.core.kernels import gram
@@ -57,6 +80,20 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
     from discreet.core.kernels import direct
 
     return direct.product_squares(input_BKSI, grad_BKSO)
+
+
+def rounded_gram(found: GramProducts, *, inputs: int, outputs: int) -> Tensor:
+    """Squared norms with the bound on their rounding added, (B,), float64."""
+    from discreet.core.kernels import rounding
+
+    return rounding.gram_norm2(found, inputs=inputs, outputs=outputs)
+
+
+def rounded_direct(found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, inputs: int, outputs: int) -> Tensor:
+    """The same for `product_squares`, from the lengths of the positions."""
+    from discreet.core.kernels import rounding
+
+    return rounding.direct_norm2(found, input_BKS, grad_BKS, inputs=inputs, outputs=outputs)
 
 
 def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:

@@ -16,8 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.operands import chain, depth_of, flat_strides, on_device_of, tile_of, warps_of, widened
+from discreet.core.kernels.operands import (
+    PLAIN,
+    RUNS,
+    SMALL,
+    TENSOR_CORES,
+    chain,
+    flat_strides,
+    is_long,
+    narrow,
+    on_device_of,
+    widened,
+)
 from discreet.core.kernels.results import GramProducts
+
+_RUNS = tl.constexpr(RUNS)
 
 
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
@@ -31,26 +44,31 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
             stand for all their pairs.
     """
     examples, groups, positions, _ = inputs_BKSI[0].shape
-    tile = tile_of(positions)
+    input_tiling, grad_tiling = (TENSOR_CORES if narrow(operands) else PLAIN for operands in (inputs_BKSI, grads_BKSO))
+    tiling = input_tiling if input_tiling is grad_tiling else PLAIN
+    widths = [tuple(value.shape[3] for value in operands) for operands in (inputs_BKSI, grads_BKSO)]
+    if tiling is TENSOR_CORES and is_long(widths[0] + widths[1]):
+        tiling = SMALL  # with one accumulator more, larger tiles would not fit into the registers
+    tile, _ = sides = tiling.tile(positions, positions)
     tiles = triton.cdiv(positions, tile)
     like = inputs_BKSI[0]
     sums = torch.empty(examples, groups * (tiles // 2 + 1) * tiles, dtype=torch.float64, device=like.device)
     input2, grad2 = torch.empty(2, examples, groups, positions, dtype=torch.float32, device=like.device)
-    widths = [tuple(value.shape[3] for value in operands) for operands in (inputs_BKSI, grads_BKSO)]
-    inputs_depth, grads_depth = depth_of(inputs_BKSI), depth_of(grads_BKSO)
     with on_device_of(like):
         _gram_kernel[(examples * groups * tiles, tiles // 2 + 1)](
             *(tuple(inputs_BKSI), flat_strides(inputs_BKSI), widths[0]),
             *(tuple(grads_BKSO), flat_strides(grads_BKSO), widths[1]),
             *(sums, input2, grad2, groups, positions, tiles),
             TILE=tile,
-            INPUT_DEPTH=inputs_depth,
-            GRAD_DEPTH=grads_depth,
+            INPUT_DEPTH=input_tiling.depth,
+            GRAD_DEPTH=grad_tiling.depth,
             INPUT_WIDE=widened(inputs_BKSI),
             GRAD_WIDE=widened(grads_BKSO),
-            num_warps=warps_of(tile),
+            INPUT_LONG=is_long(widths[0]),
+            GRAD_LONG=is_long(widths[1]),
+            **tiling.launch(sides),
         )
-    spacings = chain(widths[0], inputs_depth) + chain(widths[1], grads_depth) + (tile + 2) / 2
+    spacings = chain(widths[0], input_tiling.depth) + chain(widths[1], grad_tiling.depth) + (tile + 2) / 2
     return GramProducts(sums.sum(1), input2, grad2, spacings)
 
 
@@ -73,6 +91,8 @@ def _gram_kernel(
     GRAD_DEPTH: tl.constexpr,
     INPUT_WIDE: tl.constexpr,
     GRAD_WIDE: tl.constexpr,
+    INPUT_LONG: tl.constexpr,
+    GRAD_LONG: tl.constexpr,
 ):
     # Tile i meets tile i + d of the ring, d = 0 ... tiles // 2: each unordered pair once, but for d = tiles / 2.
     place = tl.program_id(0)
@@ -86,10 +106,32 @@ def _gram_kernel(
     total = tl.full((), 0.0, tl.float64)
     if (2 * distance < tiles) | (tile < distance) | (distance == 0):
         left = _entries(
-            inputs, input_strides, input_widths, example, group, rows, columns, positions, TILE, INPUT_DEPTH, INPUT_WIDE
+            inputs,
+            input_strides,
+            input_widths,
+            example,
+            group,
+            rows,
+            columns,
+            positions,
+            TILE,
+            INPUT_DEPTH,
+            INPUT_WIDE,
+            INPUT_LONG,
         )
         right = _entries(
-            grads, grad_strides, grad_widths, example, group, rows, columns, positions, TILE, GRAD_DEPTH, GRAD_WIDE
+            grads,
+            grad_strides,
+            grad_widths,
+            example,
+            group,
+            rows,
+            columns,
+            positions,
+            TILE,
+            GRAD_DEPTH,
+            GRAD_WIDE,
+            GRAD_LONG,
         )
         total = tl.sum(tl.sum(left * right, axis=1).to(tl.float64), axis=0) * tl.where(distance == 0, 1.0, 2.0)
         if distance == 0:
@@ -113,6 +155,7 @@ def _entries(
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """(TILE, TILE) inner products between two runs of positions, added up over the operands, float32."""
     total = tl.full((TILE, TILE), 0.0, tl.float32)
@@ -120,15 +163,29 @@ def _entries(
         base = operands[n] + example * strides[4 * n] + group * strides[4 * n + 1]
         above = base + rows.to(tl.int64)[:, None] * strides[4 * n + 2]
         below = base + columns.to(tl.int64)[:, None] * strides[4 * n + 2]
-        for start in range(0, widths[n], DEPTH):
-            depth = start + tl.arange(0, DEPTH)
-            step = depth.to(tl.int64)[None, :] * strides[4 * n + 3]
-            inside = (depth < widths[n])[None, :]
-            one = tl.load(above + step, mask=inside & (rows < positions)[:, None], other=0.0)
-            two = tl.load(below + step, mask=inside & (columns < positions)[:, None], other=0.0)
-            if WIDE:
-                one = one.to(tl.float32)
-                two = two.to(tl.float32)
-            # Its own accumulator for each run: a chain as long as the operand is wide would hide half a norm.
-            total += tl.dot(one, tl.trans(two), input_precision="ieee", max_num_imprecise_acc=DEPTH)
+        if LONG:
+            for block in range(0, widths[n], DEPTH * _RUNS):
+                part = tl.full((TILE, TILE), 0.0, tl.float32)
+                for start in range(block, min(block + DEPTH * _RUNS, widths[n]), DEPTH):
+                    part += _run(
+                        above, rows, below, columns, strides[4 * n + 3], positions, start, widths[n], DEPTH, WIDE
+                    )
+                total += part
+        else:
+            for start in range(0, widths[n], DEPTH):
+                total += _run(above, rows, below, columns, strides[4 * n + 3], positions, start, widths[n], DEPTH, WIDE)
     return total
+
+
+@triton.jit
+def _run(above, rows, below, columns, stride, positions, start, width, DEPTH: tl.constexpr, WIDE: tl.constexpr):
+    """What these entries add, in an accumulator of its own: a chain as long as the operand would hide half a norm."""
+    depth = start + tl.arange(0, DEPTH)
+    step = depth.to(tl.int64)[None, :] * stride
+    inside = (depth < width)[None, :]
+    one = tl.load(above + step, mask=inside & (rows < positions)[:, None], other=0.0)
+    two = tl.load(below + step, mask=inside & (columns < positions)[:, None], other=0.0)
+    if WIDE:
+        one = one.to(tl.float32)
+        two = two.to(tl.float32)
+    return tl.dot(one, tl.trans(two), input_precision="ieee", max_num_imprecise_acc=DEPTH)

@@ -1,34 +1,59 @@
-"""How the kernels are given their operands: tile sizes, strides, and the length of the chains that errors come from.
-
-Sizes are not measured: they were chosen by counting registers and shared memory of an A100 and an H100.
-"""
+"""How the kernels are given their operands: tile sizes, strides, and the length of the chains that errors come from."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-_DEPTH = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
-"""Products that are summed before the sum is added to the others."""
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut.
+
+    Attributes:
+        rows, columns: the largest sides of a tile: positions and positions, or outputs and inputs.
+        depth: products that are summed in one accumulator before the sum is added to the others.
+        warps: for a tile of the largest sides; four for others.
+        stages: how many steps ahead operands are loaded.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """The sides of a tile of so many rows and columns in all."""
+        return _side(rows, self.rows), _side(columns, self.columns)
+
+    def launch(self, tile: tuple[int, int]) -> dict[str, int]:
+        """How a program of this tile is compiled."""
+        return {"num_warps": self.warps if tile == (self.rows, self.columns) else 4, "num_stages": self.stages}
 
 
-def tile_of(size: int) -> int:
-    """Length of a tile's side for so many positions, inputs or outputs."""
-    return next(side for side in (16, 32, 64) if side >= min(size, 64))
+def _side(size: int, largest: int) -> int:
+    return next(side for side in (16, 32, 64, 128) if side >= min(size, largest))
 
 
-def warps_of(tile: int) -> int:
-    """Enough threads that no register of the largest tile is spilled."""
-    return 8 if tile == 64 else 4
+PLAIN = Tiling(rows=64, columns=64, depth=32, warps=8, stages=3)
+"""Operands that are multiplied in float32: no register is spilled."""
+TENSOR_CORES = Tiling(rows=128, columns=128, depth=64, warps=8, stages=3)
+"""Operands of bfloat16. Their steps fill 96 KiB of shared memory, which the smallest of these cards has."""
 
 
-def depth_of(operands: Sequence[Tensor]) -> int:
-    """How many products are summed in one accumulator."""
-    return min(_DEPTH[value.dtype] for value in operands)
+SMALL = Tiling(rows=64, columns=64, depth=64, warps=4, stages=4)
+"""The same for long rows."""
+
+
+def narrow(operands: Sequence[Tensor]) -> bool:
+    """Whether tensor cores multiply these operands."""
+    return all(value.dtype is torch.bfloat16 for value in operands)
 
 
 def flat_strides(operands: Sequence[Tensor]) -> tuple[int, ...]:
@@ -52,12 +77,24 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+RUNS = 16
+"""Runs of an operand with a long row that are summed before their sum is added to the others."""
+
+
+def is_long(lengths: Sequence[int]) -> bool:
+    """Whether a row is so long, as a vocabulary is, that one chain over its runs would err by hundreds of spacings."""
+    return max(lengths) > 4096
+
+
 def chain(lengths: Sequence[int], depth: int) -> float:
     """Bound on the error of sums of so many products, made one after the other, in float32 spacings of their sizes.
 
-    Float32 products are added with half a spacing each, in chains of ``depth`` and then chunk by chunk. A tensor core
-    may cut each product where the largest ends: a whole spacing each (Fasi et al. 2021, PeerJ Computer Science 7:e330).
+    Float32 products are added with half a spacing each, in chains of ``depth`` and then chunk by chunk; in long rows
+    chunks of chunks. A tensor core may cut each product where the largest ends: a whole spacing each (Fasi et al. 2021,
+    PeerJ Computer Science 7:e330).
     """
+    if is_long(lengths):
+        return depth + RUNS / 2 + sum(triton.cdiv(length, depth * RUNS) for length in lengths) / 2
     return depth + sum(triton.cdiv(length, depth) for length in lengths) / 2
 
 

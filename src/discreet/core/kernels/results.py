@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+HARMLESS = 1e-24
+"""A squared norm that may be hidden below the normal numbers, whatever stands beside it."""
+
 
 @dataclass(frozen=True)
 class GramProducts:

@@ -1,8 +1,8 @@
 """Rules for layer, group and RMS normalisation.
 
 In one precision the library's own kernels run forward and backward; what a rule adds is the gradient of scale and shift
-for each example. In mixed precision (autocast) the normalisation runs without parameters, and scale and shift are
-applied as one copy per example.
+for each example. In mixed precision (autocast), and for groups and RMS in half precision, the normalisation is run
+without parameters, and scale and shift are applied as one copy per example.
 
 Shape legend: N = rows of the input (B examples, or B folded), S = positions, D = normalised numbers, C = channels,
 G = groups of channels, P = pixels.
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discreet.core.book import Book
-from discreet.core.forms import Dense
+from discreet.core.forms import Dense, wide_dtype
 from discreet.core.parameter import Guarded, Use, plain, rule
+from discreet.core.precision import NARROW
 from discreet.core.uses import Derivation
 
 
@@ -38,7 +39,7 @@ def layer_norm(
     _need_batch(use, input)
     if len(normalized_shape) >= input.dim():
         raise use.refuse(f"it normalises over all of {tuple(input.shape)}", "normalise over the axes of one example.")
-    if _in_one_precision(input, weight, bias):
+    if _in_one_precision(input, weight, bias, narrow=True):
         return _LayerNorm.apply(
             use.book.sink, input, plain(weight), plain(bias), tuple(normalized_shape), eps, _booking(use, weight, bias)
         )
@@ -101,7 +102,7 @@ class _LayerNorm(torch.autograd.Function):
         eps: float, booking: _Booking,
     ) -> Tensor:  # fmt: skip
         output, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
-        ctx.shape, ctx.booking = shape, booking
+        ctx.shape, ctx.eps, ctx.booking = shape, eps, booking
         ctx.save_for_backward(input, weight, bias, mean, rstd)
         return output
 
@@ -111,8 +112,11 @@ class _LayerNorm(torch.autograd.Function):
         input, weight, bias, mean, rstd = ctx.saved_tensors
         weight_grad = bias_grad = None
         if ctx.booking.weight is not None:
-            products = torch.sub(input, mean).mul_(rstd).mul_(grad)
-            weight_grad = _over_positions(products, ctx.shape)
+            if mean.dtype in NARROW:  # a CPU keeps them so, which would spoil the products
+                normal = F.layer_norm(input.float(), ctx.shape, eps=ctx.eps)
+            else:
+                normal = torch.sub(input, mean).mul_(rstd)
+            weight_grad = _over_positions(normal.mul_(grad), ctx.shape)
         if ctx.booking.bias is not None:
             bias_grad = _over_positions(grad, ctx.shape)
         ctx.booking.record(weight_grad, bias_grad)
@@ -125,9 +129,9 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _over_positions(value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(N, ..., *shape) -> (N, *shape)."""
+    """(N, ..., *shape) -> (N, *shape), added up in float32 at least."""
     value_NSD = value.reshape(value.shape[0], -1, math.prod(shape))
-    total = value_NSD[:, 0] if value_NSD.shape[1] == 1 else value_NSD.sum(1)
+    total = value_NSD[:, 0] if value_NSD.shape[1] == 1 else value_NSD.sum(1, dtype=wide_dtype(value))
     return total.reshape(value.shape[0], *shape)
 
 
@@ -170,9 +174,9 @@ def _need_batch(use: Use, input: Tensor) -> None:
         raise use.refuse("its input does not carry the batch", "pass activations [batch, ...].")
 
 
-def _in_one_precision(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether all operands are of one wide dtype, and scale and shift depend on no example."""
-    if input.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(input.device.type):
+def _in_one_precision(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, narrow: bool = False) -> bool:
+    """Whether all operands are of one dtype, a wide one if need be, and scale and shift depend on no example."""
+    if (input.dtype in NARROW and not narrow) or torch.is_autocast_enabled(input.device.type):
         return False
     given = [p for p in (weight, bias) if p is not None]
     return all(p.dtype == input.dtype and (isinstance(p, Guarded) or not p.requires_grad) for p in given)
