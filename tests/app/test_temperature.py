@@ -51,6 +51,7 @@ def _table(path: Path, *, rows: int = ROWS, seed: int = 0) -> Path:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "schema.toml").write_text(SCHEMA)
+    _table(tmp_path / "copy.csv")
     return _table(tmp_path / "rows.csv")
 
 
@@ -148,6 +149,8 @@ def test_an_edited_temperature_is_distrusted(data, capsys):
     [
         (("--private-temperature", "--public-temperature", "rows.csv"), "one of them is enough"),
         (("--public-temperature", "nowhere.csv"), "no such file"),
+        (("--public-temperature", "rows.csv"), "is the private data itself"),
+        (("--test", "copy.csv", "--public-test"), "is the private data itself"),
         (("--private-temperature", "--epsilon", 0.5), "examples times epsilon of at least 500"),
     ],
 )

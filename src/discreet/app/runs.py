@@ -8,6 +8,7 @@ from pathlib import Path
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Query
+from discreet.privacy.files import file_digest
 from discreet.privacy.plan import Plan
 from discreet.train.run import Run
 from discreet.train.setup import check_same
@@ -50,6 +51,13 @@ def resume_run(path: Path | None, *, seed: int | None, asked: Callable[[Plan], A
         run.close()
         raise
     return run
+
+
+def same_content(path: Path, other: Path) -> bool:
+    """Whether two paths lead to the same place, or to files of the same bytes."""
+    if path.resolve() == other.resolve():
+        return True
+    return path.is_file() and other.is_file() and file_digest(path) == file_digest(other)
 
 
 def sizes(plan: Plan) -> dict[str, float | int]:

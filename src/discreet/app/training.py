@@ -26,7 +26,7 @@ from discreet.app.evaluation import calibration_of, evaluate
 from discreet.app.outcome import Outcome
 from discreet.app.progress import Progress
 from discreet.app.report import write_report
-from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run
+from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content
 from discreet.app.stand_ins import measure_spec
 from discreet.app.temperature import conclusion, plan_calibration, planned, statement, trained_statement
 from discreet.core.clipping import Clipping
@@ -104,6 +104,7 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     """Train on a file or folder. Everything is read and validated before anything is written."""
     started = time.monotonic()
     device = pick_device(options.device)
+    _refuse_private_as_public(data)
     source = open_data(data, kind=options.model)
     private = isinstance(data.calibration, SetApart)
     rows = source.examples + ((source.calibration_examples or 0) if private else 0)
@@ -128,6 +129,17 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
             run.reserve_query(f"preprocessing {position}", query)
         prepared = source.prepare(noise_source=run.noise(PREPROCESSING), preprocessing=preprocessing)
         return _train(prepared, run, options, kind, device=device, started=started, origin=data.test_origin)
+
+
+def _refuse_private_as_public(data: DataOptions) -> None:
+    """The private file cannot be the public one: exact figures of it would be released as if they cost nothing."""
+    named = {
+        "--public-temperature": data.calibration.path if isinstance(data.calibration, PublicCalibration) else None,
+        "--public-test": data.test if data.test_origin is Origin.PUBLIC else None,
+    }
+    for option, place in named.items():
+        if place is not None and same_content(place, data.path):
+            raise ConfigError(f"{option}: {place} is the private data itself; name public rows, or leave it out.")
 
 
 def train_digits(options: TrainOptions, *, calibration: SetApart | None = None) -> Outcome:

@@ -19,7 +19,7 @@ from discreet.app.data import Examples, Prepared, Preprocessing, Source
 from discreet.app.evaluation import Evaluation, calibration_of, evaluate
 from discreet.app.progress import SECONDS_BETWEEN_LINES
 from discreet.app.report import write_report
-from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, sizes
+from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content, sizes
 from discreet.app.temperature import trained_statement
 from discreet.app.training import DataOptions, open_data, pick_device
 from discreet.core.clipping import Clipping
@@ -27,7 +27,7 @@ from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
 from discreet.privacy.accounting import Query
 from discreet.privacy.certificate import Verification, verify
-from discreet.privacy.files import file_digest, write_atomically
+from discreet.privacy.files import write_atomically
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.repetitions import Stopping
 from discreet.privacy.tuning import USUAL_RUNS, one_run, plan_search
@@ -206,7 +206,7 @@ def _judge(data: DataOptions, options: TuneOptions, kind: models.ModelKind, sour
     if options.score_data is None:
         return None
     places = [place for place in (data.path, data.test) if place is not None]
-    if any(_same_content(options.score_data, place) for place in places):
+    if any(same_content(options.score_data, place) for place in places):
         raise ConfigError(
             f"--score-data {options.score_data}: is the private or the test data; name public data, or leave it out."
         )
@@ -219,13 +219,6 @@ def _judge(data: DataOptions, options: TuneOptions, kind: models.ModelKind, sour
             "the test rows by --test too, so that the training rows are the same."
         )
     return judge
-
-
-def _same_content(path: Path, other: Path) -> bool:
-    """Whether two paths lead to the same place, or to files of the same bytes."""
-    if path.resolve() == other.resolve():
-        return True
-    return path.is_file() and other.is_file() and file_digest(path) == file_digest(other)
 
 
 def _scoring_rows(judge: Source, prepared: Prepared, run: Run, preprocessing: Preprocessing) -> Examples | None:

@@ -74,11 +74,13 @@ class IsolationVerdict:
         by_removal: no loss moved when the others were removed (in evaluation mode when the model is stochastic).
         buffers: names of buffers that a training forward changed in a way that depends on the data, and of parameters
             that it wrote at all, frozen or not: both are released as they are.
+        moving: names of buffers that a training forward wrote, whatever the data were.
     """
 
     by_substitution: bool
     by_removal: bool
     buffers: tuple[str, ...]
+    moving: tuple[str, ...]
 
 
 @uncompiled()
@@ -223,7 +225,8 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
     finally:
         for module, mode in training.items():
             module.training = mode
-    return IsolationVerdict(by_substitution, by_removal, tuple(sorted(buffers)))
+    moving = tuple(sorted(_buffers_written(model, loss, batch)))
+    return IsolationVerdict(by_substitution, by_removal, tuple(sorted(buffers)), moving)
 
 
 def _booked(
@@ -345,6 +348,15 @@ def _parameters_written(model: nn.Module, loss: LossFunction, batch: Any) -> set
     after = {name: (parameter, *_state_of(parameter)) for name, parameter in model.named_parameters()}
     known = {name for name, state in after.items() if name in before and state[0] is before[name][0]}
     return (before.keys() | after.keys()) - {name for name in known if after[name][1:] == before[name][1:]}
+
+
+def _buffers_written(model: nn.Module, loss: LossFunction, batch: Any) -> set[str]:
+    before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    with frozen_state(model), torch.enable_grad():
+        loss(model, batch)
+        after = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    known = {name for name, (buffer, _) in after.items() if name in before and buffer is before[name][0]}
+    return after.keys() - {name for name in known if after[name][1] == before[name][1]}
 
 
 def _state_of(parameter: Tensor) -> tuple[int, int]:

@@ -57,10 +57,12 @@ class CheckReport:
         rows: in the order in which they were checked.
         layout: how each use carries the batch; hand it to `clipped_gradient` to accept folded axes. None when anything
             failed: a layout is what the norms have shown it to be.
+        moving: buffers that a forward writes, whatever the data are, such as a counter.
     """
 
     rows: tuple[CheckRow, ...]
     layout: Layout | None
+    moving: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -130,13 +132,14 @@ def check(
     size = examples if examples is not None else batch_size_of(batch)
     if size < 2:
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
-    isolation = _isolation_rows(examine_isolation(model, loss, batch, examples=size))
+    alone = examine_isolation(model, loss, batch, examples=size)
+    isolation = _isolation_rows(alone)
     try:
         verdict = compare_with_brute_force(model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size)
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
-    report = CheckReport(rows=(*isolation, *_norm_rows(verdict)), layout=verdict.layout)
+    report = CheckReport(rows=(*isolation, *_norm_rows(verdict)), layout=verdict.layout, moving=alone.moving)
     return report if report.passed else replace(report, layout=None)
 
 

@@ -129,6 +129,7 @@ class Contest:
             layout=self.reports[choice].layout,
             key=key,
             private=private,
+            moving=self.reports[choice].moving,
             on_step=None if on_step is None else lambda _step: on_step(),
         )
         score = self._scored(model, key=key, private=private)

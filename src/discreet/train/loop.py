@@ -308,6 +308,7 @@ def make_private(
             clipping=rule,
             layout=report.layout,
             microbatch=size,
+            moving=report.moving,
         )
         updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
         run.write("check.json", report.released())

@@ -14,6 +14,7 @@ from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import backward, open_book, settle
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError
+from discreet.train.stillness import still
 from discreet.train.updates import Updates
 
 
@@ -98,6 +99,7 @@ class MicrobatchLoader:
         batch = step.fetch(part)
         book = open_book(step.model, examples=len(part), layout=step.layout, clipping=step.clipping)
         with ExitStack() as stack:
+            stack.enter_context(still(step.model, moving=step.moving))
             stack.enter_context(guard(book))
             self._book, self._guarded = book, stack
             try:

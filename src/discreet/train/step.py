@@ -17,6 +17,7 @@ from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
 from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
+from discreet.train.stillness import still
 
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
@@ -48,7 +49,11 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class ClippedStep:
-    """What turns indices into a clipped sum: everything but the indices is fixed for the run."""
+    """What turns indices into a clipped sum: everything but the indices is fixed for the run.
+
+    Attributes:
+        moving: buffers that a forward may write (`discreet.train.check.CheckReport`); None: whatever it likes.
+    """
 
     model: nn.Module
     loss: LossFunction
@@ -57,6 +62,7 @@ class ClippedStep:
     clipping: Clipping
     layout: Layout | None
     microbatch: Microbatch
+    moving: tuple[str, ...] | None = ()
 
     def clipped_sum(self, indices: np.ndarray) -> ClippedSum:
         """The clipped sum over these examples, microbatch by microbatch; zeros when there are none.
@@ -65,7 +71,8 @@ class ClippedStep:
         none is counted twice, and the bits of the sum are a function of the batch and of the microbatch size alone.
         """
         forget_gradients(self.parameters)
-        return self.fitted(lambda: self._attempt(indices), realised=len(indices))
+        with still(self.model, moving=self.moving):
+            return self.fitted(lambda: self._attempt(indices), realised=len(indices))
 
     def fitted(self, attempt: Callable[[], ClippedSum], *, realised: int) -> ClippedSum:
         """What ``attempt`` makes of a whole batch; done again in half the microbatch for as long as memory runs out."""

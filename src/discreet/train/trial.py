@@ -117,6 +117,7 @@ def run_trial(
     layout: Layout | None,
     key: bytes,
     private: bool,
+    moving: tuple[str, ...] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> None:
     """Train ``model`` in place.
@@ -130,7 +131,8 @@ def run_trial(
         examples: N of them, as the schedule says.
         loss: per-example losses, shape (B,).
         layout: from the self-check, which the caller has run.
-        key: 32 bytes. private: whether it is secret.
+        key: 32 bytes. private: whether it is secret; otherwise a forward may write what it likes.
+        moving: buffers that a forward may write in any case, from the self-check.
         on_step: called with the number of steps done, after each.
 
     Raises:
@@ -150,6 +152,7 @@ def run_trial(
         clipping=clipping,
         layout=layout,
         microbatch=Microbatch(MICROBATCH),
+        moving=moving if private else None,
     )
     optimizer = _optimizer(recipe, list(parameters.values()))
     rates = RateControl(optimizer, recipe.learning_rate if recipe.decay else None, steps=schedule.steps)
