@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -214,6 +215,27 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Sequence[Mapping[str, object]]) -> str:
+    """The same means as one table for the documentation: accuracy, NLL, ECE for each data set; the best are bold."""
+    names = list(dict.fromkeys(str(row["data"]) for row in rows))
+    means = {name: _means(rows, name) for name in names}
+    lines = [
+        "| rule | " + " | ".join(f"{name}: accuracy | NLL | ECE" for name in names) + " |",
+        "|---|" + "---|---|---|" * len(names),
+    ]
+    for rule in RULES:
+        cells = [rule]
+        for name in names:
+            figures = means[name].get(rule, (0, math.nan, math.nan, math.nan))[1:]
+            best = [pick(found[at] for found in means[name].values()) for at, pick in ((1, max), (2, min), (3, min))]
+            cells += [
+                "" if math.isnan(value) else (f"**{value:.3f}**" if value == top else f"{value:.3f}").replace("0.", ".")
+                for value, top in zip(figures, best, strict=True)
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def verdict(name: str, means: Mapping[str, tuple[int, float, float, float]]) -> str:
     """The default against the best of the single rules, and against Abadi at a small bound."""
     others = {rule: found for rule, found in means.items() if rule not in (AUTO, PRIVATE_T)}
@@ -250,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rules", default=";".join(RULES), help="separated by semicolons")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/results/calibration.json"))
+    parser.add_argument("--markdown", action="store_true", help="print the table of the documentation instead")
     options = parser.parse_args(arguments)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     known = {(row["data"], row["rule"], row["seed"]) for row in rows}
@@ -266,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.out, json.dumps({"epsilon": EPSILON, "rows": rows}, indent=1) + "\n")
             print(rows[-1], flush=True)
-    print(table(rows))
+    print(markdown(rows) if options.markdown else table(rows))
     return 0
 
 

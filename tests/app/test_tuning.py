@@ -13,6 +13,7 @@ from discreet.app import tuning
 from discreet.app.cli import main
 from discreet.errors import ConfigError
 from discreet.privacy.ledger import Ledger
+from discreet.train.tempered import tempered_clipping
 
 
 def _table(path: Path, *, rows: int, seed: int) -> Path:
@@ -52,6 +53,14 @@ def test_tune_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str])
     assert record["test"]["accuracy"] > 0.6
     assert record["test"]["stamp"] == "NON-PRIVATE"
     assert "seconds" not in record
+    # The model that `discreet train` trains, and its probabilities are reported like those of one run.
+    assert record["model"]["tempered"] is True
+    plan = json.loads((workplace / "run" / "release" / "plan.json").read_text())
+    assert plan["clipping"] == tempered_clipping(record["examples"]).describe()
+    assert any("chosen from public facts alone" in note for note in plan["notes"])
+    calibration = json.loads((workplace / "run" / "release" / "calibration.json").read_text())
+    assert calibration["ece"] == record["test"]["ece"]
+    assert calibration["stamp"] == "NON-PRIVATE"
     spent = re.search(r"spends epsilon ([\d.]+)", err)
     assert spent is not None
     assert float(spent.group(1)) == pytest.approx(record["epsilon"], rel=1e-3)
@@ -61,6 +70,7 @@ def test_tune_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str])
     assert "best of a secret random number of runs" in json.loads(out)["statement"]
     page = (workplace / "run" / "release" / "report.html").read_text()
     assert "2.999" in page
+    assert "Can its probabilities be believed?" in page
     assert "The search: 2 runs expected" in page
     kinds = [record.kind for record in Ledger.read(workplace / "run" / "ledger.jsonl").records]
     assert kinds == ["open", "query", "query", "query", "close"]

@@ -32,6 +32,13 @@ def test_the_verdict_compares_means_with_the_best_of_each() -> None:
     )
 
 
+def test_the_table_of_the_documentation_has_the_means_and_marks_the_best() -> None:
+    lines = bench.markdown(ROWS).splitlines()
+    assert lines[2] == "| auto | .855 | **.310** | **.020** |"
+    assert f"| {bench.SMALL_R} | **.860** | .700 | .100 |" in lines
+    assert "| psac .1 |  |  |  |" in lines
+
+
 def test_a_private_temperature_is_compared_with_single_rules_and_is_none_itself() -> None:
     said = bench.table([*ROWS, _row(bench.PRIVATE_T, 0, 0.9, 0.30, 0.01)]).splitlines()[-1]
     assert "loses 0.50 points" in said

@@ -29,6 +29,7 @@ from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.loop import make_private
 from discreet.train.run import KEY, SEARCH, Run
 from discreet.train.search_state import SearchState
+from discreet.train.tempered import Tempered, tempered_clipping, tempered_cross_entropy
 from discreet.train.trial import Recipe
 from discreet.train.tune import Tuned, _uniform, tune
 from train import toys
@@ -437,6 +438,26 @@ def test_arguments_that_say_too_little_are_refused(tmp_path):
         tune(CHOICES, toys.data(), loss=toys.loss, score=PublicScore(_accuracy), run_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match="without run_dir"):
         tune(CHOICES, toys.data(), loss=toys.loss, score=PublicScore(_accuracy), epsilon=3.0, resume=True)
+
+
+def _tempered_build() -> nn.Module:
+    return Tempered(_build())
+
+
+def _tempered_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return tempered_cross_entropy(model, *batch) if isinstance(model, Tempered) else toys.loss(model, batch)
+
+
+def test_tempered_models_get_the_rule_that_they_need_and_are_refused_another(tmp_path):
+    tempered = Choice(name="tempered", build=_tempered_build, recipe=Recipe(0.01))
+    asked = {"loss": _tempered_loss, "score": PublicScore(_accuracy), "seed": 5, "batch_size": 30, "steps": 3}
+    tuned = tune((tempered,), toys.data(), epsilon=EPSILON, runs=2, run_dir=tmp_path / "run", **asked)
+    assert dict(tuned.plan.clipping) == tempered_clipping(toys.EXAMPLES).describe()
+    assert isinstance(tuned.model, Tempered)
+    for choices, options in (((tempered, CHOICES[0]), {}), ((tempered,), {"clipping": Clipping.automatic()})):
+        with pytest.raises(ConfigError, match="empered"):
+            tune(choices, toys.data(), epsilon=EPSILON, runs=2, run_dir=tmp_path / "other", **asked, **options)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_clipping_other_than_the_plans_is_refused(tmp_path):
