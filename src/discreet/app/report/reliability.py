@@ -71,7 +71,7 @@ def temperature_figure(record: Mapping[str, Any]) -> str:
         if abs(math.log(now[0])) < 0.05 and abs(math.log(best)) > 0.02:
             axes.plot(1.0, now[1], marker="o", markersize=6, color=ALARM, markeredgecolor=INK)
             won = "" if loss is None else f", {loss:.3g} nats above the best"
-            say(axes, f"as it is (T = 1){won}", at=(1.0, now[1]), shift=(6, 10), colour=ALARM)
+            say(axes, f"as it is (T = 1){won}", at=(1.0, now[1]), shift=(6, 48), colour=ALARM)
         ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20) if x[0] <= tick <= x[-1]]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
