@@ -1,0 +1,91 @@
+"""Half precision: what it is recognised by, and how the self-check compares models in it, where rounding hides much."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cases import Fn, loss
+from discreet.core import rules
+from discreet.core.precision import computes_narrowly, in_float32, widened
+from discreet.train.check import check
+
+B, D = 4, 6
+
+
+def _features(*shape: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {"x": torch.randn(B, *shape), "target": torch.randn(B)}
+
+
+def _model(f, **parts) -> nn.Module:
+    torch.manual_seed(1)
+    return Fn(f, **parts)
+
+
+def test_half_precision_is_seen_where_it_is_computed_in():
+    layer, x = nn.Linear(D, 2), torch.randn(B, D)
+
+    def mixed():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return layer(x).float().sum()
+
+    assert computes_narrowly(mixed)
+    assert computes_narrowly(lambda: x.half().float())
+    assert not computes_narrowly(lambda: F.gelu(layer(x)).double().sum())
+
+
+def test_the_copy_in_float32_shares_nothing_and_ties_what_was_tied():
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)).bfloat16()
+    model[1].weight = model[0].weight
+    twin = in_float32(model)
+    assert twin[1].weight is twin[0].weight
+    assert all(value.dtype is torch.float32 for value in twin.parameters())
+    with torch.no_grad():
+        twin[0].weight.zero_()
+    assert model[0].weight.abs().sum() > 0
+    assert {
+        key: value.dtype for key, value in widened({"a": torch.ones(1).half(), "b": torch.ones(1).int()}).items()
+    } == {
+        "a": torch.float32,
+        "b": torch.int32,
+    }
+
+
+class OtherKernels(nn.Module):
+    """Rounds as a GPU does, whose kernels change with the shape: alone, an example's outcome is a little different."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.01 if len(x) == 1 else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_that_change_with_the_batch_are_no_coupling_in_half_precision(dtype):
+    model = _model(lambda s, x: s.o(s.a(x)), a=nn.Linear(D, 2), o=OtherKernels()).to(dtype)
+    report = check(model, loss, {key: value.to(dtype) for key, value in _features(D).items()})
+    assert report.passed == (dtype is torch.bfloat16), report.table()
+
+
+@pytest.mark.parametrize("error", [1.0, 1.03])
+def test_a_rule_that_is_a_little_wrong_is_caught_in_half_precision(error, monkeypatch):
+    """Rounding of bfloat16 would hide it: norms are compared in float32 as well."""
+    before = rules.linear.Linear.weight_form
+
+    def wrong(self, grad, input, weight, examples):
+        return before(self, grad * error, input, weight, examples)
+
+    monkeypatch.setattr(rules.linear.Linear, "weight_form", wrong)
+    model = _model(lambda s, x: s.b(torch.tanh(s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 2)).bfloat16()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    report = check(model, loss, {key: value.bfloat16() for key, value in _features(3, D).items()})
+    assert report.passed == (error == 1.0), report.table()
+    assert all(value.dtype is torch.bfloat16 for value in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_asks_for_half_precision_itself_is_compared_in_it():
+    model = _model(lambda s, x: s.a(x.bfloat16()), a=nn.Linear(D, 2)).bfloat16()
+    report = check(model, loss, _features(3, D))
+    assert report.passed, report.table()
