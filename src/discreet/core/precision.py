@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 _PER_BACKEND = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 NARROW = (torch.bfloat16, torch.float16)
+NARROW_GAP = 5e-2
+"""How far two ways to one number may be apart where something is computed in half precision."""
 
 
 class _Watch(TorchDispatchMode):
@@ -78,3 +80,25 @@ def _ieee_products() -> Iterator[None]:
     finally:
         for setting, precision in zip(settings, kept, strict=True):
             setting.fp32_precision = precision
+
+
+def is_close(
+    found: Tensor, expected: Tensor, tolerance: float, *, noise: float = 0.0, above: float | None = None
+) -> bool:
+    """Equal within the tolerance, relative to the largest, and noise; NaN and infinity must be in the same places.
+
+    Args:
+        found, expected: what is compared.
+        tolerance: how far they may be apart.
+        noise: what is allowed besides.
+        above: how far ``found`` may be above, where that is not the tolerance.
+    """
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return False
+    if not bool(finite.any()):
+        return True
+    scale = expected[finite].abs().max().clamp(min=1e-12)
+    gap = found[finite] - expected[finite]
+    most = max(tolerance, above or 0.0)
+    return bool(((gap >= -tolerance * scale - noise) & (gap <= most * scale + noise)).all())

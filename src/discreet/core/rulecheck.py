@@ -14,11 +14,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import open_book
+from discreet.core.isolation import examine_isolation
 from discreet.core.layout import frozen_state, take
 from discreet.core.meeting import guard
 from discreet.core.parameter import Guarded, function_name
 from discreet.core.register import targets_of
-from discreet.core.selftest import compare_with_brute_force, examine_isolation
+from discreet.core.selftest import compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError
 
 Function = Callable[..., Any]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import LossFunction, trainable
+from discreet.core.isolation import examine_isolation
 from discreet.core.layout import awake
-from discreet.core.selftest import examine_isolation
 from discreet.errors import ConfigError
 
 SCORES = "scores"

@@ -16,7 +16,8 @@ from torch import nn
 from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, batch_size_of
-from discreet.core.selftest import IsolationVerdict, NormVerdict, compare_with_brute_force, examine_isolation
+from discreet.core.isolation import IsolationVerdict, examine_isolation
+from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
 
 

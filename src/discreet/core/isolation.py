@@ -1,0 +1,130 @@
+"""Does any example's loss, buffer or parameter depend on other examples? Asked of behaviour, not of class names.
+
+Shape legend: B = examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discreet.core.compiled import uncompiled
+from discreet.core.gradient import LossFunction, batch_size_of, check_losses, trainable
+from discreet.core.layout import SEED, awake, frozen_state, take
+from discreet.core.precision import NARROW_GAP, computes_narrowly, is_close
+
+
+@dataclass(frozen=True)
+class IsolationVerdict:
+    """Does any example's loss, or any buffer, depend on other examples?
+
+    Attributes:
+        by_substitution: no loss moved when another example of the batch was replaced.
+        by_removal: no loss moved when the others were removed (in evaluation mode when the model is stochastic).
+        buffers: names of buffers that a training forward changed in a way that depends on the data, and of parameters
+            that it wrote at all, frozen or not: both are released as they are.
+        moving: names of buffers that a training forward wrote, whatever the data were.
+    """
+
+    by_substitution: bool
+    by_removal: bool
+    buffers: tuple[str, ...]
+    moving: tuple[str, ...]
+
+
+@uncompiled()
+def examine_isolation(
+    model: nn.Module, loss: LossFunction, batch: Any, *, examples: int | None = None
+) -> IsolationVerdict:
+    """Replace and remove examples, and see whether losses of the others move. Behaviour decides, not class names.
+
+    Entries of parameters that begin at zero are something else meanwhile (`discreet.core.layout.awake`).
+    """
+    size = examples if examples is not None else batch_size_of(batch)
+    with awake(trainable(model)):
+        return _isolation(model, loss, batch, size)
+
+
+def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> IsolationVerdict:
+    reference = _losses(model, loss, batch, examples=size)
+    # Replacing changes no shape, so that losses of the others keep their bits; removing others changes the kernels.
+    exact = 16 * torch.finfo(reference.dtype).eps
+    tolerance = 1e-8 if reference.dtype is torch.float64 else 1e-4
+    if computes_narrowly(lambda: _losses(model, loss, batch, examples=size)):
+        tolerance = NARROW_GAP
+    by_substitution = True
+    buffers = _parameters_written(model, loss, batch)
+    state = _buffers_after(model, loss, batch)
+    for row in range(size):
+        rows = [other if other != row else (row + 1) % size for other in range(size)]
+        replaced = take(batch, rows, size)
+        others = [other for other in range(size) if other != row]
+        by_substitution &= is_close(_losses(model, loss, replaced, examples=size)[others], reference[others], exact)
+        after = _buffers_after(model, loss, replaced)
+        buffers |= {name for name, value in after.items() if not torch.equal(value, state[name])}
+    stochastic = not torch.equal(_losses(model, loss, batch, examples=size, seed=SEED + 1), reference)
+    training = {module: module.training for module in model.modules()}
+    try:
+        if stochastic:
+            model.eval()
+        by_removal = _survives_removal(model, loss, batch, size, tolerance)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    moving = tuple(sorted(_buffers_written(model, loss, batch)))
+    return IsolationVerdict(by_substitution, by_removal, tuple(sorted(buffers)), moving)
+
+
+def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: int, tolerance: float) -> bool:
+    reference = _losses(model, loss, batch, examples=size)
+    for row in range(size):
+        try:
+            alone = _losses(model, loss, take(batch, [row], size), examples=1)
+        except (ValueError, RuntimeError):
+            return False
+        if not is_close(alone, reference[row : row + 1], tolerance):
+            return False
+    return True
+
+
+def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, seed: int = SEED) -> Tensor:
+    with frozen_state(model, seed=seed), torch.no_grad():
+        losses = loss(model, batch)
+    check_losses(losses, examples=examples)
+    return losses.detach().clone()
+
+
+def _buffers_after(model: nn.Module, loss: LossFunction, batch: Any) -> dict[str, Tensor]:
+    with frozen_state(model), torch.enable_grad():  # as in training: a forward may ask whether it is
+        loss(model, batch)
+        return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def _parameters_written(model: nn.Module, loss: LossFunction, batch: Any) -> set[str]:
+    """Parameters that a forward writes, even past autograd. No copy is made: a frozen model may fill the memory."""
+    before = {name: (parameter, *_state_of(parameter)) for name, parameter in model.named_parameters()}
+    with frozen_state(model), torch.enable_grad():
+        loss(model, batch)
+    after = {name: (parameter, *_state_of(parameter)) for name, parameter in model.named_parameters()}
+    known = {name for name, state in after.items() if name in before and state[0] is before[name][0]}
+    return (before.keys() | after.keys()) - {name for name in known if after[name][1:] == before[name][1:]}
+
+
+def _buffers_written(model: nn.Module, loss: LossFunction, batch: Any) -> set[str]:
+    before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    with frozen_state(model), torch.enable_grad():
+        loss(model, batch)
+        after = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    known = {name for name, (buffer, _) in after.items() if name in before and buffer is before[name][0]}
+    return after.keys() - {name for name in known if after[name][1] == before[name][1]}
+
+
+def _state_of(parameter: Tensor) -> tuple[int, int]:
+    """How often it was written through torch, and the sum of its bits, which sees the other writes."""
+    if parameter.layout is not torch.strided or type(parameter.data) is not Tensor:
+        return parameter._version, 0
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(parameter.element_size(), torch.uint8)
+    return parameter._version, int(parameter.detach().flatten().view(bits).sum(dtype=torch.int64))
