@@ -17,9 +17,9 @@ from cases import CASES, Fn, loss, par
 from contracts.products import needs_triton
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient
-from discreet.core.kernels import dispatch
+from discreet.core.kernels import dispatch, processor
 from discreet.core.outer import Outer
-from discreet.core.route import ACCELERATOR, CPU, KERNELS, TENSOR_CORES, Cost, Route
+from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, TENSOR_CORES, Cost, Route
 from discreet.train.check import check
 from oracles import abadi, alone, flat, norms, relative_gap, rows, weighted
 
@@ -48,12 +48,30 @@ def used(monkeypatch) -> list[str]:
         yield called
 
 
-def test_on_a_cpu_no_kernel_is_used():
+def test_a_cpu_has_kernels_of_its_own_for_float32():
     value = torch.ones(2, 1, 20, 3)
-    assert not dispatch.suit(value)
+    assert dispatch.suit(value) == dispatch.suit(value, value) == processor._is_there()
     assert not dispatch.suit_sums(value.bfloat16())
-    assert not dispatch.suit(value.to("meta"))
-    assert dispatch.prices(value, value) == dispatch.plain_prices(value) == CPU
+    for other in (
+        value.bfloat16(),
+        value.double(),
+        value.to("meta"),
+        value[:0],
+        torch.complex(value, value).conj().imag,
+    ):
+        assert not dispatch.suit(other)
+    assert not dispatch.suit(*[value] * 17)
+    assert not dispatch.suit(value.expand(2, 1, 20, 3)[:, :, :1].expand(2, 1, 2049, 3))
+    assert dispatch.prices(value, value) == (PANELS if processor._is_there() else CPU)
+    assert dispatch.plain_prices(value) == CPU
+
+
+def test_without_compiled_code_everything_is_as_before(monkeypatch):
+    form = Outer(torch.randn(3, 1, 20, 40), torch.randn(3, 1, 20, 50), torch.Size((50, 40)))
+    compiled = form.quick_norm2()
+    monkeypatch.setattr(processor, "_is_there", lambda: False)
+    assert dispatch.prices(form.input, form.grad) == CPU
+    torch.testing.assert_close(form.quick_norm2(), compiled, rtol=1e-3, atol=0.0)
 
 
 @needs_triton
@@ -94,7 +112,7 @@ def test_an_old_triton_is_no_triton(version, found, monkeypatch):
     assert dispatch._found.__wrapped__() is found
 
 
-@pytest.mark.parametrize("prices", [CPU, ACCELERATOR, KERNELS, TENSOR_CORES])
+@pytest.mark.parametrize("prices", [CPU, PANELS, ACCELERATOR, KERNELS, TENSOR_CORES])
 @pytest.mark.parametrize("positions", [2, 128, 1024, 8192])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (768, 3072), (768, 50257)])
 def test_the_cheapest_route_is_taken(prices, positions, inputs, outputs):

@@ -72,7 +72,7 @@ class Outer(Form):
         if self.input.shape[2] > 1 and dispatch.suit(self.input, self.grad):
             if self.choice.route is Route.DIRECT:
                 return fused_direct_norm2(self.input, self.grad)
-            return fused_gram_norm2([self.input], [self.grad])
+            return dispatch.gram_norm2([self.input], [self.grad])
         parts = self._parts() if self.input.shape[2] > 1 else [self]
         return torch.cat([part._norm2(wide(part.input), wide(part.grad)) for part in parts])
 
@@ -195,16 +195,6 @@ def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, s
     """
     found = gram_products(inputs_BKSI, grads_BKSO)
     return _rounded_up(found, inputs_BKSI, grads_BKSO, taken=inputs_BKSI[0].dtype, summed=summed)
-
-
-def fused_gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> Tensor:
-    """`gram_norm2` by the kernel, of operands as they are stored.
-
-    Subnormal entries, which a tensor core may take for zero, are less than the squares that `rounded_up` looks for.
-    """
-    found = dispatch.gram_products(inputs_BKSI, grads_BKSO)
-    inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
-    return dispatch.rounded_gram(found, inputs=inputs, outputs=outputs)
 
 
 def _rounded_up(

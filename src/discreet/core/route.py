@@ -33,15 +33,19 @@ class Prices:
         move: the time that one kept number is written and read again.
         entry: the time of one entry of a Gram matrix: product, sum, shifted copy.
         direct: whether DIRECT may be had.
+        unfolded: whether the windows of an image have to be unfolded, and are multiplied whole.
     """
 
     move: float
     entry: float
     direct: bool = False
+    unfolded: bool = True
 
 
 CPU = Prices(move=60.0, entry=20.0)
-"""Measured on a CPU: 35 to 100 for ``move``."""
+"""Measured on a CPU, without kernels: 35 to 100 for ``move``."""
+PANELS = Prices(move=60.0, entry=35.0, unfolded=False)
+"""Kernels of a CPU, measured: half an entry's tile is made twice over, and packed, summed and multiplied once."""
 
 # NOT MEASURED, the next two: computed from the data sheet of an H100 (3.35 TB/s; 67 TFLOP/s in float32).
 ACCELERATOR = Prices(move=80.0, entry=150.0)
@@ -128,12 +132,15 @@ class WindowCost(Cost):
         """The cheapest route of a convolution."""
         channels = self.inputs // self.taps
         square = self.positions**2
+        booked = self.pixels * channels + self.positions * self.outputs
+        if not self.prices.unfolded:
+            gram = square * ((self.inputs + self.outputs) / 2 + self.prices.entry)
+            return _cheaper(self, booked, {Route.WINDOWS: gram})
         pixels = self.pixels**2 * (channels + self.prices.entry) + square * (
             self.outputs + self.taps * self.prices.entry
         )
         windows = square * (self.inputs + self.outputs + self.prices.entry)
         windows += self.positions * self.inputs * self.prices.move
-        booked = self.pixels * channels + self.positions * self.outputs
         return _cheaper(self, booked, {Route.PIXELS: pixels, Route.WINDOWS: windows})
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide, wide_dtype
 from discreet.core.kernels import dispatch
-from discreet.core.outer import Outer, Tied, fused_gram_norm2, gram_norm2, norm2_of_products
+from discreet.core.outer import Outer, Tied, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
 
 _SMALL, _SMALL_TOGETHER = 4096, 1 << 16
@@ -303,7 +303,7 @@ class Crossed(Part):
     def quick_norm2(self) -> Tensor:
         inputs, grads = self._operands()
         if dispatch.suit(*inputs, *grads):
-            return fused_gram_norm2(inputs, grads)
+            return dispatch.gram_norm2(inputs, grads)
         return self._norm2(wide)
 
     def norm2(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Per-example gradients of a convolution: sums of outer products over the windows of its input.
 
-Nothing is unfolded where that can be avoided. The gradient of all examples at once is that of one convolution whose
-groups are the examples (arXiv:1912.06015, section 3); the weighted sum is the library's own weight gradient of a scaled
-operand.
+Nothing is unfolded where that can be avoided: a processor's kernel reads windows where they lie in the image. Without
+one the gradient of all examples at once is that of one convolution whose groups are the examples (arXiv:1912.06015,
+section 3). The weighted sum is the library's own weight gradient of a scaled operand.
 
 Shape legend: B = examples, F = folds (images of one example), C = channels, K = groups, P = pixels of the padded input,
 S = output positions, T = taps of the kernel, I = C / K times T, O = outputs per group.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
 from discreet.core.kernels import dispatch
+from discreet.core.kernels.processor import Spread
 from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
 
@@ -66,14 +67,15 @@ class Windows(Form):
         folds, (outputs, channels, *kernel) = self.input.shape[1], self.value_shape
         taps = math.prod(kernel)
         padded = [size + 2 * pad for size, pad in zip(self.input.shape[3:], self.geometry.padding, strict=True)]
+        positions = folds * math.prod(self.grad.shape[3:])
         return WindowCost(
-            positions=folds * math.prod(self.grad.shape[3:]),
+            positions=positions,
             inputs=channels * taps,
             outputs=outputs // self.geometry.groups,
             examples=self.examples,
             pixels=folds * math.prod(padded),
             taps=taps,
-            prices=dispatch.plain_prices(self.input),
+            prices=dispatch.window_prices(self.input, self.grad, positions),
         ).choose()
 
     def rows(self, start: int, stop: int) -> Windows:
@@ -99,6 +101,8 @@ class Windows(Form):
             return self.norm2()
         if route is Route.PRODUCT:
             return self.unfolded().quick_norm2()
+        if route is Route.WINDOWS and self._suits_kernel:
+            return dispatch.windows_norm2(*self._spread())
         return torch.cat([part._gram_norm2(route) for part in self._parts()])
 
     def _gram_norm2(self, route: Route) -> Tensor:
@@ -148,11 +152,23 @@ class Windows(Form):
         )
 
     def _padded(self) -> Tensor:
+        if not any(self.geometry.padding):
+            return wide(self.input)  # to pad by nothing would copy
         ends = [size for pad in reversed(self.geometry.padding) for size in (pad, pad)]
         return F.pad(wide(self.input), ends)
 
     def unfolded(self) -> Outer:
         """The same with windows as positions: a strided view of the padded input, copied when it is used."""
+        windows, grads = self._spread()
+        examples, groups = windows.value.shape[:2]
+        operands = (
+            spread.value.reshape(examples, groups, math.prod(spread.value.shape[2 : 2 + spread.position_axes]), -1)
+            for spread in (windows, grads)
+        )
+        return Outer(*operands, self.value_shape)
+
+    def _spread(self) -> tuple[Spread, Spread]:
+        """Windows of the padded input, and the output gradients that they meet: views of both, nothing is copied."""
         padded, groups = self._padded().contiguous(), self.geometry.groups
         examples, folds, channels, *_ = padded.shape
         output, kernel = self.grad.shape[3:], self.value_shape[2:]
@@ -164,15 +180,16 @@ class Windows(Form):
             (examples, groups, folds, *output, per_group, *kernel),
             (row, per_group * channel, fold, *steps, channel, *taps),
         )
-        positions = folds * math.prod(output)
-        grad = self.grad.reshape(examples, folds, groups, self.value_shape[0] // groups, -1)
-        return Outer(
-            windows.reshape(examples, groups, positions, -1),
-            grad.permute(0, 2, 1, 4, 3).flatten(2, 3),
-            self.value_shape,
-        )
+        grads = self.grad.unflatten(2, (groups, self.value_shape[0] // groups)).movedim(1, 2).movedim(3, -1)
+        return Spread(windows, 1 + len(output)), Spread(grads, 1 + len(output))
+
+    @property
+    def _suits_kernel(self) -> bool:
+        return dispatch.suit_windows(self.input, self.grad)
 
     def per_example(self) -> Tensor:
+        if self._suits_kernel:
+            return dispatch.windows_products(*self._spread()).reshape(self.examples, *self.value_shape)
         if self.input.device.type != "cpu":
             return torch.cat([part.unfolded().per_example() for part in self._parts()])
         examples, folds = self.input.shape[:2]

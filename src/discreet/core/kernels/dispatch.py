@@ -1,7 +1,7 @@
-"""The one place where it is decided whether a kernel is used: by device, dtype, shape and whether Triton is installed.
+"""The one place where it is decided whether a kernel is used: by device, dtype, shape and what is installed.
 
-Never by data. What kernels replace is PyTorch's own arithmetic in `discreet.core.outer`, and draws that a processor
-would make and send. Triton is imported when it is first used, so `import discreet` needs none.
+Never by data. What kernels replace is PyTorch's own arithmetic in `discreet.core.outer` and `windows`, and
+draws that a processor would make and send. Triton is imported when it is first used, so `import discreet` needs none.
 
 Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
 """
@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from discreet.core.kernels import processor
+from discreet.core.kernels.processor import Spread
 from discreet.core.kernels.results import GramProducts, Squares
-from discreet.core.route import ACCELERATOR, CPU, KERNELS, TENSOR_CORES, Prices
+from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, TENSOR_CORES, Prices
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 _RUN = 16
@@ -25,7 +27,14 @@ _RUN = 16
 
 def suit(*operands: Tensor) -> bool:
     """Whether norms of these operands are taken by the kernels; decided from device, dtype and shape alone."""
-    return all(_on_accelerator(value) and value.dtype in _STORED and value.numel() for value in operands) and _found()
+    if all(_on_accelerator(value) for value in operands):
+        return all(value.dtype in _STORED and value.numel() for value in operands) and _found()
+    return processor.suit(*operands) and operands[0].shape[2] <= processor.MOST_POSITIONS
+
+
+def suit_windows(input: Tensor, grad: Tensor) -> bool:
+    """Whether the windows of an image are multiplied by a kernel, and need not be unfolded."""
+    return not _on_accelerator(input) and processor.suit(input, grad)
 
 
 def suit_sums(*operands: Tensor) -> bool:
@@ -35,14 +44,21 @@ def suit_sums(*operands: Tensor) -> bool:
 
 def prices(*operands: Tensor) -> Prices:
     """What the routes to a norm cost where these operands are."""
-    if suit(*operands):
-        return TENSOR_CORES if suit_sums(*operands) else KERNELS
-    return plain_prices(*operands)
+    if not suit(*operands):
+        return plain_prices(*operands)
+    if not _on_accelerator(operands[0]):
+        return PANELS
+    return TENSOR_CORES if suit_sums(*operands) else KERNELS
 
 
 def plain_prices(*operands: Tensor) -> Prices:
     """The same without kernels."""
     return ACCELERATOR if any(_on_accelerator(value) for value in operands) else CPU
+
+
+def window_prices(input: Tensor, grad: Tensor, positions: int) -> Prices:
+    """The same for the windows of an image."""
+    return PANELS if suit_windows(input, grad) and positions <= processor.MOST_POSITIONS else plain_prices(input)
 
 
 def draw(*values: Tensor) -> bool:
@@ -68,6 +84,20 @@ def add_noise(
     noise.add(stretches, share=share)
 
 
+def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> Tensor:
+    """`discreet.core.outer.gram_norm2` by a kernel, of operands as they are stored; (B,), float64.
+
+    Subnormal entries, which a tensor core may take for zero, are less than the squares that are looked for there.
+    """
+    if not _on_accelerator(inputs_BKSI[0]):
+        return processor.gram_norm2(*([Spread(value) for value in values] for values in (inputs_BKSI, grads_BKSO)))
+    from discreet.core.kernels import rounding
+
+    found = gram_products(inputs_BKSI, grads_BKSO)
+    inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
+    return rounding.gram_norm2(found, inputs=inputs, outputs=outputs)
+
+
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
     """``<input input^T, grad grad^T>`` per example; several operands stand for all their pairs."""
     from discreet.core.kernels import gram
@@ -82,18 +112,21 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
     return direct.product_squares(input_BKSI, grad_BKSO)
 
 
-def rounded_gram(found: GramProducts, *, inputs: int, outputs: int) -> Tensor:
-    """Squared norms with the bound on their rounding added, (B,), float64."""
-    from discreet.core.kernels import rounding
-
-    return rounding.gram_norm2(found, inputs=inputs, outputs=outputs)
-
-
 def rounded_direct(found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, inputs: int, outputs: int) -> Tensor:
-    """The same for `product_squares`, from the lengths of the positions."""
+    """What `product_squares` found, with the bound on its rounding added; (B,), float64."""
     from discreet.core.kernels import rounding
 
     return rounding.direct_norm2(found, input_BKS, grad_BKS, inputs=inputs, outputs=outputs)
+
+
+def windows_norm2(windows: Spread, grads: Spread) -> Tensor:
+    """`gram_norm2` of the windows of an image, which are not unfolded; (B,), float64."""
+    return processor.gram_norm2([windows], [grads])
+
+
+def windows_products(windows: Spread, grads: Spread) -> Tensor:
+    """``grad^T input`` per example, (B, K, O, I), float32, of the windows of an image."""
+    return processor.products(windows, grads)
 
 
 def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:

@@ -1,0 +1,453 @@
+/* Sums of outer products, example by example: the products that processor.py describes.
+ *
+ * Operands are packed into panels: for each index that is summed over, sixteen numbers that lie side by side. A tile of
+ * sixteen by sixteen products is then made in registers, a vector of one panel times each number of another.
+ *
+ * Numbers are summed in runs of 32, the runs of a block in float32, and blocks in double precision.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define HAS_PANELS 1
+#else
+#define HAS_PANELS 0
+#endif
+
+#if HAS_PANELS
+
+enum { LANES = 16, TILE = LANES * LANES, RUN = 32, BLOCK = 256, MOST_OPERANDS = 16, LINE = 4 * LANES };
+
+typedef float vector_16 __attribute__((vector_size(64), may_alias)), vector_8 __attribute__((vector_size(32), may_alias));
+typedef int32_t picked_16 __attribute__((vector_size(64))), picked_8 __attribute__((vector_size(32)));
+
+/* A matrix for each example and group: element (row, column) lies at rows[row] + columns[column]. */
+typedef struct {
+    const float *data;
+    Py_ssize_t example, group, width;
+    const int64_t *rows, *columns;
+} operand;
+
+/* Everything below is compiled for each kind of processor, with as many rows at once as its registers hold. */
+#define FOR(kind) __attribute__((target("arch=" kind)))
+#define ALIGNED __attribute__((aligned(64)))
+
+static inline int consecutive(const int64_t *places, int count)
+{
+    int same = 1;
+    for (int i = 1; i < count; i++)
+        same &= places[i] == places[0] + i;
+    return same;
+}
+
+/* How many of sixteen places lie side by side, again and again: 16, 8, 4, or 1 for none. */
+static inline int side_by_side(const int64_t *places)
+{
+    for (int run = LANES; run >= 4; run /= 2) {
+        int same = 1;
+        for (int start = 0; start < LANES; start += run)
+            same &= consecutive(places + start, run);
+        if (same)
+            return run;
+    }
+    return 1;
+}
+
+#define LOWER(w, d, l) ((l) & (d) ? (w) + (l) - (d) : (l))
+#define UPPER(w, d, l) ((l) & (d) ? (w) + (l) : (l) + (d))
+#define FOUR(which, w, d, l) which(w, d, l), which(w, d, (l) + 1), which(w, d, (l) + 2), which(w, d, (l) + 3)
+#define EVERY_8(which, d) {FOUR(which, 8, d, 0), FOUR(which, 8, d, 4)}
+#define EVERY_16(which, d) {FOUR(which, 16, d, 0), FOUR(which, 16, d, 4), FOUR(which, 16, d, 8), FOUR(which, 16, d, 12)}
+#define EXCHANGE(W, d)                                                                          \
+    for (int r = 0; r < W; r++)                                                                 \
+        if (!(r & (d))) {                                                                       \
+            vector_##W one = row[r], other = row[r + (d)];                                      \
+            row[r] = __builtin_shuffle(one, other, (picked_##W)EVERY_##W(LOWER, d));            \
+            row[r + (d)] = __builtin_shuffle(one, other, (picked_##W)EVERY_##W(UPPER, d));      \
+        }
+
+/* tile[r][l] = sum over i of one[i][r] * other[i][l], for N rows, by vectors of W numbers; WAYS sums side by side hide
+ * the time that an addition takes. */
+#define DEFINE_TILE(KIND, W, N, WAYS)                                                                       \
+    FOR(KIND) static void tile_##N##_##W(const float *one, const float *other, Py_ssize_t depth, float *tile) \
+    {                                                                                                       \
+        enum { VECTORS = LANES / W };                                                                       \
+        vector_##W total[N][VECTORS] = {{{0}}};                                                             \
+        for (Py_ssize_t start = 0; start < depth; start += RUN) {                                           \
+            Py_ssize_t stop = start + RUN < depth ? start + RUN : depth, i = start;                         \
+            vector_##W sum[WAYS][N][VECTORS] = {{{{0}}}};                                                   \
+            for (; i + WAYS <= stop; i += WAYS)                                                             \
+                for (int way = 0; way < WAYS; way++)                                                        \
+                    for (int v = 0; v < VECTORS; v++) {                                                     \
+                        vector_##W right = *(const vector_##W *)(other + (i + way) * LANES + v * W);        \
+                        for (int r = 0; r < N; r++)                                                         \
+                            sum[way][r][v] += one[(i + way) * LANES + r] * right;                           \
+                    }                                                                                       \
+            for (; i < stop; i++)                                                                           \
+                for (int v = 0; v < VECTORS; v++) {                                                         \
+                    vector_##W right = *(const vector_##W *)(other + i * LANES + v * W);                    \
+                    for (int r = 0; r < N; r++)                                                             \
+                        sum[0][r][v] += one[i * LANES + r] * right;                                         \
+                }                                                                                           \
+            for (int way = 0; way < WAYS; way++)                                                            \
+                for (int r = 0; r < N; r++)                                                                 \
+                    for (int v = 0; v < VECTORS; v++)                                                       \
+                        total[r][v] += sum[way][r][v];                                                      \
+        }                                                                                                   \
+        for (int r = 0; r < N; r++)                                                                         \
+            for (int v = 0; v < VECTORS; v++)                                                               \
+                *(vector_##W *)(tile + r * LANES + v * W) = total[r][v];                                    \
+    }
+
+/* Sixteen numbers of one index, in pieces that lie side by side. */
+static inline void copied(const float *data, const int64_t *lanes, int run, float *to)
+{
+    if (run == 16)
+        memcpy(to, data + lanes[0], 16 * sizeof(float));
+    else if (run == 8)
+        for (int lane = 0; lane < LANES; lane += 8)
+            memcpy(to + lane, data + lanes[lane], 8 * sizeof(float));
+    else
+        for (int lane = 0; lane < LANES; lane += 4)
+            memcpy(to + lane, data + lanes[lane], 4 * sizeof(float));
+}
+
+#define TURN_16 EXCHANGE(16, 8) EXCHANGE(16, 4) EXCHANGE(16, 2) EXCHANGE(16, 1)
+#define TURN_8 EXCHANGE(8, 4) EXCHANGE(8, 2) EXCHANGE(8, 1)
+
+#define DEFINE(KIND, W, WIDEST)                                                                                        \
+DEFINE_TILE(KIND, W, 8, 1)                                                                                             \
+DEFINE_TILE(KIND, W, 4, 1)                                                                                             \
+DEFINE_TILE(KIND, W, 2, 2)                                                                                             \
+DEFINE_TILE(KIND, W, 1, 4)                                                                                             \
+                                                                                                                       \
+FOR(KIND) static void tile_##W(const float *one, const float *other, Py_ssize_t depth, int rows, float *tile)          \
+{                                                                                                                      \
+    int r = 0;                                                                                                         \
+    for (; WIDEST == 8 && r + 8 <= rows; r += 8)                                                                       \
+        tile_8_##W(one + r, other, depth, tile + r * LANES);                                                           \
+    for (; r + 4 <= rows; r += 4)                                                                                      \
+        tile_4_##W(one + r, other, depth, tile + r * LANES);                                                           \
+    for (; r + 2 <= rows; r += 2)                                                                                      \
+        tile_2_##W(one + r, other, depth, tile + r * LANES);                                                           \
+    for (; r < rows; r++)                                                                                              \
+        tile_1_##W(one + r, other, depth, tile + r * LANES);                                                           \
+}                                                                                                                      \
+                                                                                                                       \
+/* panel[i][l] = data[lanes[l] + i], for i and l of 0 to 15: squares of W numbers turned over in registers. */         \
+FOR(KIND) static void turned_##W(const float *data, const int64_t *lanes, float *panel)                                \
+{                                                                                                                      \
+    for (int lane = 0; lane < LANES; lane += W)                                                                        \
+        for (int i = 0; i < LANES; i += W) {                                                                           \
+            vector_##W row[W];                                                                                         \
+            for (int r = 0; r < W; r++)                                                                                \
+                memcpy(&row[r], data + lanes[lane + r] + i, sizeof row[r]);                                            \
+            TURN_##W                                                                                                   \
+            for (int r = 0; r < W; r++)                                                                                \
+                memcpy(panel + (i + r) * LANES + lane, &row[r], sizeof row[r]);                                        \
+        }                                                                                                              \
+}                                                                                                                      \
+                                                                                                                       \
+/* panel[i][l] = data[lanes[l] + depths[i]], zero for absent lanes. */                                                 \
+FOR(KIND) static void pack_##W(const float *data, const int64_t *lanes, Py_ssize_t count, const int64_t *depths,       \
+                               Py_ssize_t depth, float *panel)                                                         \
+{                                                                                                                      \
+    if (count < LANES) {                                                                                               \
+        memset(panel, 0, depth * LANES * sizeof(float));                                                               \
+        for (Py_ssize_t lane = 0; lane < count; lane++)                                                                \
+            for (Py_ssize_t i = 0; i < depth; i++)                                                                     \
+                panel[i * LANES + lane] = data[lanes[lane] + depths[i]];                                               \
+        return;                                                                                                        \
+    }                                                                                                                  \
+    const int run = side_by_side(lanes);                                                                               \
+    if (run > 1)                                                                                                       \
+        for (Py_ssize_t i = 0; i < depth; i++)                                                                         \
+            copied(data + depths[i], lanes, run, panel + i * LANES);                                                   \
+    for (Py_ssize_t i = 0; run == 1 && i < depth;)                                                                     \
+        if (i + LANES <= depth && consecutive(depths + i, LANES)) {                                                    \
+            turned_##W(data + depths[i], lanes, panel + i * LANES);                                                    \
+            i += LANES;                                                                                                \
+        } else {                                                                                                       \
+            for (int lane = 0; lane < LANES; lane++)                                                                   \
+                panel[i * LANES + lane] = data[lanes[lane] + depths[i]];                                               \
+            i++;                                                                                                       \
+        }                                                                                                              \
+}                                                                                                                      \
+                                                                                                                       \
+/* total += tile, in double precision. */                                                                              \
+FOR(KIND) static void add_##W(const float *tile, int rows, int first, double *total)                                   \
+{                                                                                                                      \
+    if (first)                                                                                                         \
+        for (int i = 0; i < rows * LANES; i++)                                                                         \
+            total[i] = tile[i];                                                                                        \
+    else                                                                                                               \
+        for (int i = 0; i < rows * LANES; i++)                                                                         \
+            total[i] += tile[i];                                                                                       \
+}                                                                                                                      \
+                                                                                                                       \
+FOR(KIND) static double met_##W(const double *one, const double *other, int rows)                                      \
+{                                                                                                                      \
+    double sums[LANES] = {0}, sum = 0;                                                                                 \
+    for (int r = 0; r < rows; r++)                                                                                     \
+        for (int lane = 0; lane < LANES; lane++)                                                                       \
+            sums[lane] += one[r * LANES + lane] * other[r * LANES + lane];                                             \
+    for (int lane = 0; lane < LANES; lane++)                                                                           \
+        sum += sums[lane];                                                                                             \
+    return sum;                                                                                                        \
+}
+
+DEFINE("x86-64-v4", 16, 8)
+DEFINE("x86-64-v3", 8, 4)
+
+typedef struct {
+    void (*tile)(const float *, const float *, Py_ssize_t, int, float *);
+    void (*pack)(const float *, const int64_t *, Py_ssize_t, const int64_t *, Py_ssize_t, float *);
+    void (*add)(const float *, int, int, double *);
+    double (*met)(const double *, const double *, int);
+} instructions;
+
+static const instructions WIDE = {tile_16, pack_16, add_16, met_16}, NARROW = {tile_8, pack_8, add_8, met_8};
+
+/* The best that this processor has, or none. */
+static const instructions *found(void)
+{
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq"))
+        return &WIDE;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &NARROW : NULL;
+}
+
+static inline Py_ssize_t panels_of(Py_ssize_t lanes)
+{
+    return (lanes + LANES - 1) / LANES;
+}
+
+static inline int rows_of(Py_ssize_t panel, Py_ssize_t lanes)
+{
+    return (int)(lanes - panel * LANES < LANES ? lanes - panel * LANES : LANES);
+}
+
+/* The lower half of the sum of the Gram matrices of some operands, tile by tile. */
+static void gram(const instructions *use, const operand *operands, int count, Py_ssize_t example, Py_ssize_t group,
+                 Py_ssize_t positions, float *panels, double *tiles)
+{
+    const Py_ssize_t all = panels_of(positions);
+    int first = 1;
+    for (const operand *one = operands; one < operands + count; one++) {
+        const float *data = one->data + example * one->example + group * one->group;
+        for (Py_ssize_t start = 0; start < one->width; start += BLOCK) {
+            Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
+            for (Py_ssize_t p = 0; p < all; p++)
+                use->pack(data, one->rows + p * LANES, rows_of(p, positions), one->columns + start, depth,
+                          panels + p * LANES * depth);
+            double *total = tiles;
+            for (Py_ssize_t q = 0; q < all; q++)
+                for (Py_ssize_t p = q; p < all; p++, total += TILE) {
+                    ALIGNED float tile[TILE];
+                    int rows = rows_of(p, positions);
+                    use->tile(panels + p * LANES * depth, panels + q * LANES * depth, depth, rows, tile);
+                    use->add(tile, rows, first, total);
+                }
+            first = 0;
+        }
+    }
+}
+
+/* What outer.py's rounded_up does to a sum of Gram products. */
+typedef struct {
+    double met2, input2, grad2, input_sum, grad_sum;
+} lengths;
+
+static double rounded_up(double total, const lengths *l, double inputs, double outputs, double rounding)
+{
+    const double eps = 0x1p-23, tiny = 0x1p-126, most = (2 - 0x1p-23) * 0x1p127;
+    double exact = (total < 0 ? 0 : total) + rounding * eps * l->met2;
+    double hidden = tiny * (outputs * l->input_sum * l->input_sum + inputs * l->grad_sum * l->grad_sum);
+    if (l->input2 > most / 256 || l->grad2 > most / 256)
+        return INFINITY;
+    return hidden > 1e-7 * exact + 1e-24 ? NAN : exact;
+}
+
+/* Lengths of positions from the diagonals of two Gram matrices; what is not a number has to stay so. */
+static void measure(const double *inputs, const double *grads, Py_ssize_t positions, lengths *l)
+{
+    const Py_ssize_t all = panels_of(positions);
+    double met = 0;
+    for (Py_ssize_t q = 0; q < all; q++) {
+        for (int r = 0; r < rows_of(q, positions); r++) {
+            double one = inputs[r * LANES + r], two = grads[r * LANES + r];
+            double input = sqrt(one < 0 ? 0 : one), grad = sqrt(two < 0 ? 0 : two);
+            met += input * grad;
+            l->input2 += one, l->grad2 += two, l->input_sum += input, l->grad_sum += grad;
+        }
+        inputs += (all - q) * TILE, grads += (all - q) * TILE;
+    }
+    l->met2 += met * met;
+}
+
+typedef struct {
+    const instructions *use;
+    operand inputs[MOST_OPERANDS], grads[MOST_OPERANDS];
+    int input_count, grad_count;
+    Py_ssize_t start, stop, groups, positions;
+} problem;
+
+static int gram_norm2(const problem *all, double rounding, double *norm2)
+{
+    const Py_ssize_t count = panels_of(all->positions), tiles = count * (count + 1) / 2;
+    double inputs = 0, outputs = 0;
+    for (int i = 0; i < all->input_count; i++)
+        inputs += all->inputs[i].width;
+    for (int i = 0; i < all->grad_count; i++)
+        outputs += all->grads[i].width;
+    float *panels = aligned_alloc(LINE, count * BLOCK * LINE);
+    double *input = aligned_alloc(LINE, tiles * TILE * sizeof(double));
+    double *grad = aligned_alloc(LINE, tiles * TILE * sizeof(double));
+    const int fits = panels && input && grad;
+    for (Py_ssize_t example = all->start; fits && example < all->stop; example++) {
+        lengths l = {0};
+        double total = 0;
+        for (Py_ssize_t group = 0; group < all->groups; group++) {
+            gram(all->use, all->inputs, all->input_count, example, group, all->positions, panels, input);
+            gram(all->use, all->grads, all->grad_count, example, group, all->positions, panels, grad);
+            Py_ssize_t at = 0;
+            for (Py_ssize_t q = 0; q < count; q++)
+                for (Py_ssize_t p = q; p < count; p++, at += TILE)
+                    total += (p == q ? 1 : 2) * all->use->met(input + at, grad + at, rows_of(p, all->positions));
+            measure(input, grad, all->positions, &l);
+        }
+        norm2[example] = rounded_up(total, &l, inputs, outputs, rounding);
+    }
+    free(panels), free(input), free(grad);
+    return fits;
+}
+
+/* out[example][group] = grad^T input, positions in blocks: the panels of one stay in the cache. */
+static int products(const problem *all, float *out)
+{
+    const operand *input = all->inputs, *grad = all->grads;
+    const Py_ssize_t across = panels_of(input->width), down = panels_of(grad->width);
+    float *panels = aligned_alloc(LINE, (across + down) * BLOCK * LINE);
+    for (Py_ssize_t at = all->start * all->groups; panels && at < all->stop * all->groups; at++) {
+        const Py_ssize_t example = at / all->groups, group = at % all->groups;
+        const float *left = grad->data + example * grad->example + group * grad->group;
+        const float *right = input->data + example * input->example + group * input->group;
+        float *to = out + at * grad->width * input->width;
+        for (Py_ssize_t start = 0; start < all->positions; start += BLOCK) {
+            Py_ssize_t depth = all->positions - start < BLOCK ? all->positions - start : BLOCK;
+            float *rights = panels + down * LANES * depth;
+            for (Py_ssize_t p = 0; p < down; p++)
+                all->use->pack(left, grad->columns + p * LANES, rows_of(p, grad->width), grad->rows + start, depth,
+                               panels + p * LANES * depth);
+            for (Py_ssize_t p = 0; p < across; p++)
+                all->use->pack(right, input->columns + p * LANES, rows_of(p, input->width), input->rows + start, depth,
+                               rights + p * LANES * depth);
+            for (Py_ssize_t q = 0; q < across; q++)
+                for (Py_ssize_t p = 0; p < down; p++) {
+                    ALIGNED float tile[TILE];
+                    const int rows = rows_of(p, grad->width), lanes = rows_of(q, input->width);
+                    all->use->tile(panels + p * LANES * depth, rights + q * LANES * depth, depth, rows, tile);
+                    for (int r = 0; r < rows; r++) {
+                        float *line = to + (p * LANES + r) * input->width + q * LANES;
+                        for (int lane = 0; lane < lanes; lane++)
+                            line[lane] = (start ? line[lane] : 0) + tile[r * LANES + lane];
+                    }
+                }
+        }
+    }
+    const int fits = panels != NULL;
+    free(panels);
+    return fits;
+}
+
+/* Operands come as (address, stride of examples, stride of groups, width, addresses of the places of rows and columns). */
+static int read_operands(PyObject *list, operand *to, int *count)
+{
+    Py_ssize_t size = PyTuple_Check(list) ? PyTuple_GET_SIZE(list) : -1;
+    if (size < 1 || size > MOST_OPERANDS) {
+        PyErr_Format(PyExc_ValueError, "operands: a tuple of 1 to %d", MOST_OPERANDS);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < size; i++) {
+        Py_ssize_t data, rows, columns;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "nnnnnn", &data, &to[i].example, &to[i].group, &to[i].width,
+                              &rows, &columns))
+            return 0;
+        to[i].data = (const float *)data, to[i].rows = (const int64_t *)rows, to[i].columns = (const int64_t *)columns;
+    }
+    *count = (int)size;
+    return 1;
+}
+
+static int read_problem(PyObject *inputs, PyObject *grads, int narrow, problem *all)
+{
+    all->use = narrow ? &NARROW : found();
+    if (found() == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "this processor has no vectors of eight numbers: is_there() says so");
+        return 0;
+    }
+    return read_operands(inputs, all->inputs, &all->input_count) && read_operands(grads, all->grads, &all->grad_count);
+}
+
+static PyObject *call(PyObject *arguments, int squared)
+{
+    PyObject *inputs, *grads;
+    problem all;
+    double rounding;
+    Py_ssize_t out;
+    int narrow, fits;
+    if (!PyArg_ParseTuple(arguments, "OOnnnndnp", &inputs, &grads, &all.groups, &all.positions, &all.start, &all.stop,
+                          &rounding, &out, &narrow)
+        || !read_problem(inputs, grads, narrow, &all))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    fits = squared ? gram_norm2(&all, rounding, (double *)out) : products(&all, (float *)out);
+    Py_END_ALLOW_THREADS
+    if (!fits)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+#endif
+
+static PyObject *is_there(PyObject *module, PyObject *none)
+{
+#if HAS_PANELS
+    return PyBool_FromLong(found() != NULL);
+#else
+    Py_RETURN_FALSE;
+#endif
+}
+
+#if HAS_PANELS
+static PyObject *call_gram(PyObject *module, PyObject *arguments)
+{
+    return call(arguments, 1);
+}
+
+static PyObject *call_products(PyObject *module, PyObject *arguments)
+{
+    return call(arguments, 0);
+}
+#endif
+
+static PyMethodDef methods[] = {
+    {"is_there", is_there, METH_NOARGS, "Whether this processor has the vectors that the others need."},
+#if HAS_PANELS
+    {"gram_norm2", call_gram, METH_VARARGS, "Squared norms by Gram matrices."},
+    {"products", call_products, METH_VARARGS, "Products for each example."},
+#endif
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_panels", NULL, 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__panels(void)
+{
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,178 @@
+"""The kernels of a processor, in compiled C: operands are read where they lie, and no Gram matrix is held whole.
+
+`_panels.c` packs sixteen positions (or features) side by side and multiplies tiles of sixteen by sixteen in registers,
+on processors with AVX2 or AVX-512. Sums are float32 in runs of 32, whose blocks meet in float64. Threads are those of
+PyTorch's own operations, and each has examples of its own: no number depends on how many there are.
+
+Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from discreet.core import team
+
+try:
+    from discreet.core.kernels import _panels as _compiled
+except ImportError:
+    _compiled = None
+
+MOST_POSITIONS = 2048
+"""The tiles of both Gram matrices of one example, 8 bytes a number, are held at once: 32 MiB for each thread."""
+_MOST_OPERANDS = 16
+_RUN, _BLOCK = 32, 256
+_ALONE = 1 << 18
+"""Multiply-adds that take no longer than it takes to wake a second thread."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An operand whose positions or features lie along several axes, such as the windows of an image.
+
+    Attributes:
+        value: float32, (B, K, axes of positions, axes of features), with any strides.
+        position_axes: how many axes are those of positions.
+    """
+
+    value: Tensor
+    position_axes: int = 1
+
+    @property
+    def positions(self) -> int:
+        """S."""
+        return self._rows.numel()
+
+    @property
+    def width(self) -> int:
+        """I or O."""
+        return self._columns.numel()
+
+    @functools.cached_property  # kept here: the compiled code is told their addresses
+    def _rows(self) -> Tensor:
+        return _places(*self._axes(2, 2 + self.position_axes))
+
+    @functools.cached_property
+    def _columns(self) -> Tensor:
+        return _places(*self._axes(2 + self.position_axes, self.value.dim()))
+
+    def _axes(self, start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(self.value.shape[start:stop]), self.value.stride()[start:stop]
+
+    def described(self) -> tuple[int, ...]:
+        """What the compiled code reads; valid while this lives."""
+        example, group, *_ = self.value.stride()
+        return (self.value.data_ptr(), example, group, self.width, self._rows.data_ptr(), self._columns.data_ptr())
+
+
+@functools.lru_cache(maxsize=256)
+def _places(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Where the elements of some axes lie, in numbers from the first; int64."""
+    places = torch.zeros(1, dtype=torch.int64)
+    for size, stride in zip(sizes, strides, strict=True):
+        places = (places.unsqueeze(1) + torch.arange(size) * stride).flatten()
+    return places
+
+
+def suit(*operands: Tensor) -> bool:
+    """Whether these operands are plain float32 tensors of a processor that the compiled code was built for."""
+    return len(operands) <= _MOST_OPERANDS and all(_is_plain(value) for value in operands) and _is_there()
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Not those that stand in for others (when a compiler traces, or inside a transform): they have no memory."""
+    return (
+        type(value) is Tensor
+        and value.device.type == "cpu"
+        and value.dtype is torch.float32
+        and value.layout is torch.strided
+        and value.numel() > 0
+        and not value.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+@functools.cache
+def _is_there() -> bool:
+    return _compiled is not None and _compiled.is_there()
+
+
+def gram_norm2(inputs: Sequence[Spread], grads: Sequence[Spread]) -> Tensor:
+    """``<input input^T, grad grad^T>`` per example, rounded up as in `discreet.core.outer.rounded_up`; (B,), float64.
+
+    Args:
+        inputs, grads: operands of one (B, K, S); several stand for all their pairs.
+    """
+    return gram_totals(inputs, grads, rounding=4 + gram_spacings(inputs, grads))
+
+
+def gram_spacings(inputs: Sequence[Spread], grads: Sequence[Spread]) -> float:
+    """Bound on the error of their products, in spacings of ``(sum_s |input_s| |grad_s|)^2``."""
+    return sum(_spacings(operand.width) for operand in (*inputs, *grads))
+
+
+def gram_totals(inputs: Sequence[Spread], grads: Sequence[Spread], *, rounding: float, narrow: bool = False) -> Tensor:
+    """`gram_norm2`, with as many spacings added for rounding; (B,), float64.
+
+    Args:
+        inputs, grads: as there.
+        rounding: in spacings of ``(sum_s |input_s| |grad_s|)^2``.
+        narrow: use AVX2 where AVX-512 may be had.
+    """
+    examples = inputs[0].value.shape[0]
+    norm2_B = torch.empty(examples, dtype=torch.float64)
+    widths = [sum(operand.width for operand in operands) for operands in (inputs, grads)]
+    work = inputs[0].value.shape[1] * inputs[0].positions ** 2 * sum(widths) // 2
+    _shared_out(_compiled.gram_norm2, inputs, grads, out=norm2_B, work=work, rounding=rounding, narrow=narrow)
+    return norm2_B
+
+
+def products(input: Spread, grad: Spread, *, narrow: bool = False) -> Tensor:
+    """``grad^T input`` per example, (B, K, O, I), float32.
+
+    Args:
+        input, grad: operands of one (B, K, S).
+        narrow: use AVX2 where AVX-512 may be had.
+    """
+    examples, groups = input.value.shape[:2]
+    out = torch.empty(examples, groups, grad.width, input.width)
+    work = groups * input.positions * out.shape[2] * out.shape[3]
+    _shared_out(_compiled.products, [input], [grad], out=out, work=work, rounding=0.0, narrow=narrow)
+    return out
+
+
+def _spacings(width: int) -> float:
+    """Half a spacing of each of the additions that follow one another: of a run, and of the runs of a block."""
+    return min(width, _RUN) / 2 + -(-min(width, _BLOCK) // _RUN) / 2
+
+
+def _shared_out(
+    kernel: Callable[..., None],
+    inputs: Sequence[Spread],
+    grads: Sequence[Spread],
+    *,
+    out: Tensor,
+    work: int,
+    rounding: float,
+    narrow: bool,
+) -> None:
+    """Run a kernel, with as many examples for each thread.
+
+    Args:
+        work: multiply-adds of one example.
+    """
+    examples, groups = inputs[0].value.shape[:2]
+    threads = max(1, min(torch.get_num_threads(), examples, examples * work // _ALONE))
+    edges = [examples * thread // threads for thread in range(threads + 1)]
+    described = [tuple(operand.described() for operand in operands) for operands in (inputs, grads)]
+
+    def some(share: tuple[int, int]) -> None:
+        kernel(*described, groups, inputs[0].positions, *share, rounding, out.data_ptr(), narrow)
+
+    team.for_each(some, list(itertools.pairwise(edges)))

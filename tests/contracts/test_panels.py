@@ -1,0 +1,116 @@
+"""The compiled products of a processor keep the contract of products, with either kind of vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from contracts.products import EPS, ProductContract, draw, each, met, pair
+from discreet.core.forms import wide
+from discreet.core.kernels import processor
+from discreet.core.kernels.processor import Spread
+from discreet.core.route import Route, forced
+from discreet.core.windows import Geometry, Windows
+
+pytestmark = pytest.mark.skipif(not processor._is_there(), reason="no compiled products for this processor")
+
+
+class TestGramPanels(ProductContract):
+    narrow = False
+
+    def total(self, input, grad):
+        operands = [Spread(wide(input))], [Spread(wide(grad))]
+        return processor.gram_totals(*operands, rounding=0.0, narrow=self.narrow), self._spacings(*operands)
+
+    def norm2(self, input, grad):
+        operands = [Spread(wide(input))], [Spread(wide(grad))]
+        return processor.gram_totals(*operands, rounding=self._spacings(*operands), narrow=self.narrow)
+
+    def _spacings(self, inputs, grads):
+        return 4 + processor.gram_spacings(inputs, grads)
+
+    @pytest.mark.parametrize("positions", [1, 5, 16, 50, 97])
+    def test_several_operands_stand_for_all_their_pairs(self, positions):
+        inputs = draw(1, torch.float32, (3, 1, positions, 20), (3, 1, positions, 700))
+        grads = draw(2, torch.float32, (3, 1, positions, 33), (3, 1, positions, 4), (3, 1, positions, 64))
+        spread = [[Spread(value) for value in values] for values in (inputs, grads)]
+        found = processor.gram_totals(*spread, rounding=0.0, narrow=self.narrow)
+        wanted = sum(each(x, g).square().flatten(1).sum(1) for x in inputs for g in grads)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)
+        assert (processor.gram_norm2(*spread) >= wanted).all()
+
+    @pytest.mark.parametrize("sizes", [(3, 2, 5, 7, 40), (1, 1, 300, 17, 16), (2, 1, 64, 33, 100), (2, 3, 1, 1, 1)])
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (2, 0, 1, 3), (3, 2, 1, 0)])
+    def test_products_are_float64s_within_their_bound(self, sizes, order):
+        input, grad = (_laid_out(value, order) for value in pair(sizes, torch.float32))
+        found = processor.products(Spread(input), Spread(grad), narrow=self.narrow)
+        lengths = grad.double().abs().mT @ input.double().abs()
+        assert found.shape == lengths.shape
+        assert ((found - each(input, grad)).abs() <= (sizes[2] + 1) * EPS * lengths).all()
+
+
+class TestGramNarrowPanels(TestGramPanels):
+    """AVX2, which a processor with AVX-512 has too."""
+
+    narrow = True
+
+
+def _laid_out(value, order):
+    """The same numbers, with the axes in this order in memory."""
+    return value.permute(order).contiguous().permute([order.index(axis) for axis in range(4)])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_change_no_bit(threads):
+    input, grad = (Spread(value) for value in pair((5, 2, 70, 90, 40), torch.float32))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = processor.gram_norm2([input], [grad]), processor.products(input, grad)
+        torch.set_num_threads(threads)
+        together = processor.gram_norm2([input], [grad]), processor.products(input, grad)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+IMAGES = (  # folds, channels, groups, image, outputs, kernel, stride, padding, dilation
+    (1, 3, 1, (9,), 5, (3,), (1,), (1,), (1,)),
+    (2, 4, 2, (7, 8), 6, (3, 2), (1, 1), (0, 0), (1, 1)),
+    (1, 1, 1, (28, 28), 16, (8, 8), (2, 2), (3, 3), (1, 1)),
+    (1, 16, 1, (13, 13), 32, (4, 4), (2, 2), (0, 0), (1, 1)),
+    (1, 20, 1, (8, 8), 17, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (1, 18, 1, (16, 4), 33, (1, 1), (1, 2), (0, 0), (1, 1)),
+    (3, 6, 3, (9, 11), 9, (2, 3), (2, 1), (2, 3), (2, 2)),
+    (1, 2, 1, (5, 6, 7), 4, (2, 3, 2), (1, 2, 1), (1, 0, 1), (1, 1, 2)),
+    (1, 8, 8, (6, 6), 8, (3, 3), (1, 1), (1, 1), (1, 1)),
+)
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=str)
+@pytest.mark.parametrize("route", [Route.WINDOWS, Route.KEEP])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_windows_are_read_where_they_lie(image, route, channels_last):
+    """Norms and gradients of a convolution, against its own unfolded windows in float64."""
+    folds, channels, groups, size, outputs, kernel, stride, padding, dilation = image
+    spans = zip(size, kernel, stride, padding, dilation, strict=True)
+    out = [(wide + 2 * pad - gap * (taps - 1) - 1) // step + 1 for wide, taps, step, pad, gap in spans]
+    input, grad = draw(3, torch.float32, (4, folds, channels, *size), (4, folds, outputs, *out))
+    if channels_last:
+        input, grad = (value.movedim(2, -1).contiguous().movedim(-1, 2) for value in (input, grad))
+    shape = torch.Size((outputs, channels // groups, *kernel))
+    geometry = Geometry(stride, padding, dilation, groups)
+    form, exact = Windows(input, grad, shape, geometry), Windows(input.double(), grad.double(), shape, geometry)
+    with forced(route):
+        assert form.choice.route is route
+        norm2 = form.quick_norm2()
+    wanted = exact.unfolded().norm2()
+    bound = 200 * EPS * met(exact.unfolded().input, exact.unfolded().grad).square()
+    assert ((norm2 - wanted).abs() <= bound).all()
+    assert (norm2 >= wanted * (1 - 1e-6)).all()
+    torch.testing.assert_close(form.per_example().double(), exact.per_example(), rtol=1e-4, atol=1e-4)
+
+
+def test_operands_without_number_are_refused():
+    with pytest.raises(ValueError, match="operands: a tuple of 1 to 16"):
+        processor._compiled.gram_norm2((), (), 1, 1, 0, 0, 0.0, 0, False)
