@@ -112,13 +112,13 @@ class Outer(Form):
         if dispatch.suit_sums(self.input, self.grad):
             return dispatch.weighted_sum(self.input, self.grad, factor_B).reshape(self.value_shape)
         left, right = wide(self.grad), wide(self.input)
+        if left.shape[1] == 1:
+            left_NO, right_NI = _flat_and_scaled(left[:, 0], right[:, 0], factor_B)
+            return (left_NO.T @ right_NI).reshape(self.value_shape)
         if left.shape[-1] <= right.shape[-1]:
             left = scaled_by(left, factor_B)
         else:
             right = scaled_by(right, factor_B)
-        if left.shape[1] == 1:
-            left_NO, right_NI = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-            return (left_NO.T @ right_NI).reshape(self.value_shape)
         left, right = (value.transpose(0, 1).flatten(1, 2) for value in (left, right))
         return (left.mT @ right).reshape(self.value_shape)
 
@@ -325,6 +325,18 @@ def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor],
     inputs, outputs = (max(value.shape[-1] for value in values) for values in (inputs_BKI, grads_BKO))
     sums = Sums(inputs, outputs, inputs + outputs, taken, summed)
     return _unless_hidden(exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
+
+
+def _flat_and_scaled(left_BSO: Tensor, right_BSI: Tensor, factor_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Both operands as rows, the narrower one scaled: rows are in the order in which the other lies in memory."""
+    is_left = left_BSO.shape[-1] <= right_BSI.shape[-1]
+    scaled, other = (left_BSO, right_BSI) if is_left else (right_BSI, left_BSO)
+    factor = factor_B.to(scaled.dtype).reshape(-1, 1, 1)
+    if other.stride(0) < other.stride(1):  # step by step, as recurrent layers leave it
+        scaled, other, factor = (value.transpose(0, 1) for value in (scaled, other, factor))
+    scaled = torch.mul(scaled, factor, out=scaled.new_empty(scaled.shape))
+    flat = [value.reshape(-1, value.shape[-1]) for value in (scaled, other)]
+    return (flat[0], flat[1]) if is_left else (flat[1], flat[0])
 
 
 def scaled_by(value: Tensor, factor_B: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Norms and sums on an accelerator, in Triton: no Gram matrix and no wide copy of an operand is written to memory."""
+"""Kernels: in Triton for an accelerator, in compiled C for a processor. No Gram matrix is written to memory whole."""

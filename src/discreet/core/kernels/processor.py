@@ -82,11 +82,11 @@ def _places(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
 
 def suit(*operands: Tensor) -> bool:
     """Whether these operands are plain float32 tensors of a processor that the compiled code was built for."""
-    return len(operands) <= _MOST_OPERANDS and all(_is_plain(value) for value in operands) and _is_there()
+    return len(operands) <= _MOST_OPERANDS and all(is_plain(value) for value in operands) and _is_there()
 
 
-def _is_plain(value: Tensor) -> bool:
-    """Not those that stand in for others (when a compiler traces, or inside a transform): they have no memory."""
+def is_plain(value: Tensor) -> bool:
+    """Whether this is float32 in a processor's memory. What stands in for a tensor, as in a trace, has no memory."""
     return (
         type(value) is Tensor
         and value.device.type == "cpu"

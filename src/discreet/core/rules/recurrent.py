@@ -23,6 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from discreet.core.book import Book
 from discreet.core.forms import Dense, Form
+from discreet.core.kernels import gates
 from discreet.core.outer import Outer
 from discreet.core.parameter import Guarded, Use, decomposition, plain, rule
 from discreet.core.uses import Derivation
@@ -64,9 +65,8 @@ class Gradients(NamedTuple):
 class Cell(abc.ABC):
     """The arithmetic of one kind of layer, in one direction and over all steps. Pure; no tensor given is changed.
 
-    What is booked lies example by example, (N, T, ...), and is made so. What only the loops over time see lies step by
-    step, (T, N, ...), because a hyperbolic tangent takes three times as long over rows that lie apart; and so does the
-    output, as PyTorch's own.
+    What the loops over time see lies step by step, (T, N, ...): the rows of one step, a power of two apart, would share
+    the same places of the cache. So does the output, as PyTorch's own. Names say the order of the axes.
     """
 
     @abc.abstractmethod
@@ -90,54 +90,68 @@ class Lstm(Cell):
         self, input_NTI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         assert cell_NH is not None
-        gate_NTG = F.linear(input_NTI, weights.input, weights.bias)
-        (rows, steps, _), width = gate_NTG.shape, cell_NH.shape[1]
-        cell = gate_NTG.new_empty(steps + 1, rows, width)
+        gate_TNG = F.linear(input_NTI.transpose(0, 1), weights.input, weights.bias)
+        (steps, rows, _), width = gate_TNG.shape, cell_NH.shape[1]
+        cell = gate_TNG.new_empty(steps + 1, rows, width)
         cell[0] = cell_NH
-        candidate, squashed, wide = (gate_NTG.new_empty(steps, rows, width) for _ in range(3))
-        output = wide if weights.projection is None else gate_NTG.new_empty(steps, rows, len(weights.projection))
-        enter, forget, inner, leave = gate_NTG.chunk(4, -1)
-        by_step = (value.transpose(0, 1) for value in (candidate, cell[:-1], cell[1:], squashed, wide, output))
-        for gate, i, f, n, o, g, old, new, q, h, result in _steps(gate_NTG, enter, forget, inner, leave, *by_step):
-            gate.addmm_(state_NP, weights.hidden.mT)
-            torch.tanh(g.copy_(n), out=g)
-            gate.sigmoid_()
-            torch.mul(f, old, out=new).addcmul_(i, g)
-            torch.mul(o, torch.tanh(new, out=q), out=h)
+        squashed, wide = (gate_TNG.new_empty(steps, rows, width) for _ in range(2))
+        output = wide if weights.projection is None else gate_TNG.new_empty(steps, rows, len(weights.projection))
+        advance = gates.forward if gates.suit(gate_TNG, cell) else _advanced
+        hidden = weights.hidden.mT
+        by_step = (value.transpose(0, 1) for value in (gate_TNG, cell[:-1], cell[1:], squashed, wide, output))
+        for gate, old, new, flat, state, result in _steps(*by_step):
+            gate.addmm_(state_NP, hidden)
+            advance(gate, old, new, flat, state)
             if weights.projection is not None:
-                torch.mm(h, weights.projection.mT, out=result)
+                torch.mm(state, weights.projection.mT, out=result)
             state_NP = result
-        return output, cell[-1].clone(), (gate_NTG, candidate, cell, squashed, wide)
+        return output, cell[-1].clone(), (gate_TNG, cell, squashed, wide)
 
     def backward(
         self, grad_NTP: Tensor, grad_cell_NH: Tensor | None, before_NTP: Tensor, output_NTP: Tensor, weights: Weights,
         kept: tuple[Tensor, ...],
     ) -> Gradients:  # fmt: skip
         assert grad_cell_NH is not None
-        gate, *by_step = kept
-        candidate, cell, squashed, wide = (value.transpose(0, 1) for value in by_step)
-        enter, forget, _, leave = gate.chunk(4, -1)
-        grad_NT4H = gate.new_empty(*forget.shape[:2], 4, forget.shape[2])
-        _aten.sigmoid_backward.grad_input(candidate, enter, grad_input=grad_NT4H[:, :, 0])
-        _aten.sigmoid_backward.grad_input(cell[:, :-1], forget, grad_input=grad_NT4H[:, :, 1])
-        _aten.tanh_backward.grad_input(enter, candidate, grad_input=grad_NT4H[:, :, 2])
-        _aten.sigmoid_backward.grad_input(squashed, leave, grad_input=grad_NT4H[:, :, 3])
-        through = _aten.tanh_backward(leave, squashed)
-        grad_NTG = grad_NT4H.flatten(2)
+        gate_NTG, cell, squashed, wide = (value.transpose(0, 1) for value in kept)
+        grad_NTG = torch.empty_like(gate_NTG)
         projected = None if weights.projection is None else torch.empty_like(grad_NTP)
-        state, memory = torch.zeros_like(grad_NTP[:, 0]), grad_cell_NH.clone()
-        for step, (grad, inner, out, flat, opened, kept_part) in _backwards(
-            grad_NTP, grad_NT4H[:, :, :3], grad_NT4H[:, :, 3], grad_NTG, through, forget
+        state = grad_NTP.new_zeros(grad_NTP.shape[0], grad_NTP.shape[2])
+        memory = grad_cell_NH.clone(memory_format=torch.contiguous_format)
+        retreat = gates.backward if gates.suit(gate_NTG, state, memory) else _retreated
+        for step, (grad, gate, old, flat, gate_grad) in _backwards(
+            grad_NTP, gate_NTG, cell[:, :-1], squashed, grad_NTG
         ):
             above = state.add_(grad)
             if weights.projection is not None and projected is not None:
                 above = projected[:, step].copy_(state) @ weights.projection
-            memory.addcmul_(above, opened)
-            inner.mul_(memory.unsqueeze(1))
-            out.mul_(above)
-            memory.mul_(kept_part)
-            torch.mm(flat, weights.hidden, out=state)
+            retreat(gate, old, flat, above, memory, gate_grad)
+            torch.mm(gate_grad, weights.hidden, out=state)
         return Gradients(grad_NTG, grad_NTG, state, memory, None if projected is None else (wide, projected))
+
+
+def _advanced(gate_N4H: Tensor, before_NH: Tensor, cell_NH: Tensor, squashed_NH: Tensor, state_NH: Tensor) -> None:
+    """`discreet.core.kernels.gates.forward` in PyTorch's operations."""
+    enter, forget, candidate, leave = gate_N4H.chunk(4, -1)
+    inner = candidate.contiguous().tanh()  # takes three times as long over rows that lie apart
+    gate_N4H.sigmoid_()
+    candidate.copy_(inner)
+    torch.mul(forget, before_NH, out=cell_NH).addcmul_(enter, inner)
+    torch.mul(leave, torch.tanh(cell_NH, out=squashed_NH), out=state_NH)
+
+
+def _retreated(
+    gate_N4H: Tensor, before_NH: Tensor, squashed_NH: Tensor, state_grad_NH: Tensor, cell_grad_NH: Tensor,
+    gate_grad_N4H: Tensor,
+) -> None:  # fmt: skip
+    """`discreet.core.kernels.gates.backward` in PyTorch's operations."""
+    enter, forget, candidate, leave = gate_N4H.chunk(4, -1)
+    of_enter, of_forget, of_candidate, of_leave = gate_grad_N4H.chunk(4, -1)
+    cell_grad_NH.add_(_aten.tanh_backward(leave, squashed_NH).mul_(state_grad_NH))
+    _aten.sigmoid_backward.grad_input(cell_grad_NH * candidate, enter, grad_input=of_enter)
+    _aten.sigmoid_backward.grad_input(cell_grad_NH * before_NH, forget, grad_input=of_forget)
+    _aten.tanh_backward.grad_input(cell_grad_NH * enter, candidate, grad_input=of_candidate)
+    _aten.sigmoid_backward.grad_input(state_grad_NH * squashed_NH, leave, grad_input=of_leave)
+    cell_grad_NH.mul_(forget)
 
 
 class Gru(Cell):
@@ -263,15 +277,22 @@ class _Unroll(torch.autograd.Function):
         input, state, output, *rest = ctx.saved_tensors
         count = len(Weights._fields)
         weights, kept = Weights(*rest[:count]), tuple(rest[count:])
-        before = torch.cat([state.unsqueeze(1), output[:, :-1]], 1)
+        before = torch.cat([state.unsqueeze(0), output.transpose(0, 1)[:-1]]).transpose(0, 1)
         with torch.autocast(input.device.type, enabled=False):
             found = ctx.cell.backward(grad, grad_last, before, output, weights, kept)
-            input_grad = found.input_NTG @ weights.input if ctx.needs_input_grad[4] else None
+            input_grad = _times(found.input_NTG, weights.input) if ctx.needs_input_grad[4] else None
         for derivation, form in zip(ctx.where, _forms(found, input, before, examples=ctx.book.examples), strict=True):
             if derivation is not None:
                 assert form is not None
                 ctx.book.record(derivation, form)
         return None, None, None, None, input_grad, found.state_NP, found.cell_NH, *[None] * count
+
+
+def _times(grad_NTG: Tensor, weight_GI: Tensor) -> Tensor:
+    """A product over rows in the order in which they lie in memory."""
+    if grad_NTG.is_contiguous():
+        return grad_NTG @ weight_GI
+    return (grad_NTG.transpose(0, 1) @ weight_GI).transpose(0, 1)
 
 
 def _forms(
