@@ -18,7 +18,8 @@ from bench.engine.models import Positions
 from bench.engine.stopwatch import Stopwatch
 from bench.engine.workloads import Workload
 from discreet.core.axes import Layout
-from discreet.core.gradient import trainable
+from discreet.core.gradient import backward, open_book, trainable
+from discreet.core.meeting import guard
 from discreet.core.style import Style
 from discreet.train.step import forget_gradients, write_gradient
 
@@ -60,6 +61,27 @@ def noise(work: Workload) -> Step:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         watch.lap("optimizer")
+
+    return step
+
+
+def floor(work: Workload) -> Step:
+    """What no private update by these norms can do without: an ordinary one, the noise, and the norms.
+
+    They are taken of gradients that were booked once, before the first step. What a private update costs beyond this
+    is booking itself, the factors, and sums that are made apart from the backward.
+    """
+    parameters, rule = trainable(work.model), discreet.Clipping.automatic()
+    book = open_book(work.model, examples=len(work.batch[0]), layout=_checked_layout(work, clipping=rule))
+    with guard(book):
+        backward(book, work.loss(work.model, work.batch))
+    parts, ordinary_and_noise = book.parts(tuple(parameters)), noise(work)
+
+    def step(watch: Stopwatch) -> None:
+        norm2_B = sum(part.quick_norm2() for part in parts)
+        assert torch.isfinite(torch.as_tensor(norm2_B)).all()
+        watch.lap("norms")
+        ordinary_and_noise(watch)
 
     return step
 
@@ -177,6 +199,7 @@ def _suits_opacus(model: nn.Module) -> nn.Module:
 CONTESTANTS: Mapping[str, Contestant] = {
     "ordinary": ordinary,
     "noise": noise,
+    "floor": floor,
     "private": private,
     "per_layer": partial(private, style=_per_layer),
     "blocks": partial(private, style=Style.blocks),

@@ -114,3 +114,12 @@ def test_windows_are_read_where_they_lie(image, route, channels_last):
 def test_operands_without_number_are_refused():
     with pytest.raises(ValueError, match="operands: a tuple of 1 to 16"):
         processor._compiled.gram_norm2((), (), 1, 1, 0, 0, 0.0, 0, False)
+
+
+def test_operands_of_other_sizes_are_not_read():
+    input, grad = (Spread(value) for value in pair((2, 1, 30, 4, 5), torch.float32))
+    for other in (grad.value[:1], grad.value[:, :, :29], grad.value.expand(2, 2, 30, 5)):
+        with pytest.raises(AssertionError, match="past their ends"):
+            processor.gram_norm2([input], [Spread(other)])
+        with pytest.raises(AssertionError, match="past their ends"):
+            processor.products(input, Spread(other))

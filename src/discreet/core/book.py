@@ -284,7 +284,7 @@ class Book:
     def _settle_group(self, group: tuple[str, ...]) -> None:
         """Norms over these parameters, factors, and their sums."""
         rule = self._division.rules[group]
-        parts = arranged(group, self._records, self.examples)
+        parts = self.parts(group)
         norm2_B, all_finite = self._norm2(parts)
         norm_B = norm2_B.sqrt()
         factor_B = drop_vanishing(rule.factor(norm_B)) * self._summing_margin(rule)
@@ -301,6 +301,10 @@ class Book:
                 del self._records[name]
         unused = {name: self.parameters[name] for name in group if name not in self._sums}
         self._sums.update(zeros_like_sums(unused))
+
+    def parts(self, names: tuple[str, ...]) -> list[Part]:
+        """What these parameters' norms are taken from; asked for once, as joining uses may overwrite them."""
+        return arranged(names, self._records, self.examples)
 
     def _summing_margin(self, rule: Clipping) -> float:
         """Shrinks factors by what one example may move the float32 rounding of a sum over all of them.

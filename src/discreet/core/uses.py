@@ -165,13 +165,13 @@ class Uses(Summand):
             return replace(uses, joined=Record(Derivation.of(name, records[0][1].derivation.sources[0]), total, None))
         return uses
 
-    @property
+    @functools.cached_property
     def by_gram(self) -> Outer | None:
         """The operands, when the norm of this parameter alone would be taken from two Gram matrices."""
         outer = self._outer
         return outer if outer is not None and outer.choice.route is Route.GRAM and outer.input.shape[1] == 1 else None
 
-    @property
+    @functools.cached_property
     def by_product(self) -> Outer | None:
         """The operands, when there is one position: the norm is a product of norms."""
         outer = self._outer
@@ -206,7 +206,7 @@ class Uses(Summand):
             return False
         return joined.form.grad.numel() <= min(self.examples * _SMALL, _SMALL_TOGETHER)
 
-    @property
+    @functools.cached_property
     def small_grad(self) -> Tensor:
         """The gradients of a small parameter, (B, numbers)."""
         assert self.joined is not None

@@ -166,8 +166,14 @@ def _shared_out(
 
     Args:
         work: multiply-adds of one example.
+
+    Raises:
+        AssertionError: operands have other examples, groups or positions than others.
     """
     examples, groups = inputs[0].value.shape[:2]
+    sizes = {(*operand.value.shape[:2], operand.positions) for operand in (*inputs, *grads)}
+    if sizes != {(examples, groups, inputs[0].positions)}:
+        raise AssertionError(f"operands of sizes {sorted(sizes)}: the compiled code would read past their ends")
     threads = max(1, min(torch.get_num_threads(), examples, examples * work // _ALONE))
     edges = [examples * thread // threads for thread in range(threads + 1)]
     described = [tuple(operand.described() for operand in operands) for operands in (inputs, grads)]
