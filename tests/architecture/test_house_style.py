@@ -15,7 +15,7 @@ from architecture.checkers import (
     undocumented,
 )
 
-CORE_LINES = 6_531
+CORE_LINES = 6_540
 RULE_LINES = 2200
 KERNEL_LINES = 1_310
 """The engine, clipping, noise, sums and self-check; apart from them the rules, which are many small texts read one at a

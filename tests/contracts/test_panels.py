@@ -20,24 +20,21 @@ class TestGramPanels(ProductContract):
 
     def total(self, input, grad):
         operands = [Spread(wide(input))], [Spread(wide(grad))]
-        return processor.gram_totals(*operands, rounding=0.0, narrow=self.narrow), self._spacings(*operands)
+        found = processor.gram_norm2(*operands, rounded=False, narrow=self.narrow)
+        return found, 4 + sum(processor.gram_spacings(values) for values in operands)
 
     def norm2(self, input, grad):
-        operands = [Spread(wide(input))], [Spread(wide(grad))]
-        return processor.gram_totals(*operands, rounding=self._spacings(*operands), narrow=self.narrow)
-
-    def _spacings(self, inputs, grads):
-        return 4 + processor.gram_spacings(inputs, grads)
+        return processor.gram_norm2([Spread(wide(input))], [Spread(wide(grad))], narrow=self.narrow)
 
     @pytest.mark.parametrize("positions", [1, 5, 16, 50, 97])
     def test_several_operands_stand_for_all_their_pairs(self, positions):
         inputs = draw(1, torch.float32, (3, 1, positions, 20), (3, 1, positions, 700))
         grads = draw(2, torch.float32, (3, 1, positions, 33), (3, 1, positions, 4), (3, 1, positions, 64))
         spread = [[Spread(value) for value in values] for values in (inputs, grads)]
-        found = processor.gram_totals(*spread, rounding=0.0, narrow=self.narrow)
+        found = processor.gram_norm2(*spread, rounded=False, narrow=self.narrow)
         wanted = sum(each(x, g).square().flatten(1).sum(1) for x in inputs for g in grads)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)
-        assert (processor.gram_norm2(*spread) >= wanted).all()
+        assert (processor.gram_norm2(*spread, narrow=self.narrow) >= wanted).all()
 
     @pytest.mark.parametrize("sizes", [(3, 2, 5, 7, 40), (1, 1, 300, 17, 16), (2, 1, 64, 33, 100), (2, 3, 1, 1, 1)])
     @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (2, 0, 1, 3), (3, 2, 1, 0)])
@@ -113,7 +110,7 @@ def test_windows_are_read_where_they_lie(image, route, channels_last):
 
 def test_operands_without_number_are_refused():
     with pytest.raises(ValueError, match="operands: a tuple of 1 to 16"):
-        processor._compiled.gram_norm2((), (), 1, 1, 0, 0, 0.0, 0, False)
+        processor._compiled.gram_norm2((), (), 1, 1, 0, 0, (0.0, 0.0, 0.0), 0, False)
 
 
 def test_operands_of_other_sizes_are_not_read():
@@ -123,3 +120,5 @@ def test_operands_of_other_sizes_are_not_read():
             processor.gram_norm2([input], [Spread(other)])
         with pytest.raises(AssertionError, match="past their ends"):
             processor.products(input, Spread(other))
+    with pytest.raises(AssertionError, match="no plain float32"):
+        processor.gram_norm2([input], [Spread(grad.value.bfloat16())])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cases import Fn, par
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient
+from discreet.core.route import Cost, WindowCost
 from discreet.train.check import check
 from oracles import flat, rows
 
@@ -163,3 +164,38 @@ def test_the_measure_sees_cancelling_uses_that_are_summed_apart(monkeypatch):
     monkeypatch.setattr(uses.Uses, "_weighted_sum", apart)
     with pytest.raises(AssertionError, match="of the bound"):
         test_no_example_moves_the_sum_by_more_than_the_bound("scaled twice")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("name", ["one layer", "gram", "used twice", "convolution"])
+def test_a_doubtful_example_changes_the_factor_of_no_other(name, bad):
+    """Sixty-three examples whose positions oppose each other so far that what is added for rounding is half of a norm.
+
+    Were the sure way taken for all of them because of one, each would move by a tenth of the bound, all the same way.
+    """
+    model = _models()[name]
+    generator = torch.Generator().manual_seed(5)
+    x, g = (torch.randn(1, D, generator=generator).repeat(T, 1) for _ in range(2))
+    g = g * (torch.tensor([1.0, -1.0]).repeat(T // 2) + 8e-4).unsqueeze(1)
+    batch = {"x": x.repeat(64, 1, 1), "g": 1e3 * g.repeat(64, 1, 1)}
+    batch["x"][0, 1, 2] = bad
+    plain = [_hostile("plain", generator) for _ in range(B)]
+    friendly = {"x": torch.stack([x for x, _ in plain]), "g": torch.stack([g for _, g in plain])}
+    layout = check(model, _pair_loss, friendly).layout
+    for clipping in (Clipping.abadi(1e-3), Clipping.automatic(1e-3)):
+        whole = flat(clipped_gradient(model, _pair_loss, batch, clipping=clipping, layout=layout).tensors)
+        rest = rows(batch, list(range(1, 64)), 64)
+        without = flat(clipped_gradient(model, _pair_loss, rest, clipping=clipping, layout=layout).tensors)
+        assert float((whole - without).norm()) <= clipping.sensitivity
+
+
+@pytest.mark.parametrize("positions", [2, 8, 30, 100, 1000])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (64, 64), (768, 3072)])
+def test_one_example_more_changes_no_route(positions, inputs, outputs):
+    """Every route adds its own bound for rounding: another route would move all examples at once."""
+    linear = [Cost(positions, inputs, outputs, examples).choose().route for examples in (1, 2, 3, 64, 65)]
+    windows = [
+        WindowCost(positions, inputs * 9, outputs, examples, pixels=positions, taps=9).choose().route
+        for examples in (1, 2, 3, 64, 65)
+    ]
+    assert len(set(linear)) == len(set(windows)) == 1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cases import CASES, Fn, loss
 from discreet.core import rules
 from discreet.core.clipping import Clipping
+from discreet.core.kernels import processor
 from discreet.errors import CheckFailed, ConfigError
 from discreet.train.check import Status, check
 
@@ -266,13 +267,25 @@ _WRONG = {
         (2, 30),
     ),
 }
+_BY_KERNEL = {
+    "gram": "discreet.core.kernels.dispatch.gram_norm2",
+    "gram of two layers": "discreet.core.kernels.dispatch.gram_norm2",
+    "gram of windows": "discreet.core.kernels.dispatch.windows_norm2",
+}
 
 
 @pytest.mark.parametrize("name", list(_WRONG))
-def test_a_route_that_these_sizes_would_not_take_is_tried(name, monkeypatch):
-    """Training has more examples and longer ones than the check, so it may go where the check would not."""
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_a_route_that_these_sizes_would_not_take_is_tried(name, by_kernel, monkeypatch):
+    """Training has longer examples than the check, so it may go where the check would not."""
     target, make, shape = _WRONG[name]
     model, batch = make(), _features(*shape)
+    if not by_kernel:
+        monkeypatch.setattr(processor, "_is_there", lambda: False)
+    elif processor._is_there():
+        target = _BY_KERNEL[name.replace("pixels", "windows")]
+    else:
+        pytest.skip("no compiled products for this processor")
     assert check(model, loss, batch).passed
     assert all("instantiate" in row.detail for row in check(model, loss, batch).rows if row.name.endswith("weight"))
     module, _, function = target.rpartition(".")

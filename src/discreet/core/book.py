@@ -318,14 +318,16 @@ class Book:
     def _norm2(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
         """Squared norms over these parts, (B,), float64, and whether all are known to be finite.
 
-        The fast way first, the sure way where that has a doubt. The doubt is all that is ever asked of the data: an
-        accelerator is waited for once a group.
+        The fast way first; the sure way for the examples that it has a doubt about, and for no other: what it adds for
+        rounding is part of an example's factor, which must not change with the company that the example keeps. The
+        doubt is all that is ever asked of the data: an accelerator is waited for once a group.
         """
         zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
         norm2_B = torch.stack([zeros_B, *(part.quick_norm2() for part in parts)]).sum(0)
-        if bool(((norm2_B >= 0) & (norm2_B < torch.inf)).all()):
+        sure_B = (norm2_B >= 0) & (norm2_B < torch.inf)
+        if bool(sure_B.all()):
             return norm2_B, True
-        return sum((part.norm2() for part in parts), zeros_B), False
+        return torch.where(sure_B, norm2_B, sum((part.norm2() for part in parts), zeros_B)), False
 
     def parameter_norms(self, *, sure: bool = False) -> dict[str, Tensor]:
         """Per-example norms of each used parameter, name -> (B,), as training takes them, or the sure way.

@@ -12,8 +12,9 @@ other once and adds up shifted copies for the taps of the kernel; WINDOWS unfold
 squares its tiles where they are made (`discreet.core.kernels`); without one KEEP is always better, and may be had
 wherever GRAM is dear.
 
-Every choice is made from shapes, never from data: it can be told to anyone. So training may take another route than the
-self-check, whose batch is smaller: the check takes every route in turn (`forced`).
+Every choice is made from the shapes of one example, never from data: it can be told to anyone. Nor from the number of
+examples, which one example more would change: routes add different bounds for rounding to a norm, and all others' would
+change with it. Shapes of the self-check may be other ones than in training: it takes every route in turn (`forced`).
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cost:
-    """Shape of one use per example and group: (positions, inputs, outputs), the number of examples, and the prices."""
+    """Shape of one use per example and group: (positions, inputs, outputs), and the prices.
+
+    The number of examples is what a forced route may cost; no choice depends on it.
+    """
 
     positions: int
     inputs: int
@@ -107,8 +111,8 @@ class Cost:
 
     @property
     def kept(self) -> int:
-        """Numbers that KEEP holds beyond the weight's own gradient, per example."""
-        return self.inputs * self.outputs * (self.examples - 1) // self.examples
+        """Numbers that KEEP holds, per example."""
+        return self.inputs * self.outputs
 
     def choose(self) -> Choice:
         """The cheapest route of a linear map whose kept gradients are no larger than what booking holds."""

@@ -190,15 +190,22 @@ FOR(KIND) static void add_##W(const float *tile, int rows, int first, double *to
             total[i] += tile[i];                                                                                       \
 }                                                                                                                      \
                                                                                                                        \
-FOR(KIND) static double met_##W(const double *one, const double *other, int rows)                                      \
+/* met[0] += one . other, met[1] += |other| . (lengths of one), met[2] += |one| . (lengths of other), over a tile. */  \
+FOR(KIND) static void met_##W(const double *one, const double *other, int rows, double weight, const double *down_one, \
+                              const double *across_one, const double *down_other, const double *across_other,          \
+                              double *met)                                                                             \
 {                                                                                                                      \
-    double sums[LANES] = {0}, sum = 0;                                                                                 \
+    double sums[3][LANES] = {{0}};                                                                                     \
     for (int r = 0; r < rows; r++)                                                                                     \
+        for (int lane = 0; lane < LANES; lane++) {                                                                     \
+            double a = one[r * LANES + lane], b = other[r * LANES + lane];                                             \
+            sums[0][lane] += a * b;                                                                                    \
+            sums[1][lane] += fabs(b) * (down_one[r] * across_one[lane]);                                               \
+            sums[2][lane] += fabs(a) * (down_other[r] * across_other[lane]);                                           \
+        }                                                                                                              \
+    for (int which = 0; which < 3; which++)                                                                            \
         for (int lane = 0; lane < LANES; lane++)                                                                       \
-            sums[lane] += one[r * LANES + lane] * other[r * LANES + lane];                                             \
-    for (int lane = 0; lane < LANES; lane++)                                                                           \
-        sum += sums[lane];                                                                                             \
-    return sum;                                                                                                        \
+            met[which] += weight * sums[which][lane];                                                                  \
 }
 
 DEFINE("x86-64-v4", 16, 8)
@@ -208,7 +215,8 @@ typedef struct {
     void (*tile)(const float *, const float *, Py_ssize_t, int, float *);
     void (*pack)(const float *, const int64_t *, Py_ssize_t, const int64_t *, Py_ssize_t, float *);
     void (*add)(const float *, int, int, double *);
-    double (*met)(const double *, const double *, int);
+    void (*met)(const double *, const double *, int, double, const double *, const double *, const double *, const double *,
+                double *);
 } instructions;
 
 static const instructions WIDE = {tile_16, pack_16, add_16, met_16}, NARROW = {tile_8, pack_8, add_8, met_8};
@@ -259,34 +267,44 @@ static void gram(const instructions *use, const operand *operands, int count, Py
     }
 }
 
-/* What outer.py's rounded_up does to a sum of Gram products. */
+/* How many spacings of float32 an entry of each Gram matrix errs by, and how many the weighted sum. */
+typedef struct {
+    double input, grad, sum;
+} spacings;
+
 typedef struct {
     double met2, input2, grad2, input_sum, grad_sum;
 } lengths;
 
-static double rounded_up(double total, const lengths *l, double inputs, double outputs, double rounding)
+/* What outer.py's rounded_up does, with a closer bound on the error of the total. */
+static double rounded_up(double total, double error, const lengths *l, double inputs, double outputs, double sum)
 {
     const double eps = 0x1p-23, tiny = 0x1p-126, most = (2 - 0x1p-23) * 0x1p127;
-    double exact = (total < 0 ? 0 : total) + rounding * eps * l->met2;
+    double exact = (total < 0 ? 0 : total) + eps * error + sum * eps * l->met2;
     double hidden = tiny * (outputs * l->input_sum * l->input_sum + inputs * l->grad_sum * l->grad_sum);
     if (l->input2 > most / 256 || l->grad2 > most / 256)
         return INFINITY;
     return hidden > 1e-7 * exact + 1e-24 ? NAN : exact;
 }
 
-/* Lengths of positions from the diagonals of two Gram matrices; what is not a number has to stay so. */
-static void measure(const double *inputs, const double *grads, Py_ssize_t positions, lengths *l)
+/* Lengths of positions from the diagonal of a Gram matrix; zero beyond the last, and what is not a number stays so. */
+static void measure(const double *tiles, Py_ssize_t positions, double *to)
 {
     const Py_ssize_t all = panels_of(positions);
-    double met = 0;
-    for (Py_ssize_t q = 0; q < all; q++) {
-        for (int r = 0; r < rows_of(q, positions); r++) {
-            double one = inputs[r * LANES + r], two = grads[r * LANES + r];
-            double input = sqrt(one < 0 ? 0 : one), grad = sqrt(two < 0 ? 0 : two);
-            met += input * grad;
-            l->input2 += one, l->grad2 += two, l->input_sum += input, l->grad_sum += grad;
+    for (Py_ssize_t q = 0; q < all; tiles += (all - q) * TILE, q++)
+        for (int r = 0; r < LANES; r++) {
+            double square = r < rows_of(q, positions) ? tiles[r * LANES + r] : 0;
+            to[q * LANES + r] = sqrt(square < 0 ? 0 : square);
         }
-        inputs += (all - q) * TILE, grads += (all - q) * TILE;
+}
+
+static void add_lengths(const double *inputs, const double *grads, Py_ssize_t positions, lengths *l)
+{
+    double met = 0;
+    for (Py_ssize_t at = 0; at < positions; at++) {
+        met += inputs[at] * grads[at];
+        l->input2 += inputs[at] * inputs[at], l->grad2 += grads[at] * grads[at];
+        l->input_sum += inputs[at], l->grad_sum += grads[at];
     }
     l->met2 += met * met;
 }
@@ -298,7 +316,9 @@ typedef struct {
     Py_ssize_t start, stop, groups, positions;
 } problem;
 
-static int gram_norm2(const problem *all, double rounding, double *norm2)
+/* An entry <x_s, x_t> errs by so many spacings of |x_s| |x_t|, and is multiplied by <g_s, g_t>: the error of the total is
+ * at most the sum of |x_s| |x_t| |<g_s, g_t>|, and the same the other way round. */
+static int gram_norm2(const problem *all, const spacings *errs, double *norm2)
 {
     const Py_ssize_t count = panels_of(all->positions), tiles = count * (count + 1) / 2;
     double inputs = 0, outputs = 0;
@@ -307,24 +327,30 @@ static int gram_norm2(const problem *all, double rounding, double *norm2)
     for (int i = 0; i < all->grad_count; i++)
         outputs += all->grads[i].width;
     float *panels = aligned_alloc(LINE, count * BLOCK * LINE);
-    double *input = aligned_alloc(LINE, tiles * TILE * sizeof(double));
-    double *grad = aligned_alloc(LINE, tiles * TILE * sizeof(double));
-    const int fits = panels && input && grad;
+    double *input = aligned_alloc(LINE, (2 * tiles * TILE + 2 * count * LANES) * sizeof(double));
+    const int fits = panels && input;
+    double *grad = input + tiles * TILE, *input_length = grad + tiles * TILE;
+    double *grad_length = input_length + count * LANES;
     for (Py_ssize_t example = all->start; fits && example < all->stop; example++) {
         lengths l = {0};
-        double total = 0;
+        double met[3] = {0};
         for (Py_ssize_t group = 0; group < all->groups; group++) {
             gram(all->use, all->inputs, all->input_count, example, group, all->positions, panels, input);
             gram(all->use, all->grads, all->grad_count, example, group, all->positions, panels, grad);
+            measure(input, all->positions, input_length);
+            measure(grad, all->positions, grad_length);
+            add_lengths(input_length, grad_length, all->positions, &l);
             Py_ssize_t at = 0;
             for (Py_ssize_t q = 0; q < count; q++)
                 for (Py_ssize_t p = q; p < count; p++, at += TILE)
-                    total += (p == q ? 1 : 2) * all->use->met(input + at, grad + at, rows_of(p, all->positions));
-            measure(input, grad, all->positions, &l);
+                    all->use->met(input + at, grad + at, rows_of(p, all->positions), p == q ? 1 : 2,
+                                  input_length + p * LANES, input_length + q * LANES, grad_length + p * LANES,
+                                  grad_length + q * LANES, met);
         }
-        norm2[example] = rounded_up(total, &l, inputs, outputs, rounding);
+        double error = errs->input * met[1] + errs->grad * met[2];
+        norm2[example] = rounded_up(met[0], error, &l, inputs, outputs, errs->sum);
     }
-    free(panels), free(input), free(grad);
+    free(panels), free(input);
     return fits;
 }
 
@@ -399,15 +425,15 @@ static PyObject *call(PyObject *arguments, int squared)
 {
     PyObject *inputs, *grads;
     problem all;
-    double rounding;
+    spacings errs;
     Py_ssize_t out;
     int narrow, fits;
-    if (!PyArg_ParseTuple(arguments, "OOnnnndnp", &inputs, &grads, &all.groups, &all.positions, &all.start, &all.stop,
-                          &rounding, &out, &narrow)
+    if (!PyArg_ParseTuple(arguments, "OOnnnn(ddd)np", &inputs, &grads, &all.groups, &all.positions, &all.start,
+                          &all.stop, &errs.input, &errs.grad, &errs.sum, &out, &narrow)
         || !read_problem(inputs, grads, narrow, &all))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    fits = squared ? gram_norm2(&all, rounding, (double *)out) : products(&all, (float *)out);
+    fits = squared ? gram_norm2(&all, &errs, (double *)out) : products(&all, (float *)out);
     Py_END_ALLOW_THREADS
     if (!fits)
         return PyErr_NoMemory();

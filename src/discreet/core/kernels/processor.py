@@ -103,34 +103,36 @@ def _is_there() -> bool:
     return _compiled is not None and _compiled.is_there()
 
 
-def gram_norm2(inputs: Sequence[Spread], grads: Sequence[Spread]) -> Tensor:
-    """``<input input^T, grad grad^T>`` per example, rounded up as in `discreet.core.outer.rounded_up`; (B,), float64.
+def gram_norm2(
+    inputs: Sequence[Spread], grads: Sequence[Spread], *, rounded: bool = True, narrow: bool = False
+) -> Tensor:
+    """``<input input^T, grad grad^T>`` per example, (B,), float64, never below what the weighted sum adds.
+
+    As in `discreet.core.outer.rounded_up`, with a closer bound on the products' own rounding: an entry of one Gram
+    matrix errs with ``|x_s| |x_t|``, and is multiplied by ``<g_s, g_t>``, which is less than ``|g_s| |g_t|``.
 
     Args:
         inputs, grads: operands of one (B, K, S); several stand for all their pairs.
-    """
-    return gram_totals(inputs, grads, rounding=4 + gram_spacings(inputs, grads))
-
-
-def gram_spacings(inputs: Sequence[Spread], grads: Sequence[Spread]) -> float:
-    """Bound on the error of their products, in spacings of ``(sum_s |input_s| |grad_s|)^2``."""
-    return sum(_spacings(operand.width) for operand in (*inputs, *grads))
-
-
-def gram_totals(inputs: Sequence[Spread], grads: Sequence[Spread], *, rounding: float, narrow: bool = False) -> Tensor:
-    """`gram_norm2`, with as many spacings added for rounding; (B,), float64.
-
-    Args:
-        inputs, grads: as there.
-        rounding: in spacings of ``(sum_s |input_s| |grad_s|)^2``.
+        rounded: whether bounds on rounding are added.
         narrow: use AVX2 where AVX-512 may be had.
     """
     examples = inputs[0].value.shape[0]
     norm2_B = torch.empty(examples, dtype=torch.float64)
     widths = [sum(operand.width for operand in operands) for operands in (inputs, grads)]
     work = inputs[0].value.shape[1] * inputs[0].positions ** 2 * sum(widths) // 2
-    _shared_out(_compiled.gram_norm2, inputs, grads, out=norm2_B, work=work, rounding=rounding, narrow=narrow)
+    spacings = (*(gram_spacings(operands) for operands in (inputs, grads)), 4.0) if rounded else (0.0, 0.0, 0.0)
+    _shared_out(_compiled.gram_norm2, inputs, grads, out=norm2_B, work=work, spacings=spacings, narrow=narrow)
     return norm2_B
+
+
+def gram_spacings(operands: Sequence[Spread]) -> float:
+    """Bound on the error of an entry of the sum of their Gram matrices, in spacings of the product of two lengths.
+
+    Half a spacing for each of the additions that follow one another, of a run and of the runs of a block; of several
+    operands, whose lengths add up as squares do, that of the worst.
+    """
+    widest = max(operand.width for operand in operands)
+    return min(widest, _RUN) / 2 + -(-min(widest, _BLOCK) // _RUN) / 2
 
 
 def products(input: Spread, grad: Spread, *, narrow: bool = False) -> Tensor:
@@ -143,13 +145,8 @@ def products(input: Spread, grad: Spread, *, narrow: bool = False) -> Tensor:
     examples, groups = input.value.shape[:2]
     out = torch.empty(examples, groups, grad.width, input.width)
     work = groups * input.positions * out.shape[2] * out.shape[3]
-    _shared_out(_compiled.products, [input], [grad], out=out, work=work, rounding=0.0, narrow=narrow)
+    _shared_out(_compiled.products, [input], [grad], out=out, work=work, spacings=(0.0, 0.0, 0.0), narrow=narrow)
     return out
-
-
-def _spacings(width: int) -> float:
-    """Half a spacing of each of the additions that follow one another: of a run, and of the runs of a block."""
-    return min(width, _RUN) / 2 + -(-min(width, _BLOCK) // _RUN) / 2
 
 
 def _shared_out(
@@ -159,7 +156,7 @@ def _shared_out(
     *,
     out: Tensor,
     work: int,
-    rounding: float,
+    spacings: tuple[float, float, float],
     narrow: bool,
 ) -> None:
     """Run a kernel, with as many examples for each thread.
@@ -168,17 +165,21 @@ def _shared_out(
         work: multiply-adds of one example.
 
     Raises:
-        AssertionError: operands have other examples, groups or positions than others.
+        AssertionError: operands have other examples, groups or positions than others, or are not `suit`ed.
     """
     examples, groups = inputs[0].value.shape[:2]
     sizes = {(*operand.value.shape[:2], operand.positions) for operand in (*inputs, *grads)}
     if sizes != {(examples, groups, inputs[0].positions)}:
         raise AssertionError(f"operands of sizes {sorted(sizes)}: the compiled code would read past their ends")
+    if not suit(*(operand.value for operand in (*inputs, *grads))):
+        raise AssertionError(
+            "operands that are no plain float32 tensors of this processor: the caller asks `suit` before"
+        )
     threads = max(1, min(torch.get_num_threads(), examples, examples * work // _ALONE))
     edges = [examples * thread // threads for thread in range(threads + 1)]
     described = [tuple(operand.described() for operand in operands) for operands in (inputs, grads)]
 
     def some(share: tuple[int, int]) -> None:
-        kernel(*described, groups, inputs[0].positions, *share, rounding, out.data_ptr(), narrow)
+        kernel(*described, groups, inputs[0].positions, *share, spacings, out.data_ptr(), narrow)
 
     team.for_each(some, list(itertools.pairwise(edges)))
