@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,25 @@ def row(outcome: Outcome, *, baseline: Outcome) -> dict[str, Any]:
         return {"refused": outcome.reason}
     figures = dataclasses.asdict(outcome)
     if isinstance(baseline, Figures):
-        figures["time_ratio"] = outcome.milliseconds / baseline.milliseconds
+        ratios = [ours / theirs for ours, theirs in zip(outcome.turns, baseline.turns, strict=True)]
+        figures["time_ratio"] = statistics.median(ratios)
+        figures["time_ratio_quartiles"] = _quartiles(ratios)
         figures["memory_ratio"] = outcome.memory_mib / baseline.memory_mib
         figures["tensors_ratio"] = outcome.tensors_mib / baseline.tensors_mib
     return figures
 
 
+def _quartiles(ratios: list[float]) -> list[float]:
+    """Half of the turns lie between these two."""
+    if len(ratios) < 2:
+        return [ratios[0], ratios[0]]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return [low, high]
+
+
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """All figures as aligned text, one line per model and contestant."""
-    columns = f"{'ms':>9} {'time':>7} {'MiB':>8} {'memory':>7} {'tensors':>7}"
+    columns = f"{'ms':>9} {'time':>7} {'half of all':>13} {'MiB':>8} {'memory':>7} {'tensors':>7}"
     lines = [f"{'model':16} {'contestant':16} {columns}  where the time goes (ms)"]
     for model, rows in results.items():
         for kind, figures in rows.items():
@@ -77,9 +88,10 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
             keys = ("time_ratio", "memory_ratio", "tensors_ratio")
             ratios = [f"{figures[key]:6.2f}x" if key in figures else 7 * " " for key in keys]
             phases = ", ".join(f"{phase} {took:.1f}" for phase, took in figures["phases"].items())
-            measured = (
-                f"{figures['milliseconds']:9.1f} {ratios[0]} {figures['memory_mib']:8.0f} {ratios[1]} {ratios[2]}"
-            )
+            low, high = figures.get("time_ratio_quartiles", (0.0, 0.0))
+            spread = f"{low:.2f} to {high:.2f}" if "time_ratio" in figures else ""
+            time, size = f"{figures['milliseconds']:9.1f} {ratios[0]}", f"{figures['memory_mib']:8.0f}"
+            measured = f"{time} {spread:>13} {size} {ratios[1]} {ratios[2]}"
             lines.append(f"{name} {measured}  {phases}")
     return "\n".join(lines)
 

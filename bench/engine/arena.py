@@ -56,12 +56,15 @@ class Figures:
     Attributes:
         memory_mib: of the process, or of PyTorch's allocator on an accelerator.
         tensors_mib: of the tensors alone, without what the process's allocator and its caches hold besides.
+        turns: milliseconds of a step in each turn. A machine that grows slower does so for all contestants of a turn, so
+            ratios are taken turn by turn.
     """
 
     milliseconds: float
     memory_mib: float
     tensors_mib: float
     phases: dict[str, float]
+    turns: tuple[float, ...]
 
 
 Outcome = Figures | Refusal
@@ -78,17 +81,18 @@ def measure(model: str, *, contestants: list[str], setting: Setting) -> dict[str
         process.start()
         theirs.close()
         processes.append(process)
-    seconds: dict[str, list[dict[str, float]]] = defaultdict(list)
+    seconds: dict[str, list[list[dict[str, float]]]] = defaultdict(list)
     outcomes: dict[str, Outcome] = {}
     for turn in range(_WARM_UP + setting.rounds):
-        for kind in [kind for kind in contestants if kind not in outcomes]:
+        left = [kind for kind in contestants if kind not in outcomes]
+        for kind in left if turn % 2 == 0 else reversed(left):  # nobody is always the first
             time.sleep(_PAUSE_SECONDS)
             answer = _ask(pipes[kind], True)
             if isinstance(answer, Refusal):
                 outcomes[kind] = answer
                 print(f"{model}: {kind} refused: {answer.reason}", file=sys.stderr)
             elif turn >= _WARM_UP:
-                seconds[kind] += answer
+                seconds[kind].append(answer)
             elif turn == 0:
                 print(f"{model}: {kind} is ready", file=sys.stderr, flush=True)
     for kind in [kind for kind in contestants if kind not in outcomes]:
@@ -108,10 +112,12 @@ def _ask(pipe: Connection, go_on: bool) -> Any:
         return Refusal("the process ended by itself; most often there was not enough memory.")
 
 
-def _figures(steps: list[dict[str, float]], *, peaks: dict[str, float]) -> Figures:
+def _figures(turns: list[list[dict[str, float]]], *, peaks: dict[str, float]) -> Figures:
+    steps = [step for turn in turns for step in turn]
     phases = {phase: 1e3 * statistics.median(step[phase] for step in steps) for phase in steps[0]}
+    each = tuple(1e3 * statistics.median(sum(step.values()) for step in turn) for turn in turns)
     total = 1e3 * statistics.median(sum(step.values()) for step in steps)
-    return Figures(milliseconds=total, phases=phases, **peaks)
+    return Figures(milliseconds=total, phases=phases, turns=each, **peaks)
 
 
 def _contestant(pipe: Connection, setting: Setting, *, model: str, kind: str) -> None:

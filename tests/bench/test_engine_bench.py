@@ -30,8 +30,9 @@ def test_the_record_holds_every_contestant_of_every_model(tmp_path, capsys):
     rows = record["results"]["mlp"]
     assert list(rows) == ["ordinary", "private"]
     for figures in rows.values():
-        ratios = {"time_ratio", "memory_ratio", "tensors_ratio"}
-        assert set(figures) == {"milliseconds", "memory_mib", "tensors_mib", "phases", *ratios}
+        ratios = {"time_ratio", "time_ratio_quartiles", "memory_ratio", "tensors_ratio"}
+        assert set(figures) == {"milliseconds", "memory_mib", "tensors_mib", "phases", "turns", *ratios}
+        assert len(figures["turns"]) == 1
         assert all(took > 0 for took in figures["phases"].values())
     assert list(rows["private"]["phases"]) == ["clipped gradient", "release", "write", "optimizer"]
     assert rows["ordinary"]["time_ratio"] == rows["ordinary"]["memory_ratio"] == 1
@@ -46,7 +47,7 @@ def test_a_contestant_that_cannot_run_says_why_and_the_others_go_on():
 
 
 def test_a_refusal_is_a_line_of_the_table():
-    figures = Figures(milliseconds=2.0, memory_mib=3.0, tensors_mib=1.0, phases={"forward": 2.0})
+    figures = Figures(milliseconds=2.0, memory_mib=3.0, tensors_mib=1.0, phases={"forward": 2.0}, turns=(2.0,))
     rows = {kind: row(outcome, baseline=figures) for kind, outcome in {"a": figures, "b": Refusal("why")}.items()}
     assert rows["b"] == {"refused": "why"}
     lines = table({"model": rows}).splitlines()
@@ -55,10 +56,27 @@ def test_a_refusal_is_a_line_of_the_table():
 
 
 def test_without_a_baseline_there_are_no_ratios():
-    figures = Figures(milliseconds=2.0, memory_mib=3.0, tensors_mib=1.0, phases={"forward": 2.0})
+    figures = Figures(milliseconds=2.0, memory_mib=3.0, tensors_mib=1.0, phases={"forward": 2.0}, turns=(2.0,))
     alone = row(figures, baseline=Refusal("why"))
     assert "time_ratio" not in alone
     assert "x " not in table({"model": {"a": alone}}).splitlines()[1]
+
+
+def test_ratios_are_taken_turn_by_turn():
+    """A machine that is half as fast for a while is so for everyone."""
+    rest = {"memory_mib": 3.0, "tensors_mib": 1.0, "phases": {"forward": 2.0}}
+    baseline = Figures(milliseconds=2.0, turns=(1.0, 1.0, 2.0, 4.0, 4.0), **rest)
+    slower = Figures(milliseconds=2.0, turns=(1.5, 1.4, 3.0, 6.0, 8.0), **rest)
+    found = row(slower, baseline=baseline)
+    assert found["time_ratio"] == 1.5
+    assert found["time_ratio_quartiles"] == [1.5, 1.5]
+    assert "1.50x  1.50 to 1.50" in table({"model": {"a": found}})
+
+
+def test_the_floor_is_an_ordinary_update_with_noise_and_norms():
+    outcomes = measure("mlp", contestants=["ordinary", "floor"], setting=TINY)
+    assert isinstance(outcomes["floor"], Figures), outcomes
+    assert list(outcomes["floor"].phases) == ["norms", "forward and backward", "release", "optimizer"]
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 9])
