@@ -56,7 +56,7 @@ class Figures:
     Attributes:
         memory_mib: of the process, or of PyTorch's allocator on an accelerator.
         tensors_mib: of the tensors alone, without what the process's allocator and its caches hold besides.
-        turns: milliseconds of a step in each turn. A machine that grows slower does so for all contestants of a turn, so
+        turns: milliseconds of a step in each turn. A machine that grows slower does so for all contestants of a turn:
             ratios are taken turn by turn.
     """
 
