@@ -95,6 +95,7 @@ def is_plain(value: Tensor) -> bool:
         and value.numel() > 0
         and not value.is_neg()
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and value.data_ptr() != 0  # zeros of autograd that were never written have no memory either
     )
 
 
