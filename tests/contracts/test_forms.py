@@ -9,8 +9,9 @@ from torch import Tensor
 
 from contracts.forms import B, FormContract
 from discreet.core.forms import Dense, Lookup
+from discreet.core.kernels import dispatch
 from discreet.core.outer import Outer, Tied
-from discreet.core.route import Cost, Route, WindowCost, forced
+from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, TENSOR_CORES, Cost, Route, WindowCost, forced
 from discreet.core.windows import Geometry, Windows
 
 
@@ -149,6 +150,10 @@ class TestWindowsByPixels(TestWindows):
     sizes, route = (1, 24, 20, (4, 4), (3, 3)), Route.PIXELS
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
 
+    @pytest.fixture(autouse=True)
+    def _without_a_kernel(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "suit_windows", lambda input, grad: False)
+
 
 class TestWindowsUnfolded(TestWindows):
     sizes, route = (1, 30, 40, (9, 9), (3, 3)), Route.WINDOWS
@@ -259,9 +264,14 @@ def test_what_is_kept_is_never_more_than_what_would_be_booked(positions, inputs,
         assert positions == 1
 
 
-def test_a_single_example_takes_the_plain_path():
-    """Its gradient is the sum: nothing is contracted twice."""
-    assert all(Cost(s, 512, 2048, 1).choose().route is Route.KEEP for s in (2, 128, 4096))
+@pytest.mark.parametrize("prices", [CPU, PANELS, ACCELERATOR, KERNELS, TENSOR_CORES])
+@pytest.mark.parametrize(("positions", "width"), [(254, 512), (248, 512), (8, 256), (192, 512), (2, 4)])
+def test_an_example_more_sends_none_another_way(positions, width, prices):
+    """Routes round norms up by different amounts: 128 opposed examples moved by 66 bounds when the next one came."""
+    costs = [Cost(positions, width, width, examples, prices=prices) for examples in range(1, 200)]
+    windows = [WindowCost(positions, width, 8, count, 300, 4, prices=prices) for count in range(1, 200)]
+    assert len({cost.choose().route for cost in costs}) == 1
+    assert len({cost.choose().route for cost in windows}) == 1
 
 
 @pytest.mark.parametrize(

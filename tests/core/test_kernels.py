@@ -161,7 +161,7 @@ def test_the_engine_with_kernels_equals_brute_force(name, kernels, used):
     [
         (20, 200, {"gram_products", "weighted_sum"}),
         (300, 70, {"product_squares", "weighted_sum"}),
-        (700, 16, {"products"}),
+        (1100, 16, {"products"}),
     ],
 )
 def test_bfloat16_needs_no_wide_copy(positions, width, kernels, used, monkeypatch):

@@ -12,8 +12,9 @@ other once and adds up shifted copies for the taps of the kernel; WINDOWS unfold
 squares its tiles where they are made (`discreet.core.kernels`); without one KEEP is always better, and may be had
 wherever GRAM is dear.
 
-Every choice is made from shapes, never from data: it can be told to anyone. So training may take another route than the
-self-check, whose batch is smaller: the check takes every route in turn (`forced`).
+Every choice is made from the shape of one example, never from data, nor from how many examples there are: routes round
+norms up by different amounts, so an example more must not send all others another way. Sequences of other lengths than
+the self-check's may go another way, so it takes every route in turn (`forced`).
 """
 
 from __future__ import annotations
@@ -97,18 +98,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cost:
-    """Shape of one use per example and group: (positions, inputs, outputs), the number of examples, and the prices."""
+    """Shape of one use per example and group: (positions, inputs, outputs), and the prices."""
 
     positions: int
     inputs: int
     outputs: int
-    examples: int = 2
+    examples: int = 2  # for `forced` alone
     prices: Prices = field(default=CPU, kw_only=True)
 
     @property
     def kept(self) -> int:
-        """Numbers that KEEP holds beyond the weight's own gradient, per example."""
-        return self.inputs * self.outputs * (self.examples - 1) // self.examples
+        """Numbers that KEEP holds, per example."""
+        return self.inputs * self.outputs
 
     def choose(self) -> Choice:
         """The cheapest route of a linear map whose kept gradients are no larger than what booking holds."""
