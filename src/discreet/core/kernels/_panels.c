@@ -3,7 +3,7 @@
  * Operands are packed into panels: for each index that is summed over, sixteen numbers that lie side by side. A tile of
  * sixteen by sixteen products is then made in registers, a vector of one panel times each number of another.
  *
- * Numbers are summed in runs of 32, the runs of a block in float32, and blocks in double precision.
+ * Numbers are summed in runs of 16, the runs of a block in float32, and blocks in double precision.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -21,7 +21,7 @@
 
 #if HAS_PANELS
 
-enum { LANES = 16, TILE = LANES * LANES, RUN = 32, BLOCK = 256, MOST_OPERANDS = 16, LINE = 4 * LANES };
+enum { LANES = 16, TILE = LANES * LANES, RUN = 16, BLOCK = 256, MOST_OPERANDS = 16, LINE = 4 * LANES };
 
 typedef float vector_16 __attribute__((vector_size(64), may_alias)), vector_8 __attribute__((vector_size(32), may_alias));
 typedef int32_t picked_16 __attribute__((vector_size(64))), picked_8 __attribute__((vector_size(32)));
@@ -94,10 +94,12 @@ static inline int side_by_side(const int64_t *places)
                     for (int r = 0; r < N; r++)                                                             \
                         sum[0][r][v] += one[i * LANES + r] * right;                                         \
                 }                                                                                           \
-            for (int way = 0; way < WAYS; way++)                                                            \
-                for (int r = 0; r < N; r++)                                                                 \
-                    for (int v = 0; v < VECTORS; v++)                                                       \
-                        total[r][v] += sum[way][r][v];                                                      \
+            for (int r = 0; r < N; r++)                                                                     \
+                for (int v = 0; v < VECTORS; v++) {                                                         \
+                    for (int way = 1; way < WAYS; way++)                                                    \
+                        sum[0][r][v] += sum[way][r][v];                                                     \
+                    total[r][v] += sum[0][r][v];                                                            \
+                }                                                                                           \
         }                                                                                                   \
         for (int r = 0; r < N; r++)                                                                         \
             for (int v = 0; v < VECTORS; v++)                                                               \

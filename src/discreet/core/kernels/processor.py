@@ -1,7 +1,7 @@
 """The kernels of a processor, in compiled C: operands are read where they lie, and no Gram matrix is held whole.
 
 `_panels.c` packs sixteen positions (or features) side by side and multiplies tiles of sixteen by sixteen in registers,
-on processors with AVX2 or AVX-512. Sums are float32 in runs of 32, whose blocks meet in float64. Threads are those of
+on processors with AVX2 or AVX-512. Sums are float32 in runs of 16, whose blocks meet in float64. Threads are those of
 PyTorch's own operations, and each has examples of its own: no number depends on how many there are.
 
 Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
@@ -27,7 +27,7 @@ except ImportError:
 MOST_POSITIONS = 2048
 """The tiles of both Gram matrices of one example, 8 bytes a number, are held at once: 32 MiB for each thread."""
 _MOST_OPERANDS = 16
-_RUN, _BLOCK = 32, 256
+_RUN, _BLOCK = 16, 256
 _ALONE = 1 << 18
 """Multiply-adds that take no longer than it takes to wake a second thread."""
 
