@@ -318,14 +318,12 @@ class Book:
     def _norm2(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
         """Squared norms over these parts, (B,), float64, and whether all are known to be finite.
 
-        The fast way first, the sure way for examples where that has a doubt, and for no others: the two are rounded up
-        by different amounts, so that one example's doubt would change the factors of all. The doubt is all that is ever
-        asked of the data: an accelerator is waited for once a group.
+        The fast way first, the sure way for examples where that has a doubt alone: it rounds up by another amount. The
+        doubt is all that is ever asked of the data: an accelerator is waited for once a group.
         """
         zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
         quick_B = torch.stack([zeros_B, *(part.quick_norm2() for part in parts)]).sum(0)
-        known_B = (quick_B >= 0) & (quick_B < torch.inf)
-        if bool(known_B.all()):
+        if bool((known_B := (quick_B >= 0) & (quick_B < torch.inf)).all()):
             return quick_B, True
         return torch.where(known_B, quick_B, sum((part.norm2() for part in parts), zeros_B)), False
 

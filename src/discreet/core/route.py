@@ -12,9 +12,8 @@ other once and adds up shifted copies for the taps of the kernel; WINDOWS unfold
 squares its tiles where they are made (`discreet.core.kernels`); without one KEEP is always better, and may be had
 wherever GRAM is dear.
 
-Every choice is made from the shape of one example, never from data, nor from how many examples there are: routes round
-norms up by different amounts, so an example more must not send all others another way. Sequences of other lengths than
-the self-check's may go another way, so it takes every route in turn (`forced`).
+Every choice is made from the shape of one example, never from data nor from how many there are: routes round norms up
+by amounts of their own. Other lengths may go another way in training: the check takes all in turn (`forced`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Shape legend: N = rows, H = state width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,9 +39,7 @@ def forward(gate_N4H: Tensor, before_NH: Tensor, cell_NH: Tensor, squashed_NH: T
         before_NH: the cell before.
         cell_NH, squashed_NH, state_NH: written: the cell, its hyperbolic tangent, and the state.
     """
-    gates = _rows(gate_N4H, like_NH=cell_NH)
-    others = _side_by_side(before_NH, cell_NH, squashed_NH, state_NH)
-    _by_rows(lambda *rows: _compiled.forward(*gates, *others, *rows), cell_NH)
+    _by_rows(_compiled.forward, cell_NH, [gate_N4H, before_NH, cell_NH, squashed_NH, state_NH])
 
 
 def backward(
@@ -60,45 +58,21 @@ def backward(
         cell_grad_NH: that of the cell, by way of later steps; becomes that of the cell before.
         gate_grad_N4H: written. Rows may lie apart.
     """
-    gates, grads = (_rows(value, like_NH=cell_grad_NH) for value in (gate_N4H, gate_grad_N4H))
-    others = _side_by_side(before_NH, squashed_NH, state_grad_NH, cell_grad_NH)
-    _by_rows(lambda *rows: _compiled.backward(*gates, *others, *grads, *rows), cell_grad_NH)
+    _by_rows(
+        _compiled.backward, cell_grad_NH, [gate_N4H, before_NH, squashed_NH, state_grad_NH, cell_grad_NH, gate_grad_N4H]
+    )
 
 
-def _rows(gate_N4H: Tensor, *, like_NH: Tensor) -> tuple[int, int]:
-    """Where all gates of the first row begin, and how far rows lie apart.
-
-    Raises:
-        AssertionError: gates of one row do not lie side by side, or are of another size than these.
-    """
+def _by_rows(kernel: Callable[..., None], like_NH: Tensor, values: Sequence[Tensor]) -> None:
+    """Run a kernel on values that lie as it reads them, with as many rows for each thread."""
     rows, width = like_NH.shape
-    if gate_N4H.shape != (rows, 4 * width) or gate_N4H.stride(1) != 1 or gate_N4H.dtype is not torch.float32:
-        raise AssertionError(f"gates of {_layout(gate_N4H)}: the compiled code would read past their end")
-    return gate_N4H.data_ptr(), gate_N4H.stride(0)
-
-
-def _side_by_side(*values_NH: Tensor) -> tuple[int, ...]:
-    """Where these values begin.
-
-    Raises:
-        AssertionError: they are of several sizes, or have gaps.
-    """
-    for value in values_NH:
-        if value.shape != values_NH[0].shape or not value.is_contiguous() or value.dtype is not torch.float32:
-            raise AssertionError(f"rows of {_layout(value)}: the compiled code would read past their end")
-    return tuple(value.data_ptr() for value in values_NH)
-
-
-def _layout(value: Tensor) -> str:
-    return f"shape {tuple(value.shape)}, strides {value.stride()}, {value.dtype}"
-
-
-def _by_rows(kernel: Callable[[int, int, int], None], like_NH: Tensor) -> None:
-    """Run a kernel, with as many rows for each thread."""
-    rows, width = like_NH.shape
-    threads = min(torch.get_num_threads(), rows, like_NH.numel() // _ALONE)
-    if threads < 2:
-        kernel(0, rows, width)
-        return
+    described: list[int] = []
+    for value in values:
+        is_gate = value.shape == (rows, 4 * width) and value.stride(1) == 1
+        fits = is_gate or (value.shape == (rows, width) and value.is_contiguous())
+        if not fits or value.dtype is not torch.float32:
+            raise AssertionError(f"shape {tuple(value.shape)}, {value.stride()}, {value.dtype}: read past their end")
+        described += (value.data_ptr(), value.stride(0)) if is_gate else (value.data_ptr(),)
+    threads = max(1, min(torch.get_num_threads(), rows, like_NH.numel() // _ALONE))
     edges = [rows * thread // threads for thread in range(threads + 1)]
-    team.for_each(lambda share: kernel(*share, width), list(itertools.pairwise(edges)))
+    team.for_each(lambda share: kernel(*described, *share, width), list(itertools.pairwise(edges)))
