@@ -108,6 +108,23 @@ def test_windows_are_read_where_they_lie(image, route, channels_last):
     torch.testing.assert_close(form.per_example().double(), exact.per_example(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_defaults_of_a_program_are_not_its_results(dtype):
+    """Memory that is written to is float32 on a processor, whatever tensors are by default."""
+    input, grad = pair((3, 1, 37, 20, 33), torch.float32)
+    wanted = each(input, grad)
+    processor._places.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            products = processor.products(Spread(input), Spread(grad))
+            norm2 = processor.gram_norm2([Spread(input)], [Spread(grad)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(products.double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm2, wanted.square().flatten(1).sum(1), rtol=1e-3, atol=0.0)
+
+
 def test_operands_without_number_are_refused():
     with pytest.raises(ValueError, match="operands: a tuple of 1 to 16"):
         processor._compiled.gram_norm2((), (), 1, 1, 0, 0, (0.0, 0.0, 0.0), 0, False)

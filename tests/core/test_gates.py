@@ -109,8 +109,26 @@ def test_threads_change_no_bit():
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@needs_compiled
+def test_what_lies_otherwise_is_not_read():
+    gate, before = _inputs(3, 4)
+    for at, other in enumerate((gate[:, :15], gate[:2], gate.t().contiguous().t(), gate.double())):
+        with pytest.raises(AssertionError, match="past their end"):
+            gates.forward(other, before, *(torch.empty(3, 4) for _ in range(3)))
+        with pytest.raises(AssertionError, match="past their end"):
+            gates.backward(gate, *(torch.zeros(3, 4) for _ in range(4)), torch.empty_like(other))
+        for wrong in (before[:2], before.t().contiguous().t(), before.double(), before[:1].expand(3, 4)):
+            kept = [torch.empty(3, 4) for _ in range(4)]
+            kept[at] = wrong
+            with pytest.raises(AssertionError, match="past their end"):
+                gates.forward(gate, *kept)
+            with pytest.raises(AssertionError, match="past their end"):
+                gates.backward(gate, *kept, torch.empty(3, 16))
+
+
 def test_what_suits():
     value = torch.ones(2, 3)
+    assert not gates.suit(torch._efficientzerotensor((2, 3)))
     assert gates.suit(value) == (gates._compiled is not None)
     assert not gates.suit(value, value.double())
     assert not gates.suit(value.bfloat16())

@@ -12,9 +12,8 @@ other once and adds up shifted copies for the taps of the kernel; WINDOWS unfold
 squares its tiles where they are made (`discreet.core.kernels`); without one KEEP is always better, and may be had
 wherever GRAM is dear.
 
-Every choice is made from the shapes of one example, never from data: it can be told to anyone. Nor from the number of
-examples, which one example more would change: routes add different bounds for rounding to a norm, and all others' would
-change with it. Shapes of the self-check may be other ones than in training: it takes every route in turn (`forced`).
+Every choice is made from the shape of one example, never from data nor from how many there are: routes round norms up
+by amounts of their own. Other lengths may go another way in training: the check takes all in turn (`forced`).
 """
 
 from __future__ import annotations
@@ -98,15 +97,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cost:
-    """Shape of one use per example and group: (positions, inputs, outputs), and the prices.
-
-    The number of examples is what a forced route may cost; no choice depends on it.
-    """
+    """Shape of one use per example and group: (positions, inputs, outputs), and the prices."""
 
     positions: int
     inputs: int
     outputs: int
-    examples: int = 2
+    examples: int = 2  # for `forced` alone
     prices: Prices = field(default=CPU, kw_only=True)
 
     @property

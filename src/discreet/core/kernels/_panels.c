@@ -94,10 +94,12 @@ static inline int side_by_side(const int64_t *places)
                     for (int r = 0; r < N; r++)                                                             \
                         sum[0][r][v] += one[i * LANES + r] * right;                                         \
                 }                                                                                           \
-            for (int way = 0; way < WAYS; way++)                                                            \
-                for (int r = 0; r < N; r++)                                                                 \
-                    for (int v = 0; v < VECTORS; v++)                                                       \
-                        total[r][v] += sum[way][r][v];                                                      \
+            for (int r = 0; r < N; r++)                                                                     \
+                for (int v = 0; v < VECTORS; v++) {                                                         \
+                    for (int way = 1; way < WAYS; way++)                                                    \
+                        sum[0][r][v] += sum[way][r][v];                                                     \
+                    total[r][v] += sum[0][r][v];                                                            \
+                }                                                                                           \
         }                                                                                                   \
         for (int r = 0; r < N; r++)                                                                         \
             for (int v = 0; v < VECTORS; v++)                                                               \
@@ -221,14 +223,13 @@ typedef struct {
 
 static const instructions WIDE = {tile_16, pack_16, add_16, met_16}, NARROW = {tile_8, pack_8, add_8, met_8};
 
-/* The best that this processor has, or none. */
+/* The best that this processor has, or none; a virtual one with AVX2 may lack what else the compiler makes use of. */
 static const instructions *found(void)
 {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512dq"))
+    if (__builtin_cpu_supports("x86-64-v4"))
         return &WIDE;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &NARROW : NULL;
+    return __builtin_cpu_supports("x86-64-v3") ? &NARROW : NULL;
 }
 
 static inline Py_ssize_t panels_of(Py_ssize_t lanes)

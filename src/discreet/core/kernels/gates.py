@@ -9,7 +9,7 @@ Shape legend: N = rows, H = state width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,9 +39,7 @@ def forward(gate_N4H: Tensor, before_NH: Tensor, cell_NH: Tensor, squashed_NH: T
         before_NH: the cell before.
         cell_NH, squashed_NH, state_NH: written: the cell, its hyperbolic tangent, and the state.
     """
-    gates, apart = gate_N4H.data_ptr(), gate_N4H.stride(0)
-    others = tuple(value.data_ptr() for value in (before_NH, cell_NH, squashed_NH, state_NH))
-    _by_rows(lambda *rows: _compiled.forward(gates, apart, *others, *rows), cell_NH)
+    _by_rows(_compiled.forward, cell_NH, [gate_N4H, before_NH, cell_NH, squashed_NH, state_NH])
 
 
 def backward(
@@ -60,18 +58,24 @@ def backward(
         cell_grad_NH: that of the cell, by way of later steps; becomes that of the cell before.
         gate_grad_N4H: written. Rows may lie apart.
     """
-    gates = (gate_N4H.data_ptr(), gate_N4H.stride(0))
-    others = tuple(value.data_ptr() for value in (before_NH, squashed_NH, state_grad_NH, cell_grad_NH))
-    grads = (gate_grad_N4H.data_ptr(), gate_grad_N4H.stride(0))
-    _by_rows(lambda *rows: _compiled.backward(*gates, *others, *grads, *rows), cell_grad_NH)
+    _by_rows(
+        _compiled.backward, cell_grad_NH, [gate_N4H, before_NH, squashed_NH, state_grad_NH, cell_grad_NH, gate_grad_N4H]
+    )
 
 
-def _by_rows(kernel: Callable[[int, int, int], None], like_NH: Tensor) -> None:
-    """Run a kernel, with as many rows for each thread."""
+def _by_rows(kernel: Callable[..., None], like_NH: Tensor, values: Sequence[Tensor]) -> None:
+    """Run a kernel on values that lie as it reads them, with as many rows for each thread."""
     rows, width = like_NH.shape
-    threads = min(torch.get_num_threads(), rows, like_NH.numel() // _ALONE)
-    if threads < 2:
-        kernel(0, rows, width)
+    described: list[int] = []
+    for value in values:
+        is_gate = value.shape == (rows, 4 * width) and value.stride(1) == 1
+        fits = is_gate or (value.shape == (rows, width) and value.is_contiguous())
+        if not fits or value.dtype is not torch.float32:
+            raise AssertionError(f"shape {tuple(value.shape)}, {value.stride()}, {value.dtype}: read past their end")
+        described += (value.data_ptr(), value.stride(0)) if is_gate else (value.data_ptr(),)
+    threads = max(1, min(torch.get_num_threads(), rows, like_NH.numel() // _ALONE))
+    if threads == 1:
+        kernel(*described, 0, rows, width)
         return
     edges = [rows * thread // threads for thread in range(threads + 1)]
-    team.for_each(lambda share: kernel(*share, width), list(itertools.pairwise(edges)))
+    team.for_each(lambda share: kernel(*described, *share, width), list(itertools.pairwise(edges)))

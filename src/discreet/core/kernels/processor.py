@@ -74,9 +74,9 @@ class Spread:
 @functools.lru_cache(maxsize=256)
 def _places(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """Where the elements of some axes lie, in numbers from the first; int64."""
-    places = torch.zeros(1, dtype=torch.int64)
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, stride in zip(sizes, strides, strict=True):
-        places = (places.unsqueeze(1) + torch.arange(size) * stride).flatten()
+        places = (places.unsqueeze(1) + torch.arange(size, device="cpu") * stride).flatten()
     return places
 
 
@@ -95,6 +95,7 @@ def is_plain(value: Tensor) -> bool:
         and value.numel() > 0
         and not value.is_neg()
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and value.data_ptr() != 0  # zeros of autograd that were never written have no memory either
     )
 
 
@@ -117,7 +118,7 @@ def gram_norm2(
         narrow: use AVX2 where AVX-512 may be had.
     """
     examples = inputs[0].value.shape[0]
-    norm2_B = torch.empty(examples, dtype=torch.float64)
+    norm2_B = torch.empty(examples, dtype=torch.float64, device="cpu")
     widths = [sum(operand.width for operand in operands) for operands in (inputs, grads)]
     work = inputs[0].value.shape[1] * inputs[0].positions ** 2 * sum(widths) // 2
     spacings = (*(gram_spacings(operands) for operands in (inputs, grads)), 4.0) if rounded else (0.0, 0.0, 0.0)
@@ -143,7 +144,7 @@ def products(input: Spread, grad: Spread, *, narrow: bool = False) -> Tensor:
         narrow: use AVX2 where AVX-512 may be had.
     """
     examples, groups = input.value.shape[:2]
-    out = torch.empty(examples, groups, grad.width, input.width)
+    out = torch.empty(examples, groups, grad.width, input.width, dtype=torch.float32, device="cpu")
     work = groups * input.positions * out.shape[2] * out.shape[3]
     _shared_out(_compiled.products, [input], [grad], out=out, work=work, spacings=(0.0, 0.0, 0.0), narrow=narrow)
     return out

@@ -103,8 +103,9 @@ class Lstm(Cell):
         kept: tuple[Tensor, ...],
     ) -> Gradients:  # fmt: skip
         assert grad_cell_NH is not None
-        gate_NTG, cell, squashed, wide = (value.transpose(0, 1) for value in kept)
-        is_fused = gates.suit(gate_NTG, grad_NTP, grad_cell_NH)
+        # What was saved may come back in another order of memory, from hooks that keep it elsewhere meanwhile.
+        gate_NTG, cell, squashed, wide = (value.contiguous().transpose(0, 1) for value in kept)
+        is_fused = gates.suit(gate_NTG, cell, squashed, grad_NTP, grad_cell_NH)
         grad_NTG = torch.empty_like(gate_NTG) if is_fused else _factors(gate_NTG, cell[:, :-1], squashed)
         projected = None if weights.projection is None else torch.empty_like(grad_NTP)
         state = grad_NTP.new_zeros(grad_NTP.shape[0], grad_NTP.shape[2])
