@@ -19,6 +19,7 @@ from discreet.core.gradient import LossFunction, batch_size_of
 from discreet.core.isolation import IsolationVerdict, examine_isolation
 from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
+from discreet.train.tempered import GROUPS, TEMPERATURE, Tempered
 
 
 class Status(enum.Enum):
@@ -119,8 +120,8 @@ def check(
 
     **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is
     tested by replacing and by removing examples; buffers that a forward changes depending on the data are named, and
-    parameters that it writes at all. The check is a test and no proof: it sees the control flow that these examples
-    take.
+    parameters that it writes at all; the loss of a `Tempered` model must depend on its temperature. The check is a test
+    and no proof: it sees the control flow that these examples take.
 
     Args:
         model: as it will be trained (its mode is kept; buffers, gradients and random state are put back; a parameter
@@ -140,7 +141,8 @@ def check(
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
-    report = CheckReport(rows=(*isolation, *_norm_rows(verdict)), layout=verdict.layout, moving=alone.moving)
+    rows = (*isolation, *_norm_rows(verdict), *_tempered_rows(model, verdict))
+    report = CheckReport(rows=rows, layout=verdict.layout, moving=alone.moving)
     return report if report.passed else replace(report, layout=None)
 
 
@@ -185,6 +187,22 @@ def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
     detail = f"differs from brute force by more than {verdict.tolerance:g}: do not train; report it."
     rows.append(_verdict_row("clipped sum", "against one example at a time", verdict.sum_agrees, detail))
     return tuple(rows)
+
+
+def _tempered_rows(model: nn.Module, verdict: NormVerdict) -> tuple[CheckRow, ...]:
+    """Whether a loss knows of the temperature beside the model, which has a share of the budget and is believed later.
+
+    Asked of the graph and not of the numbers: a gradient may well be zero on these examples, such as those that the
+    loss ignores, or where all logits are equal.
+    """
+    if not isinstance(model, Tempered):
+        return ()
+    unknown = [each.name for each in verdict.parameters if each.name in GROUPS and not each.connected]
+    detail = (
+        f"{', '.join(unknown)}: no loss depends on it, so it would stay as it began, and noise would be paid for it; "
+        "train with discreet.tempered_cross_entropy, or train the bare model."
+    )
+    return (_verdict_row(TEMPERATURE, "the loss depends on temperature and floor", not unknown, detail),)
 
 
 def _verdict_row(name: str, what: str, passed: bool, failure: str) -> CheckRow:
