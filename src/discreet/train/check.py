@@ -8,7 +8,7 @@ missed uses of a parameter and wrong layouts, whatever their class is called.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -17,8 +17,11 @@ from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, batch_size_of
 from discreet.core.isolation import IsolationVerdict, examine_isolation
+from discreet.core.layout import frozen_state, take
 from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
+from discreet.train.examples import made_up
+from discreet.train.stillness import Allowed
 from discreet.train.tempered import GROUPS, TEMPERATURE, Tempered
 
 
@@ -59,12 +62,12 @@ class CheckReport:
         rows: in the order in which they were checked.
         layout: how each use carries the batch; hand it to `clipped_gradient` to accept folded axes. None when anything
             failed: a layout is what the norms have shown it to be.
-        moving: buffers that a forward writes, whatever the data are, such as a counter.
+        allowed: what a forward writes, whatever the data are: counters, and tables that follow from sizes.
     """
 
     rows: tuple[CheckRow, ...]
     layout: Layout | None
-    moving: tuple[str, ...] = ()
+    allowed: Allowed = field(default_factory=Allowed)
 
     @property
     def passed(self) -> bool:
@@ -135,14 +138,17 @@ def check(
     if size < 2:
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
     alone = examine_isolation(model, loss, batch, examples=size)
-    isolation = _isolation_rows(alone)
+    isolation = (*_isolation_rows(alone), *_moving_rows(model, loss, batch, size, alone.moving))
+    if alone.resized:
+        # No gradient can be compared with one that a forward of another size has.
+        return CheckReport(rows=isolation, layout=None)
     try:
         verdict = compare_with_brute_force(model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size)
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
     rows = (*isolation, *_norm_rows(verdict), *_tempered_rows(model, verdict))
-    report = CheckReport(rows=rows, layout=verdict.layout, moving=alone.moving)
+    report = CheckReport(rows=rows, layout=verdict.layout, allowed=Allowed(alone.moving, alone.tables))
     return report if report.passed else replace(report, layout=None)
 
 
@@ -161,7 +167,33 @@ def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     )
     what = "no buffer learns from the data, and no forward writes a parameter"
     rows.append(_verdict_row("buffers", what, not verdict.buffers, detail))
+    detail = (
+        f"{', '.join(verdict.resized)}: a forward gives it another size, and how large it is when it is saved would "
+        "tell of the examples; make it as large as it will be before training, or, where it follows from sizes alone, "
+        "register it with persistent=False."
+    )
+    rows.append(_verdict_row("buffers", "no buffer that is saved changes its size", not verdict.resized, detail))
     return tuple(rows)
+
+
+def _moving_rows(
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, moving: tuple[str, ...]
+) -> tuple[CheckRow, ...]:
+    """Whether a made-up example can move what every forward moves, as it will once for each update."""
+    if not moving:
+        return ()
+    what, works = "a made-up example moves what every forward moves", True
+    try:
+        with frozen_state(model):
+            loss(model, made_up(take(batch, [0], size)))
+    except (ValueError, RuntimeError, IndexError, KeyError, TypeError, ArithmeticError):
+        works = False
+    detail = (
+        f"{', '.join(moving)}: every forward moves it, so it would tell how many examples were drawn; training moves "
+        "it by a made-up example instead (random numbers, zeros for whole ones), which this model does not take; count "
+        "in your own loop."
+    )
+    return (_verdict_row("buffers", what, works, detail),)
 
 
 def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
