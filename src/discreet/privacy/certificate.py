@@ -38,7 +38,7 @@ _EPSILONS = ("epsilon", "epsilon_calibration", "epsilon_training")
 NOT_COVERED = (
     "Evaluation on a test set: its examples are outside the guarantee, unless they are also training examples.",
     "Choices made outside this run, such as hyper-parameters or models compared on the same data.",
-    "The numbers of training examples and of those that a public hash sets apart, and the expected batch size, all "
+    "The number of training examples and of those that a public hash sets apart, and the expected batch size, all "
     "treated as public.",
     "The schema and other facts given as public: column types, bounds, categories, class names.",
     "Side channels (timing, memory, power), and whoever can read the process or the private half of the run directory.",
