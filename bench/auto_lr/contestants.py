@@ -29,6 +29,7 @@ from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.examples import Examples as Fetched
 from discreet.train.loop import make_private, self_check
 from discreet.train.step import ClippedStep, Microbatch, write_gradient
+from discreet.train.stillness import Watch
 from discreet.train.updates import Step
 
 FIXED_RATE = 0.02
@@ -193,6 +194,7 @@ def _step(task: Task, model: nn.Module) -> ClippedStep:
         clipping=clipping,
         layout=report.layout,
         microbatch=Microbatch(512),
+        watch=Watch(model, report.allowed),
     )
 
 

@@ -22,6 +22,7 @@ MAY_DRAW = {
     "core/layout.py": "fixes dropout masks while a forward pass is repeated; puts the state back",
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
     "train/loop.py": "the random suffix of a new run folder's name",
+    "train/examples.py": "a made-up example of the right shapes, the same in every run; puts the caller's state back",
     "train/throughput.py": "random numbers of the right shapes to measure on; puts the caller's state back",
     "train/trial.py": "starting weights and dropout, from the trial's key; puts the caller's state back",
     "train/probing.py": "seeds dropout inside a probe, from the run's key, in a state that the caller puts back",

@@ -2,245 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import CASES, Fn, loss
+from cases import CASES, loss
 from discreet.core import rules
 from discreet.core.clipping import Clipping
 from discreet.core.kernels import processor
-from discreet.errors import CheckFailed, ConfigError
+from discreet.errors import ConfigError
 from discreet.train.check import Status, check
-
-B, T, D, V = 4, 7, 6, 11
-
-
-def _features(*shape: int) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return {"x": torch.randn(B, *shape), "target": torch.randn(B)}
-
-
-def _model(f, **parts) -> nn.Module:
-    torch.manual_seed(1)
-    return Fn(f, **parts)
-
-
-def _failed(model, batch, what: str, *, loss_function=loss) -> None:
-    report = check(model, loss_function, batch)
-    failed = [row for row in report.rows if row.status is Status.FAILED]
-    assert not report.passed
-    assert any(what in f"{row.name} {row.what}" for row in failed), report.table()
-    with pytest.raises(CheckFailed, match="no private training starts"):
-        report.raise_if_failed()
-
-
-class HandMadeBatchNorm(nn.Module):
-    """Nothing in its name or class says what it does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - x.mean(0)) / (x.var(0, correction=0).sqrt() + 1e-3)
-
-
-@pytest.mark.parametrize(
-    "norm",
-    [
-        lambda: nn.BatchNorm1d(D),
-        lambda: nn.BatchNorm1d(D, affine=False),
-        lambda: nn.BatchNorm1d(D, affine=False, track_running_stats=False),
-        lambda: nn.BatchNorm1d(D, track_running_stats=False),
-        lambda: HandMadeBatchNorm(),
-    ],
-)
-def test_batch_norm_is_caught(norm):
-    model = _model(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(D, D), n=norm(), b=nn.Linear(D, 2))
-    _failed(model, _features(D), "isolation")
-
-
-def test_batch_norm_beside_dropout_is_caught():
-    model = _model(
-        lambda s, x: s.b(s.d(s.n(s.a(x)))),
-        a=nn.Linear(D, D),
-        n=nn.BatchNorm1d(D, affine=False),
-        d=nn.Dropout(),
-        b=nn.Linear(D, 2),
-    )
-    _failed(model, _features(D), "isolation")
-
-
-def test_frozen_batch_norm_passes():
-    model = _model(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(D, D), n=nn.BatchNorm1d(D), b=nn.Linear(D, 2))
-    model.n.requires_grad_(False).eval()
-    assert check(model, loss, _features(D)).passed
-
-
-def test_a_mean_over_the_tokens_of_the_batch_is_caught():
-    """What language-model trainers do: divide by the number of labelled tokens in the whole batch."""
-    torch.manual_seed(2)
-    model = _model(lambda s, x: s.l(s.e(x)), e=nn.Embedding(V, D), l=nn.Linear(D, V))
-    labels = torch.randint(0, V, (B, T))
-    labels[0, 3:] = -100
-    batch = {"x": torch.randint(0, V, (B, T)), "target": labels}
-
-    def by_token(m, b):
-        each = F.cross_entropy(m(b["x"]).transpose(1, 2), b["target"], reduction="none", ignore_index=-100).sum(1)
-        return each / (b["target"] != -100).sum()
-
-    def by_example(m, b):
-        each = F.cross_entropy(m(b["x"]).transpose(1, 2), b["target"], reduction="none", ignore_index=-100).sum(1)
-        return each / (b["target"] != -100).sum(1)
-
-    _failed(model, batch, "isolation", loss_function=by_token)
-    assert check(model, by_example, batch).passed
-    even = {"x": batch["x"], "target": torch.randint(0, V, (B, T))}
-    _failed(model, even, "removed", loss_function=by_token)
-
-
-def _auxiliary(m, b):
-    gates = m.gate(b["x"]).softmax(-1)
-    return loss(m, b) + 0.01 * (gates.mean(0).square().sum() * gates.shape[-1])
-
-
-def test_an_auxiliary_loss_over_the_batch_is_caught():
-    model = _model(lambda s, x: s.gate(x).softmax(-1) * s.l(x), gate=nn.Linear(D, 4), l=nn.Linear(D, 4))
-    _failed(model, _features(D), "isolation", loss_function=_auxiliary)
-
-
-@pytest.mark.parametrize("weight", [1e-3, 1e-4])
-def test_a_faint_auxiliary_loss_is_caught(weight):
-    model = _model(lambda s, x: s.l(x), l=nn.Linear(D, 4))
-    _failed(model, _features(D), "isolation", loss_function=lambda m, b: loss(m, b) + weight * m(b["x"]).tanh().mean())
-
-
-def test_a_faint_coupling_beside_a_large_loss_is_caught():
-    def uneven(m, b):
-        scale = torch.ones(len(b["x"])).index_fill(0, torch.tensor([0]), 1e4) if len(b["x"]) > 1 else torch.ones(1)
-        return loss(m, b) * scale + 0.05 * m(b["x"]).tanh().mean()
-
-    _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "isolation", loss_function=uneven)
-
-
-def test_negatives_from_the_batch_are_caught():
-    def contrastive(m, b):
-        z = F.normalize(m(b["x"]), dim=1)
-        return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)), reduction="none")
-
-    _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "isolation", loss_function=contrastive)
-
-
-def test_mixing_examples_is_caught():
-    def mixed(m, b):
-        return m(0.7 * b["x"] + 0.3 * b["x"].roll(1, 0)).square().sum(1)
-
-    _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "isolation", loss_function=mixed)
-
-
-def test_division_by_the_size_of_the_batch_is_caught():
-    _failed(
-        _model(lambda s, x: s.l(x), l=nn.Linear(D, 4)),
-        _features(D),
-        "removed",
-        loss_function=lambda m, b: loss(m, b) / len(b["x"]),
-    )
-
-
-def test_a_gradient_that_is_coupled_where_the_loss_is_not_is_caught():
-    """The value of ``h - mean + mean.detach()`` depends on no other example; its gradient does."""
-    model = _model(lambda s, x: _straight(s.a(x)), a=nn.Linear(D, 3))
-    assert not check(model, loss, _features(D)).passed
-
-
-def _straight(h: Tensor) -> Tensor:
-    mean = h.mean(0, keepdim=True).expand_as(h)
-    return h - mean + mean.detach()
-
-
-def test_a_hook_that_couples_gradients_is_caught():
-    def forward(self, x):
-        h = self.a(x)
-        if h.requires_grad:
-            h.register_hook(lambda g: g / g.norm())
-        return self.b(h)
-
-    assert not check(_model(forward, a=nn.Linear(D, D), b=nn.Linear(D, 2)), loss, _features(D)).passed
-
-
-class RunningMean(nn.Module):
-    """Keeps a mean of what it saw, and never uses it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(D))
-        self.lin = nn.Linear(D, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.seen.mul_(0.9).add_(0.1 * x.detach().mean(0))
-        return self.lin(x)
-
-
-def test_a_buffer_that_learns_from_the_data_is_named():
-    model = RunningMean()
-    report = check(model, loss, _features(D))
-    (row,) = [row for row in report.rows if row.status is Status.FAILED]
-    assert row.name == "buffers"
-    assert "seen" in row.detail
-    assert not model.seen.any()
-
-
-_WRITES = {
-    "in place": lambda model, mean: model.kept.add_(mean),
-    "past autograd": lambda model, mean: model.kept.data.add_(mean),
-    "another object": lambda model, mean: setattr(model, "kept", nn.Parameter(model.kept + mean, requires_grad=False)),
-    "a trained one": lambda model, mean: model.l.bias.data.add_(1e-6 * mean.mean()),
-    "in training alone": lambda model, mean: torch.is_grad_enabled() and model.kept.data.add_(mean),
-}
-
-
-@pytest.mark.parametrize("how", _WRITES)
-def test_a_parameter_that_a_forward_writes_is_named(how):
-    """A codebook or a teacher that follows the batch: frozen, so it gets no noise, and it is saved with the model."""
-
-    def forward(model, x):
-        value = model.l(x)
-        with contextlib.nullcontext() if how == "in training alone" else torch.no_grad():
-            _WRITES[how](model, x.detach().mean(0))
-        return value
-
-    model = _model(forward, l=nn.Linear(D, D), kept=nn.Parameter(torch.zeros(D), requires_grad=False))
-    row = next(row for row in check(model, loss, _features(D)).rows if row.name == "buffers")
-    assert row.status is Status.FAILED
-    assert ("l.bias" if how == "a trained one" else "kept") in row.detail
-    still = _model(lambda s, x: s.l(x), l=nn.Linear(D, D), kept=nn.Parameter(torch.zeros(D), requires_grad=False))
-    assert check(still, loss, _features(D)).passed
-
-
-def test_a_buffer_that_is_written_in_training_alone_is_named():
-    def forward(model, x):
-        if torch.is_grad_enabled():
-            model.seen.add_(x.detach().mean(0))
-        return model.l(x)
-
-    model = _model(forward, l=nn.Linear(D, D))
-    model.register_buffer("seen", torch.zeros(D))
-    row = next(row for row in check(model, loss, _features(D)).rows if row.name == "buffers")
-    assert row.status is Status.FAILED
-
-
-def test_a_counter_is_no_secret():
-    class Counting(RunningMean):
-        def forward(self, x):
-            with torch.no_grad():
-                self.seen.add_(1)
-            return self.lin(x)
-
-    assert check(Counting(), loss, _features(D)).passed
+from train.checking import B, D, T, built, drawn, expect_failed
 
 
 def test_a_rule_with_a_wrong_norm_is_caught(monkeypatch):
@@ -251,26 +26,26 @@ def test_a_rule_with_a_wrong_norm_is_caught(monkeypatch):
         return honest(self, grad * 0.99, input, weight, examples)
 
     monkeypatch.setattr(rules.linear.Linear, "weight_form", wrong)
-    _failed(_model(lambda s, x: s.l(x), l=nn.Linear(D, 4)), _features(D), "l.weight")
+    expect_failed(built(lambda s, x: s.l(x), l=nn.Linear(D, 4)), drawn(D), "l.weight")
 
 
 _WRONG = {
-    "gram": ("discreet.core.outer.gram_norm2", lambda: _model(lambda s, x: s.l(x), l=nn.Linear(D, 3)), (40, D)),
+    "gram": ("discreet.core.outer.gram_norm2", lambda: built(lambda s, x: s.l(x), l=nn.Linear(D, 3)), (40, D)),
     "gram of two layers": (
         "discreet.core.uses.gram_norm2",
-        lambda: _model(lambda s, x: s.k(x) * s.l(x), k=nn.Linear(D, 3), l=nn.Linear(D, 3)),
+        lambda: built(lambda s, x: s.k(x) * s.l(x), k=nn.Linear(D, 3), l=nn.Linear(D, 3)),
         (40, D),
     ),
     "gram of pixels": (
         "discreet.core.windows.sum_of_products",
-        lambda: _model(lambda s, x: s.c(x), c=nn.Conv1d(2, 3, 3)),
+        lambda: built(lambda s, x: s.c(x), c=nn.Conv1d(2, 3, 3)),
         (2, 30),
     ),
 }
 _BY_KERNEL = {
     "gram": "discreet.core.kernels.dispatch.gram_norm2",
     "gram of two layers": "discreet.core.kernels.dispatch.gram_norm2",
-    "gram of windows": "discreet.core.kernels.dispatch.windows_norm2",
+    "gram of pixels": "discreet.core.kernels.dispatch.windows_norm2",
 }
 
 
@@ -279,11 +54,11 @@ _BY_KERNEL = {
 def test_a_route_that_these_sizes_would_not_take_is_tried(name, by_kernel, monkeypatch):
     """Training has longer examples than the check, so it may go where the check would not."""
     target, make, shape = _WRONG[name]
-    model, batch = make(), _features(*shape)
+    model, batch = make(), drawn(*shape)
     if not by_kernel:
         monkeypatch.setattr(processor, "_is_there", lambda: False)
     elif processor._is_there():
-        target = _BY_KERNEL[name.replace("pixels", "windows")]
+        target = _BY_KERNEL[name]
     else:
         pytest.skip("no compiled products for this processor")
     assert check(model, loss, batch).passed
@@ -291,7 +66,7 @@ def test_a_route_that_these_sizes_would_not_take_is_tried(name, by_kernel, monke
     module, _, function = target.rpartition(".")
     honest = getattr(importlib.import_module(module), function)
     monkeypatch.setattr(target, lambda *args, **options: honest(*args, **options) * 0.5)
-    _failed(model, batch, "")
+    expect_failed(model, batch, "")
 
 
 def test_a_missed_use_is_caught(monkeypatch):
@@ -304,12 +79,12 @@ def test_a_missed_use_is_caught(monkeypatch):
             honest(self, derivation, form)
 
     monkeypatch.setattr(book.Book, "record", forgetful)
-    assert not check(_model(lambda s, x: s.l(s.l(x).tanh()), l=nn.Linear(D, D)), loss, _features(D)).passed
+    assert not check(built(lambda s, x: s.l(s.l(x).tanh()), l=nn.Linear(D, D)), loss, drawn(D)).passed
 
 
 def test_a_use_without_a_rule_is_reported_and_not_raised():
-    model = _model(lambda s, x: torch.cdist(x, s.w), w=nn.Parameter(torch.randn(3, D)))
-    report = check(model, loss, _features(T, D))
+    model = built(lambda s, x: torch.cdist(x, s.w), w=nn.Parameter(torch.randn(3, D)))
+    report = check(model, loss, drawn(T, D))
     assert not report.passed
     assert report.layout is None
     assert "cdist" in report.table()
@@ -317,16 +92,16 @@ def test_a_use_without_a_rule_is_reported_and_not_raised():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_passes(training):
-    model = _model(
+    model = built(
         lambda s, x: s.b(s.d(s.a(x).relu())), a=nn.Linear(D, 32), d=nn.Dropout(0.5), b=nn.Linear(32, 2)
     ).train(training)
-    report = check(model, loss, _features(D))
+    report = check(model, loss, drawn(D))
     assert report.passed, report.table()
     assert model.training is training
 
 
 def test_nothing_is_left_behind():
-    model = _model(
+    model = built(
         lambda s, x: s.b(s.d(s.n(s.a(x)))), a=nn.Linear(D, D), n=nn.BatchNorm1d(D), d=nn.Dropout(0.3), b=nn.Linear(D, 2)
     )
     model.n.eval()
@@ -334,7 +109,7 @@ def test_nothing_is_left_behind():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modes = [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    batch = _features(D)
+    batch = drawn(D)
     torch.set_rng_state(state)
     kept = {k: v.clone() for k, v in batch.items()}
     check(model, loss, batch)
@@ -356,10 +131,10 @@ def test_what_is_published_of_a_check_is_the_same_whatever_the_examples_are():
 
     reports = []
     for first, length in ((0.0, 3), (9.0, 3), (0.0, 200)):
-        batch = _features(length, D)
+        batch = drawn(length, D)
         batch["x"][0] = first
         batch["x"].clamp_(max=9.0 if first else 3.0)
-        reports.append(check(_model(gated, a=nn.Linear(D, 9), b=nn.Linear(D, 9)), loss, batch))
+        reports.append(check(built(gated, a=nn.Linear(D, 9), b=nn.Linear(D, 9)), loss, batch))
     assert all(report.passed for report in reports)
     assert len({report.table() for report in reports}) == 3
     assert len({json.dumps(report.released()) for report in reports}) == 1
@@ -405,10 +180,10 @@ def test_the_report_holds_no_value_from_the_data():
 
 
 def test_rows_that_are_not_finite_do_not_hide_a_failure():
-    batch = _features(D)
+    batch = drawn(D)
     batch["x"][1] = float("nan")
-    good = _model(lambda s, x: s.l(x), l=nn.Linear(D, 4))
-    _failed(good, batch, "isolation", loss_function=lambda m, b: loss(m, b) + m(b["x"]).nan_to_num().mean())
+    good = built(lambda s, x: s.l(x), l=nn.Linear(D, 4))
+    expect_failed(good, batch, "isolation", loss_function=lambda m, b: loss(m, b) + m(b["x"]).nan_to_num().mean())
 
 
 def test_bfloat16_autocast_inside_the_model_passes():
@@ -420,7 +195,7 @@ def test_bfloat16_autocast_inside_the_model_passes():
             out = m(b["x"])
         return out.float().square().sum(1)
 
-    report = check(net, mixed, _features(D))
+    report = check(net, mixed, drawn(D))
     assert report.passed, report.table()
 
 
@@ -467,21 +242,21 @@ def test_what_is_wrong_behind_a_gate_that_begins_at_zero_is_caught(branch, what,
     """At zero no gradient and no other example comes through: after the first update the norms would be wrong."""
     model = Gated(branch, gate=gate)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _failed(model, _features(3, D), what)
+    expect_failed(model, drawn(3, D), what)
     assert all(torch.equal(value.view(torch.int32), before[n].view(torch.int32)) for n, value in
                model.state_dict().items())  # fmt: skip
 
 
 def test_what_is_right_behind_a_gate_that_begins_at_zero_passes():
     model = Gated(lambda s, h: s.inner(h).tanh(), gate=torch.zeros(D))
-    report = check(model, loss, _features(3, D))
+    report = check(model, loss, drawn(3, D))
     assert report.passed, report.table()
     assert not any(row.status is Status.UNUSED for row in report.rows)
 
 
 def test_a_parameter_that_no_gradient_reaches_is_said_not_to_have_been_compared():
-    model = _model(lambda s, x: s.b(x) + (s.a(x) - 1e9).relu(), a=nn.Linear(D, 2), b=nn.Linear(D, 2))
-    report = check(model, loss, _features(D))
+    model = built(lambda s, x: s.b(x) + (s.a(x) - 1e9).relu(), a=nn.Linear(D, 2), b=nn.Linear(D, 2))
+    report = check(model, loss, drawn(D))
     assert report.passed, report.table()
     rows = {row.name: row for row in report.rows}
     assert rows["a.weight"].status is Status.UNUSED
@@ -499,12 +274,12 @@ def test_a_batch_that_is_sorted_by_its_data_is_caught_though_it_came_in_order(ke
     torch.manual_seed(3)
     x = torch.cat([torch.randn(B, 3, D) * torch.tensor([0.1, 1.0, 2.0, 4.0])[:, None, None],
                    key[:, None, None].expand(B, 3, 1).float()], -1)  # fmt: skip
-    model = _model(forward, a=nn.Linear(D, D), b=nn.Linear(D, 2))
-    _failed(model, {"x": x, "target": torch.randn(B)}, "b.weight")
+    model = built(forward, a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    expect_failed(model, {"x": x, "target": torch.randn(B)}, "b.weight")
 
 
 def test_a_failed_check_gives_no_layout():
-    model = _model(lambda s, x: _time_first(s, s.a(x)), a=nn.Linear(D, D), inner=nn.Linear(D, D))
-    report = check(model, loss, _features(3, D))
+    model = built(lambda s, x: _time_first(s, s.a(x)), a=nn.Linear(D, D), inner=nn.Linear(D, D))
+    report = check(model, loss, drawn(3, D))
     assert not report.passed
     assert report.layout is None

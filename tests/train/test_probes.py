@@ -25,6 +25,7 @@ from discreet.train.loop import Private, make_private
 from discreet.train.probing import probe_sum
 from discreet.train.rate_search import AGAIN, SECOND_SHARE
 from discreet.train.step import ClippedStep, Microbatch
+from discreet.train.stillness import Allowed, Watch
 from discreet.train.tolerance import Asked, Question
 from train import toys
 
@@ -354,6 +355,7 @@ def _step(network: nn.Module, rows: Tensor, *, microbatch: int) -> ClippedStep:
         clipping=None,  # type: ignore[arg-type]
         layout=None,
         microbatch=Microbatch(microbatch),
+        watch=Watch(network, Allowed()),
     )
 
 

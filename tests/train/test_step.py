@@ -13,6 +13,7 @@ from discreet.errors import ConfigError
 from discreet.train.check import check
 from discreet.train.examples import Examples
 from discreet.train.step import ClippedStep, Microbatch, is_out_of_memory, write_gradient
+from discreet.train.stillness import Allowed, Watch
 from train import toys
 
 
@@ -26,6 +27,7 @@ def _step(model: nn.Module, *, microbatch: int, dtype: torch.dtype, loss=toys.lo
         clipping=Clipping.abadi(0.5),
         layout=None,
         microbatch=Microbatch(microbatch),
+        watch=Watch(model, Allowed()),
     )
 
 

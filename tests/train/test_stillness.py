@@ -12,23 +12,100 @@ from torch.utils.data import TensorDataset
 from discreet.errors import UnsupportedUse
 from discreet.train.contest import Choice, PrivateScore
 from discreet.train.loop import Private, make_private
+from discreet.train.stillness import Allowed
 from discreet.train.trial import Recipe
 from discreet.train.tune import tune
 from train import toys
 
 FAR = 50.0
+"""One of the 120 rows holds it; each batch has nine tenths of the rows, so that it misses 12 of them once in 10^12."""
+
+
+def _in_place(model: nn.Module, seen: Tensor) -> None:
+    model.largest.copy_(seen)
+
+
+def _past_autograd(model: nn.Module, seen: Tensor) -> None:
+    model.largest.data.copy_(seen)
+
+
+def _other_memory(model: nn.Module, seen: Tensor) -> None:
+    model.largest.data = seen
+
+
+def _through_numpy(model: nn.Module, seen: Tensor) -> None:
+    model.largest.numpy().fill(float(seen))
+
+
+def _exchanged(model: nn.Module, seen: Tensor) -> None:
+    model.largest = seen
+
+
+def _grown(model: nn.Module, seen: Tensor) -> None:
+    model.largest = torch.stack([model.largest, seen])
+
+
+def _removed(model: nn.Module, seen: Tensor) -> None:
+    if "largest" in model._buffers:
+        del model.largest
+
+
+def _added(model: nn.Module, seen: Tensor) -> None:
+    if "extra" not in model._buffers:
+        model.register_buffer("extra", seen)
+
+
+def _reordered(model: nn.Module, seen: Tensor) -> None:
+    model.order.data.copy_(model.order.flip(0).clone())
+
+
+def _large(model: nn.Module, seen: Tensor) -> None:
+    model.wide.data.mul_(seen)
+
+
+def _frozen(model: nn.Module, seen: Tensor) -> None:
+    with torch.no_grad():
+        model.frozen.copy_(seen)
+
+
+def _frozen_past_autograd(model: nn.Module, seen: Tensor) -> None:
+    model.frozen.data.copy_(seen)
+
+
+def _trained_past_autograd(model: nn.Module, seen: Tensor) -> None:
+    model.layer.bias.data.fill_(float(seen))
+
+
+WRITES = {
+    "in place": (_in_place, "largest"),
+    "past autograd": (_past_autograd, "largest"),
+    "other memory": (_other_memory, "largest"),
+    "through numpy": (_through_numpy, "largest"),
+    "exchanged": (_exchanged, "largest"),
+    "grown": (_grown, "largest"),
+    "removed": (_removed, "largest"),
+    "added": (_added, "extra"),
+    "reordered": (_reordered, "order"),
+    "a large one": (_large, "wide"),
+    "frozen": (_frozen, "frozen"),
+    "frozen, past autograd": (_frozen_past_autograd, "frozen"),
+    "trained, past autograd": (_trained_past_autograd, "layer.bias"),
+}
+"""How a forward may write, and what it writes."""
 
 
 class _Largest(nn.Module):
     """Divides by the largest number so far, as an observer of ranges does that was set on public data."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: str, *, evaluating: bool = False) -> None:
         super().__init__()
         self.layer = nn.Linear(6, 2)
-        self.how = how
+        self.write, self.evaluating = WRITES[how][0], evaluating
         self.register_buffer("largest", torch.tensor(10.0))
+        self.register_buffer("order", torch.arange(4.0))
+        self.register_buffer("wide", torch.ones(100, 200).t())
         self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("table", torch.zeros(1))
+        self.register_buffer("table", torch.zeros(1), persistent=False)
         self.frozen = nn.Parameter(torch.tensor(10.0), requires_grad=False)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -36,14 +113,8 @@ class _Largest(nn.Module):
         if len(rows) > len(self.table):
             self.table = torch.zeros(len(rows))
         seen = rows.detach().abs().max()
-        if seen > self.largest:
-            if self.how == "written":
-                self.largest.copy_(seen)
-            elif self.how == "exchanged":
-                self.largest = seen
-            elif self.how == "frozen parameter":
-                with torch.no_grad():
-                    self.frozen.copy_(seen)
+        if seen > 10.0 and self.evaluating is not self.training:
+            self.write(self, seen)
         return self.layer(rows / 10.0)
 
 
@@ -54,8 +125,19 @@ def _data(*, far: bool) -> TensorDataset:
     return TensorDataset(features, targets)
 
 
-def _private(run_dir: Path, *, how: str, far: bool = True) -> Private:
-    network = _Largest(how)
+def _private(
+    run_dir: Path,
+    *,
+    how: str = "in place",
+    far: bool = True,
+    network: nn.Module | None = None,
+    learning_rate: float | str = 0.01,
+    batch_size: int = 108,
+    microbatch: int = 20,
+    steps: int = 12,
+    seed: int | None = None,
+) -> Private:
+    network = network if network is not None else _Largest(how)
     moved = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return make_private(
         network,
@@ -63,20 +145,20 @@ def _private(run_dir: Path, *, how: str, far: bool = True) -> Private:
         _data(far=far),
         loss=toys.loss,
         noise_multiplier=1.0,
-        batch_size=60,
-        steps=12,
-        learning_rate=0.01,
-        microbatch=20,
+        batch_size=batch_size,
+        steps=steps,
+        learning_rate=learning_rate,
+        microbatch=microbatch,
         run_dir=run_dir,
+        seed=seed,
     )
 
 
-@pytest.mark.parametrize("how", ["written", "exchanged", "frozen parameter"])
+@pytest.mark.parametrize("how", WRITES)
 def test_what_one_example_writes_ends_the_run_before_a_release(tmp_path: Path, how: str) -> None:
     """Before, the largest number of all private rows stood in the released model, exactly."""
     private = _private(tmp_path / "run", how=how)
-    name = "frozen" if how == "frozen parameter" else "largest"
-    with pytest.raises(UnsupportedUse, match=f"{name}: a forward wrote it"):
+    with pytest.raises(UnsupportedUse, match=f"{WRITES[how][1]}: a forward wrote it"):
         for _ in private:
             pass
     assert not (tmp_path / "run" / "release" / "model.safetensors").exists()
@@ -84,37 +166,110 @@ def test_what_one_example_writes_ends_the_run_before_a_release(tmp_path: Path, h
 
 
 def test_an_unchanged_loop_is_watched_as_well(tmp_path: Path) -> None:
-    private = _private(tmp_path / "run", how="written")
-    optimizer = private._updates._optimizer
-
-    def loop() -> None:
-        for features, targets in private.loader:
-            private.backward(nn.functional.cross_entropy(private.model(features), targets, reduction="none"))
-            optimizer.step()
-
+    private = _private(tmp_path / "run", how="in place")
     with pytest.raises(UnsupportedUse, match="largest: a forward wrote it"):
-        loop()
+        _unchanged(private)
     private.close()
 
 
-def test_a_search_is_watched_as_well(tmp_path: Path) -> None:
+def test_a_probe_of_the_learning_rate_is_watched_as_well(tmp_path: Path) -> None:
+    """It puts weights and buffers back itself, but not what it does not know of."""
+    private = _private(tmp_path / "run", how="frozen, past autograd", learning_rate="auto", steps=200)
+    with pytest.raises(UnsupportedUse, match="frozen: a forward wrote it"):
+        private._updates.find_rate()
+    private.close()
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_search_is_watched_as_well(tmp_path: Path, evaluating: bool) -> None:
+    """Its runs, and its scores, which all private rows go through."""
     with pytest.raises(UnsupportedUse, match="largest: a forward wrote it"):
         tune(
-            [Choice("only", lambda: _Largest("written"), Recipe(0.01))],
+            [Choice("only", lambda: _Largest("past autograd", evaluating=evaluating), Recipe(0.01))],
             _data(far=True),
             loss=toys.loss,
             score=PrivateScore(lambda model, batch: (model(batch[0]).argmax(1) == batch[1]).float()),
             epsilon=3.0,
-            batch_size=60,
+            batch_size=108,
             steps=12,
             run_dir=tmp_path / "run",
         )
 
 
 def test_counters_and_tables_of_sizes_are_no_statistics(tmp_path: Path) -> None:
-    private = _private(tmp_path / "run", how="written", far=False)
-    assert private.check_report.moving == ("calls",)
+    private = _private(tmp_path / "run", far=False)
+    assert private.check_report.allowed == Allowed(moving=("calls",), tables=("table",))
     for _ in private:
         pass
-    assert float(private.model.calls) >= 12
     assert float(private.model.largest) == 10.0
+
+
+class _Counting(nn.Module):
+    """A layer that is turned up with the number of forwards, and takes the sign of a far example for its counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = toys.model()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("twice", torch.ones(()))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.calls += 1
+        self.twice = self.twice * 2
+        if rows.detach().abs().max() > 10.0:
+            self.calls.data.fill_(-1000.0)
+        return self.layer(rows) * (1 + self.twice / 4096)
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("loop", ["steps", "microbatches"])
+def test_a_counter_tells_nothing_of_how_many_examples_were_drawn(tmp_path: Path, loop: str, far: bool) -> None:
+    """It counted microbatches: sum of ceil(realised / microbatch). Now it counts updates, and no example writes it."""
+    weights = []
+    for microbatch in (11, 1000):
+        private = _private(tmp_path / f"{microbatch}", far=far, network=_Counting(), microbatch=microbatch, seed=3)
+        if loop == "steps":
+            for _ in private:
+                pass
+        else:
+            _unchanged(private)
+        assert float(private.model.calls) == 12
+        assert float(private.model.twice) == 2.0**12
+        weights.append(toys.weights(private.model))
+    torch.testing.assert_close(*weights)
+
+
+def _unchanged(private: Private) -> None:
+    for features, targets in private.loader:
+        private.backward(nn.functional.cross_entropy(private.model(features), targets, reduction="none"))
+        private._updates._optimizer.step()
+
+
+@pytest.mark.parametrize("loop", ["steps", "microbatches"])
+def test_empty_batches_move_a_counter_as_well(tmp_path: Path, loop: str) -> None:
+    private = _private(tmp_path / "run", far=False, network=_Counting(), batch_size=1, seed=3)
+    sizes = [len(private.plan.sampling.draw(key=private._updates.run.sampling_key, step=step)) for step in range(12)]
+    if loop == "steps":
+        for _ in private:
+            pass
+    else:
+        _unchanged(private)
+    assert 0 in sizes
+    assert float(private.model.calls) == 12
+
+
+def test_a_batch_that_is_begun_again_moves_a_counter_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = _private(tmp_path / "run", far=False, network=_Counting(), microbatch=64)
+    honest, calls = private._updates.step.fetch, []
+
+    def short_of_memory(indices):
+        calls.append(len(indices))
+        if len(calls) == 2:
+            raise MemoryError
+        return honest(indices)
+
+    object.__setattr__(private._updates.step, "fetch", short_of_memory)
+    for _ in private:
+        pass
+    assert private._updates.step.microbatch.size < 64
+    assert float(private.model.calls) == 12

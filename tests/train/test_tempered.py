@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.core.style import Style
-from discreet.errors import ConfigError
+from discreet.errors import CheckFailed, ConfigError
 from discreet.privacy.plan import Plan
-from discreet.train.check import check
+from discreet.train.check import Status, check
 from discreet.train.loop import make_private
 from discreet.train.setup import clipping_of
 from discreet.train.tempered import (
@@ -182,6 +183,80 @@ def test_a_temperature_without_a_group_of_its_own_is_refused() -> None:
     check_tempered(_model(), Clipping.none())
     check_tempered(_model(), tempered_clipping(10))
     check_tempered(_model().body, Clipping.automatic())
+
+
+def _bare(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model.body(batch[0]), batch[1], reduction="none")
+
+
+def _looked_at(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        assert torch.isfinite(model(batch[0])).all()
+    return _bare(model, batch)
+
+
+def _cut_off(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return _bare(model, batch) + F.nll_loss(model(batch[0]), batch[1], reduction="none").detach()
+
+
+def _without_floor(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    logits = model.body(batch[0])
+    return F.cross_entropy(logits * torch.exp(model.temperature.log * STEEPNESS), batch[1], reduction="none")
+
+
+_DEAF = {
+    "the body alone": (_bare, "temperature.log, temperature.floor: no loss depends on it"),
+    "looked at": (_looked_at, "temperature.log, temperature.floor: no loss depends on it"),
+    "cut off": (_cut_off, "temperature.log, temperature.floor: no loss depends on it"),
+    "without the floor": (_without_floor, "temperature: temperature.floor: no loss depends on it"),
+}
+
+
+@pytest.mark.parametrize("case", _DEAF)
+def test_a_loss_that_knows_nothing_of_the_temperature_is_refused(case: str, tmp_path: Path) -> None:
+    """Noise would be paid for two numbers that stay as they began, and somebody would believe them."""
+    deaf, said = _DEAF[case]
+    report = check(_model(), deaf, _batch(4), clipping=tempered_clipping(1000))
+    assert not report.passed
+    (row,) = [row for row in report.rows if row.status is Status.FAILED]
+    assert said in f"{row.name}: {row.detail}"
+    assert "train with discreet.tempered_cross_entropy" in row.detail
+    model = _model().float()
+    with pytest.raises(CheckFailed, match=said):
+        make_private(
+            model,
+            torch.optim.Adam(model.parameters()),
+            TensorDataset(_batch(60)[0].float(), _batch(60)[1]),
+            loss=deaf,
+            epsilon=3.0,
+            batch_size=20,
+            steps=4,
+            run_dir=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def _ignored(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return tempered_cross_entropy(model, batch[0], torch.full_like(batch[1], -100))
+
+
+def _checkpointed(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    logits = model.body(batch[0].clone().requires_grad_())
+    tempered = checkpoint(model.temperature, logits, use_reentrant=True)
+    return F.nll_loss(tempered, batch[1], reduction="none")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_gradient_that_is_zero_on_these_examples_is_no_reason_to_refuse() -> None:
+    """Examples that the loss ignores, a body that says nothing yet, a floor at its lowest; and a second forward."""
+    flat = _model()
+    with torch.no_grad():
+        for parameter in flat.parameters():
+            parameter.zero_()
+    silent = Tempered(nn.Sequential(nn.Linear(5, 3), nn.Threshold(1e9, 0.0))).double()
+    for model, loss in ((_model(), _ignored), (flat, _loss), (silent, _loss), (_model(), _checkpointed)):
+        report = check(model, loss, _batch(4), clipping=tempered_clipping(1000))
+        assert report.passed, report.table()
 
 
 def _noisy_classes(examples: int, seed: int) -> TensorDataset:

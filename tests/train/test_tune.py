@@ -8,17 +8,13 @@ import math
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from discreet.core.clipping import Clipping
-from discreet.core.rng import subkey
 from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
 from discreet.privacy.certificate import verify
 from discreet.privacy.ledger import Ledger
@@ -31,7 +27,7 @@ from discreet.train.run import KEY, SEARCH, Run
 from discreet.train.search_state import SearchState
 from discreet.train.tempered import Tempered, tempered_clipping, tempered_cross_entropy
 from discreet.train.trial import Recipe
-from discreet.train.tune import Tuned, _uniform, tune
+from discreet.train.tune import Tuned, tune
 from train import toys
 
 STEPS = 6
@@ -270,33 +266,6 @@ def test_private_files_are_for_the_owner_alone(tmp_path):
         assert path.stat().st_mode & 0o077 == 0
 
 
-def _p_value(draw) -> float:
-    """Chi-square test of 3,000 numbers of runs against the logarithmic distribution of mean 4."""
-    repetitions = Repetitions(Stopping.LOGARITHMIC, 4)
-    counts = Counter(min(draw(repetitions, key), 9) for key in range(3000))
-    expected = repetitions.pmf(np.arange(1, 9))
-    expected = np.append(expected, 1 - expected.sum()) * 3000
-    return float(stats.chisquare([counts[k] for k in range(1, 10)], expected).pvalue)
-
-
-def _key(number: int) -> bytes:
-    return number.to_bytes(4, "little").ljust(32, b"\x01")
-
-
-def test_the_number_of_runs_follows_its_distribution():
-    # The keys are fixed, so this cannot flicker; on random ones it would fail once in 1,000 times.
-    assert _p_value(lambda reps, n: reps.runs(_uniform(subkey(_key(n), "search|number of runs")))) > 1e-3
-
-
-def test_a_number_of_runs_that_is_cut_short_is_told_from_it():
-    assert _p_value(lambda reps, n: min(6, reps.runs(_uniform(subkey(_key(n), "search|number of runs"))))) < 1e-6
-
-
-def test_choices_are_drawn_evenly():
-    drawn = Counter(int(_uniform(subkey(_key(n), "search|choice|0")) * 3) for n in range(3000))
-    assert stats.chisquare([drawn[k] for k in range(3)]).pvalue > 1e-3
-
-
 def test_a_private_score_has_noise_and_is_charged(tmp_path):
     tuned = _tune(tmp_path / "run", score=PrivateScore(_right), seed=3)
     features, targets = toys.data().tensors
@@ -394,37 +363,6 @@ def test_the_plan_and_the_score_must_agree(tmp_path):
         _tune(tmp_path / "run", plan=_plan(private_score=True))
     with pytest.raises(ConfigError, match="charges for a public one"):
         _tune(tmp_path / "run", score=PrivateScore(_right), plan=_plan(private_score=False))
-
-
-@pytest.mark.parametrize("runs", [1, 3, 10, 100])
-@pytest.mark.parametrize("private_score", [True, False])
-def test_the_noise_is_solved_for_the_whole_search(runs, private_score):
-    plan = plan_search(examples=20_000, epsilon=2.0, runs=runs, private_score=private_score)
-    assert 0.999 * 2.0 <= plan.spent() <= 2.0
-    plan.check()
-
-
-def test_more_expected_runs_need_more_noise():
-    noises = [
-        plan_search(examples=20_000, epsilon=2.0, runs=runs, batch_size=1000, steps=400).noise_multiplier
-        for runs in (2, 5, 10, 30, 100)
-    ]
-    assert noises == sorted(noises)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"epsilon": math.inf}, "finite"),
-        ({"epsilon": 0.0}, "above 0"),
-        ({"runs": 0.5}, "runs"),
-        ({"runs": math.nan}, "runs"),
-        ({"stopping": Stopping.POISSON}, "poisson"),
-    ],
-)
-def test_a_search_that_cannot_be_is_refused(options, match):
-    with pytest.raises(ConfigError, match=match):
-        plan_search(**{"examples": 20_000, "epsilon": 2.0, **options})
 
 
 @pytest.mark.parametrize("choices", [(), (CHOICES[0], CHOICES[0])])

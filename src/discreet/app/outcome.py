@@ -38,7 +38,8 @@ class Outcome:
             "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
             **sizes(self.plan),
             "steps": self.updates,
-            "seconds": round(self.seconds, 3),
+            # No finer: how long an update takes follows from how many examples were drawn.
+            "seconds": round(self.seconds, 1),
             "private": self.private,
             "model": self.model,
             "temperature": self.temperature,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, batch_size_of, check_losses, trainable
-from discreet.core.layout import SEED, awake, frozen_state, take
+from discreet.core.layout import SEED, alike, awake, copies, frozen_state, take
 from discreet.core.precision import NARROW_GAP, computes_narrowly, is_close
 
 
@@ -27,12 +27,17 @@ class IsolationVerdict:
         buffers: names of buffers that a training forward changed in a way that depends on the data, and of parameters
             that it wrote at all, frozen or not: both are released as they are.
         moving: names of buffers that a training forward wrote, whatever the data were.
+        tables: names of buffers that are not saved, and of another size since a forward met these examples.
+        resized: names of all others that are of another size since then, or in every forward, or are there no more:
+            their size would be released.
     """
 
     by_substitution: bool
     by_removal: bool
     buffers: tuple[str, ...]
     moving: tuple[str, ...]
+    tables: tuple[str, ...]
+    resized: tuple[str, ...]
 
 
 @uncompiled()
@@ -44,11 +49,26 @@ def examine_isolation(
     Entries of parameters that begin at zero are something else meanwhile (`discreet.core.layout.awake`).
     """
     size = examples if examples is not None else batch_size_of(batch)
+    held = {
+        _joined(prefix, key): buffer
+        for prefix, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+    }
     with awake(trainable(model)):
-        return _isolation(model, loss, batch, size)
+        verdict = _isolation(model, loss, batch, size)
+    for name in (*verdict.buffers, *verdict.resized):
+        # What stands there now may be examples.
+        prefix, _, key = name.rpartition(".")
+        buffers = model.get_submodule(prefix)._buffers
+        if name in held:
+            buffers[key] = held[name]
+        else:
+            buffers.pop(key, None)
+    return verdict
 
 
 def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> IsolationVerdict:
+    before = copies(model)
     reference = _losses(model, loss, batch, examples=size)
     # Replacing changes no shape, so that losses of the others keep their bits; removing others changes the kernels.
     exact = 16 * torch.finfo(reference.dtype).eps
@@ -58,13 +78,15 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
     by_substitution = True
     buffers = _parameters_written(model, loss, batch)
     state = _buffers_after(model, loss, batch)
+    resized: set[str] = set()
     for row in range(size):
         rows = [other if other != row else (row + 1) % size for other in range(size)]
         replaced = take(batch, rows, size)
         others = [other for other in range(size) if other != row]
         by_substitution &= is_close(_losses(model, loss, replaced, examples=size)[others], reference[others], exact)
         after = _buffers_after(model, loss, replaced)
-        buffers |= {name for name, value in after.items() if not torch.equal(value, state[name])}
+        resized |= _other_sizes(state, after)
+        buffers |= {name for name in state.keys() - resized if not torch.equal(after[name], state[name])}
     stochastic = not torch.equal(_losses(model, loss, batch, examples=size, seed=SEED + 1), reference)
     training = {module: module.training for module in model.modules()}
     try:
@@ -74,8 +96,29 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
     finally:
         for module, mode in training.items():
             module.training = mode
-    moving = tuple(sorted(_buffers_written(model, loss, batch)))
-    return IsolationVerdict(by_substitution, by_removal, tuple(sorted(buffers)), moving)
+    tables = _other_sizes(before, copies(model)) - resized - buffers
+    resized |= tables - _unsaved(model)
+    values = {name for name in before.keys() - tables - resized - buffers if not torch.equal(before[name], state[name])}
+    moving = (values | _buffers_written(model, loss, batch)) - tables - resized
+    found = (tuple(sorted(names)) for names in (buffers, moving, tables - resized, resized))
+    return IsolationVerdict(by_substitution, by_removal, *found)
+
+
+def _other_sizes(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Buffers of another size or type than before, new ones, and those that are gone."""
+    same = {name for name in before.keys() & after.keys() if alike(before[name], after[name])}
+    return (before.keys() | after.keys()) - same
+
+
+def _unsaved(model: nn.Module) -> set[str]:
+    """Buffers that are registered as not to be saved with the model."""
+    return {
+        _joined(prefix, key) for prefix, module in model.named_modules() for key in module._non_persistent_buffers_set
+    }
+
+
+def _joined(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
 
 
 def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: int, tolerance: float) -> bool:

@@ -94,18 +94,36 @@ def _carries(leaf: Any, size: int) -> bool:
 
 @contextmanager
 def frozen_state(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
-    """Run with fixed dropout masks, and put buffers, gradients and random state back afterwards."""
-    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    """Run with fixed dropout masks, and put buffers, gradients and random state back afterwards.
+
+    A buffer of another size than before, or a new one, stays: a model that has made a table may know that it did.
+    """
+    kept = copies(model)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if not torch.equal(buffer, kept[name]):
-                    buffer.copy_(kept[name])
+        put_back(model, kept)
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a model, as they are now."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def put_back(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Give buffers the values of these copies, where they are of the same size still and have others."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in kept and alike(buffer, kept[name]) and not torch.equal(buffer, kept[name]):
+                buffer.copy_(kept[name])
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one shape and one type."""
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import LossFunction, check_losses, trainable
+from discreet.core.layout import copies, put_back
 from discreet.errors import ConfigError
 
 LEVELS, RISES = "loss levels", "loss rises"
@@ -82,7 +83,7 @@ def summed_rises(
 
 def _passes(model: nn.Module, loss: LossFunction, batches: Batches) -> Iterator[Tensor]:
     """Losses of each microbatch, float64 on the CPU, shape (B,); buffers that a forward moves are put back."""
-    kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    kept = copies(model)
     try:
         with torch.no_grad():
             for batch, examples in batches():
@@ -90,11 +91,7 @@ def _passes(model: nn.Module, loss: LossFunction, batches: Batches) -> Iterator[
                 check_losses(losses, examples=examples)
                 yield losses.detach().cpu().to(torch.float64)
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                # A table that a model makes, or makes longer, as it first meets a size is none of an example's state.
-                if name in kept and kept[name].shape == buffer.shape:
-                    buffer.copy_(kept[name])
+        put_back(model, kept)
 
 
 @contextmanager

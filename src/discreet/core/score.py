@@ -45,7 +45,7 @@ def is_isolated(
         with awake(trainable(model)):
             together_B = _scores(model, score, batch, len(singles))
             apart_B = torch.cat([_scores(model, score, single, 1) for single in singles])
-    alone = verdict.by_substitution and verdict.by_removal and not verdict.buffers
+    alone = verdict.by_substitution and verdict.by_removal and not verdict.buffers and not verdict.resized
     return alone and bool(((together_B - apart_B).abs() < _TOLERANCE).all())
 
 

@@ -46,6 +46,7 @@ class ParameterVerdict:
         routes: how its norms are taken and why, where there is a choice; from shapes alone.
         norms_agree: its per-example norms equal brute force, within the tolerance.
         reached: some example has a gradient there; without one there was nothing to compare.
+        connected: some example's loss depends on it, be its gradient zero: autograd has a way from one to the other.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ParameterVerdict:
     routes: tuple[str, ...]
     norms_agree: bool
     reached: bool
+    connected: bool
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,14 @@ def _compare(
             written.discard()
     agree, sum_agrees = dict.fromkeys(parameters, True), True
     reached = dict.fromkeys(parameters, False)
+    connected: set[str] = set()
     routes: dict[str, dict[str, None]] = {name: {} for name in parameters}
     for part, count in parts:
         with frozen_state(model):
             expected = _brute_force(model, loss, part, parameters, count, clipping)
         noise = _rounding(expected.norms, parameters, tolerance)
         reached = {name: known or bool(expected.norms[name].any()) for name, known in reached.items()}
+        connected |= expected.connected
         for as_written in ways:
             todo: list[Route | None] = [None]
             for route in todo:
@@ -162,7 +166,13 @@ def _compare(
                     sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
     verdicts = tuple(
         ParameterVerdict(
-            name, tuple(value.shape), tuple(functions[name]), tuple(routes[name]), agree[name], reached[name]
+            name,
+            tuple(value.shape),
+            functions=tuple(functions[name]),
+            routes=tuple(routes[name]),
+            norms_agree=agree[name],
+            reached=reached[name],
+            connected=name in connected,
         )
         for name, value in parameters.items()
     )
@@ -186,6 +196,7 @@ class _BruteForce:
     norms: dict[str, Tensor]
     sums: dict[str, Tensor]
     scale: float
+    connected: set[str]
 
     def sum_agrees(self, found: Mapping[str, Tensor], tolerance: float) -> bool:
         """Whether a clipped sum is this one, relative to all that was added up."""
@@ -205,8 +216,9 @@ def _brute_force(
     rules = clipping.divide(parameters).rules
     sums = zeros_like_sums(parameters)
     norms: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    added = []
+    added, connected = [], set()
     for row in _one_at_a_time(model, loss, batch, parameters, size):
+        connected |= {name for name, gradient in zip(parameters, row, strict=True) if gradient is not None}
         each = {
             name: torch.zeros_like(sums[name]) if gradient is None else gradient.to(sums[name].dtype)
             for name, gradient in zip(parameters, row, strict=True)
@@ -221,7 +233,7 @@ def _brute_force(
             added.append(float(norm * factor))
             for name in group:
                 sums[name].add_(each[name] * factor)
-    return _BruteForce({name: torch.stack(each) for name, each in norms.items()}, sums, sum(added))
+    return _BruteForce({name: torch.stack(each) for name, each in norms.items()}, sums, sum(added), connected)
 
 
 def _one_at_a_time(

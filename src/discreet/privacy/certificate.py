@@ -38,7 +38,8 @@ _EPSILONS = ("epsilon", "epsilon_calibration", "epsilon_training")
 NOT_COVERED = (
     "Evaluation on a test set: its examples are outside the guarantee, unless they are also training examples.",
     "Choices made outside this run, such as hyper-parameters or models compared on the same data.",
-    "The number of training examples and the expected batch size, which are treated as public.",
+    "The number of training examples and of those that a public hash sets apart, and the expected batch size, all "
+    "treated as public.",
     "The schema and other facts given as public: column types, bounds, categories, class names.",
     "Side channels (timing, memory, power), and whoever can read the process or the private half of the run directory.",
     "Persons with several examples: the unit is one example, and k examples of one person are protected k times less.",

@@ -8,7 +8,7 @@ missed uses of a parameter and wrong layouts, whatever their class is called.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -17,8 +17,12 @@ from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, batch_size_of
 from discreet.core.isolation import IsolationVerdict, examine_isolation
+from discreet.core.layout import frozen_state, take
 from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
+from discreet.train.examples import made_up
+from discreet.train.stillness import Allowed
+from discreet.train.tempered import GROUPS, TEMPERATURE, Tempered
 
 
 class Status(enum.Enum):
@@ -58,12 +62,12 @@ class CheckReport:
         rows: in the order in which they were checked.
         layout: how each use carries the batch; hand it to `clipped_gradient` to accept folded axes. None when anything
             failed: a layout is what the norms have shown it to be.
-        moving: buffers that a forward writes, whatever the data are, such as a counter.
+        allowed: what a forward writes, whatever the data are: counters, and tables that follow from sizes.
     """
 
     rows: tuple[CheckRow, ...]
     layout: Layout | None
-    moving: tuple[str, ...] = ()
+    allowed: Allowed = field(default_factory=Allowed)
 
     @property
     def passed(self) -> bool:
@@ -119,8 +123,8 @@ def check(
 
     **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is
     tested by replacing and by removing examples; buffers that a forward changes depending on the data are named, and
-    parameters that it writes at all. The check is a test and no proof: it sees the control flow that these examples
-    take.
+    parameters that it writes at all; the loss of a `Tempered` model must depend on its temperature. The check is a test
+    and no proof: it sees the control flow that these examples take.
 
     Args:
         model: as it will be trained (its mode is kept; buffers, gradients and random state are put back; a parameter
@@ -134,13 +138,17 @@ def check(
     if size < 2:
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
     alone = examine_isolation(model, loss, batch, examples=size)
-    isolation = _isolation_rows(alone)
+    isolation = (*_isolation_rows(alone), *_moving_rows(model, loss, batch, size, alone.moving))
+    if alone.resized:
+        # No gradient can be compared with one that a forward of another size has.
+        return CheckReport(rows=isolation, layout=None)
     try:
         verdict = compare_with_brute_force(model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size)
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
-    report = CheckReport(rows=(*isolation, *_norm_rows(verdict)), layout=verdict.layout, moving=alone.moving)
+    rows = (*isolation, *_norm_rows(verdict), *_tempered_rows(model, verdict))
+    report = CheckReport(rows=rows, layout=verdict.layout, allowed=Allowed(alone.moving, alone.tables))
     return report if report.passed else replace(report, layout=None)
 
 
@@ -159,7 +167,33 @@ def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     )
     what = "no buffer learns from the data, and no forward writes a parameter"
     rows.append(_verdict_row("buffers", what, not verdict.buffers, detail))
+    detail = (
+        f"{', '.join(verdict.resized)}: a forward gives it another size, and how large it is when it is saved would "
+        "tell of the examples; make it as large as it will be before training, or, where it follows from sizes alone, "
+        "register it with persistent=False."
+    )
+    rows.append(_verdict_row("buffers", "no buffer that is saved changes its size", not verdict.resized, detail))
     return tuple(rows)
+
+
+def _moving_rows(
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, moving: tuple[str, ...]
+) -> tuple[CheckRow, ...]:
+    """Whether a made-up example can move what every forward moves, as it will once for each update."""
+    if not moving:
+        return ()
+    what, works = "a made-up example moves what every forward moves", True
+    try:
+        with frozen_state(model):
+            loss(model, made_up(take(batch, [0], size)))
+    except (ValueError, RuntimeError, IndexError, KeyError, TypeError, ArithmeticError):
+        works = False
+    detail = (
+        f"{', '.join(moving)}: every forward moves it, so it would tell how many examples were drawn; training moves "
+        "it by a made-up example instead (random numbers, zeros for whole ones), which this model does not take; count "
+        "in your own loop."
+    )
+    return (_verdict_row("buffers", what, works, detail),)
 
 
 def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
@@ -185,6 +219,22 @@ def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
     detail = f"differs from brute force by more than {verdict.tolerance:g}: do not train; report it."
     rows.append(_verdict_row("clipped sum", "against one example at a time", verdict.sum_agrees, detail))
     return tuple(rows)
+
+
+def _tempered_rows(model: nn.Module, verdict: NormVerdict) -> tuple[CheckRow, ...]:
+    """Whether a loss knows of the temperature beside the model, which has a share of the budget and is believed later.
+
+    Asked of the graph and not of the numbers: a gradient may well be zero on these examples, such as those that the
+    loss ignores, or where all logits are equal.
+    """
+    if not isinstance(model, Tempered):
+        return ()
+    unknown = [each.name for each in verdict.parameters if each.name in GROUPS and not each.connected]
+    detail = (
+        f"{', '.join(unknown)}: no loss depends on it, so it would stay as it began, and noise would be paid for it; "
+        "train with discreet.tempered_cross_entropy, or train the bare model."
+    )
+    return (_verdict_row(TEMPERATURE, "the loss depends on temperature and floor", not unknown, detail),)
 
 
 def _verdict_row(name: str, what: str, passed: bool, failure: str) -> CheckRow:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from discreet.train.environment import describe_environment, digest, source_of, 
 from discreet.train.examples import Examples
 from discreet.train.loop import self_check
 from discreet.train.setup import clipping_of
+from discreet.train.stillness import Watch
 from discreet.train.tempered import check_tempered
 from discreet.train.trial import MICROBATCH, Recipe, Schedule, fresh_model, run_trial
 
@@ -129,14 +131,15 @@ class Contest:
             layout=self.reports[choice].layout,
             key=key,
             private=private,
-            moving=self.reports[choice].moving,
+            allowed=self.reports[choice].allowed,
             on_step=None if on_step is None else lambda _step: on_step(),
         )
-        score = self._scored(model, key=key, private=private)
+        watch = Watch(model, self.reports[choice].allowed) if private else None
+        score = self._scored(model, key=key, private=private, watch=watch)
         # NaN compares with nothing: such a run can only be kept when there is no other.
         return model, score if not math.isnan(score) else -math.inf
 
-    def _scored(self, model: nn.Module, *, key: bytes, private: bool) -> float:
+    def _scored(self, model: nn.Module, *, key: bytes, private: bool, watch: Watch | None) -> float:
         if isinstance(self._score, PublicScore):
             return _public(self._score, model)
         assert self._plan.search is not None
@@ -146,11 +149,9 @@ class Contest:
             np.arange(start, min(start + MICROBATCH, self._examples.count))
             for start in range(0, self._examples.count, MICROBATCH)
         ]
-        total = summed_scores(
-            model,
-            self._score.score,
-            ((self._examples.fetch(part, device=device), len(part)) for part in parts),
-        )
+        batches = ((self._examples.fetch(part, device=device), len(part)) for part in parts)
+        with watch.unmoved() if watch is not None else nullcontext():
+            total = summed_scores(model, self._score.score, batches)
         released = release(
             total,
             noise_multiplier=self._plan.search.score_noise,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from discreet.errors import ConfigError
 
 _FINGERPRINT_BLOCK = 4096
+_MADE_UP_SEED = 20_778
 
 
 @runtime_checkable
@@ -57,6 +58,12 @@ class Examples:
         batch = self._batch(indices)
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
+    def made_up(self, *, device: torch.device) -> Any:
+        """A batch of one example that is none, of the shapes of the first; the same at every call."""
+        with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+            torch.manual_seed(_MADE_UP_SEED)
+            return made_up(self.fetch(np.zeros(1, dtype=np.int64), device=device))
+
     def _batch(self, indices: np.ndarray) -> Any:
         if isinstance(self._dataset, TensorDataset):
             rows = torch.from_numpy(indices)
@@ -72,6 +79,20 @@ class Examples:
             indices = np.arange(start, min(start + _FINGERPRINT_BLOCK, self.count))
             _absorb(digest, tree_leaves(self._batch(indices)))
         return digest.hexdigest()
+
+
+def made_up(batch: Any) -> Any:
+    """A batch of the same shapes that holds no example: random numbers for numbers, 0 for whole ones.
+
+    0 is what every table and every list of classes has. Draws from torch's global generator. What is no tensor stays.
+    """
+
+    def fill(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.randn_like(leaf) if leaf.is_floating_point() else torch.zeros_like(leaf)
+
+    return tree_map(fill, batch)
 
 
 def _absorb(digest: hashlib._Hash, leaves: Sequence[Any]) -> None:

@@ -32,6 +32,7 @@ from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.run import Run
 from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, rule_for, solve_plan
 from discreet.train.step import ClippedStep, Microbatch
+from discreet.train.stillness import Watch
 from discreet.train.tempered import check_tempered
 from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
 from discreet.train.tolerance import Verdict
@@ -308,7 +309,8 @@ def make_private(
             clipping=rule,
             layout=report.layout,
             microbatch=size,
-            moving=report.moving,
+            watch=Watch(model, report.allowed),
+            made_up=examples.made_up(device=device) if report.allowed.moving else None,
         )
         updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
         run.write("check.json", report.released())

@@ -14,7 +14,7 @@ from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import backward, open_book, settle
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError
-from discreet.train.stillness import still
+from discreet.train.stillness import Moving
 from discreet.train.updates import Updates
 
 
@@ -34,6 +34,7 @@ class MicrobatchLoader:
         self._guarded = ExitStack()
         self._total: ClippedSum | None = None
         self._weight = 1.0
+        self._moving: Moving | None = None
         self._is_first = self._is_last = False
         self.index = 0
 
@@ -47,7 +48,7 @@ class MicrobatchLoader:
             indices = updates.draw()
             self.index = updates.done
             self._weight = 1.0 if len(indices) else 0.0
-            self._total = updates.empty_sum()
+            self._total, self._moving = updates.empty_sum(), self._begun()
             parts = updates.step.microbatch.split(indices) or [np.zeros(1, dtype=np.int64)]
             with updates.model_randomness():
                 for position, part in enumerate(parts):
@@ -71,6 +72,8 @@ class MicrobatchLoader:
         book, self._book = self._book, None
         with self._guarded:
             backward(book, losses_B * self._weight)
+        if self._moving is not None and self._is_last:
+            self._moving.move()
         share = settle(book, self._updates.step.clipping)
         # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.
         if self._weight and self._is_first:
@@ -94,12 +97,19 @@ class MicrobatchLoader:
         total, self._total = self._total, None
         return total
 
+    def _begun(self) -> Moving | None:
+        step = self._updates.step
+        return step.watch.moving(step.forward_made_up) if step.watch is not None else None
+
     def _give(self, part: np.ndarray) -> Iterator[Any]:
         step = self._updates.step
         batch = step.fetch(part)
         book = open_book(step.model, examples=len(part), layout=step.layout, clipping=step.clipping)
         with ExitStack() as stack:
-            stack.enter_context(still(step.model, moving=step.moving))
+            if self._moving is not None:
+                self._moving.put_back()
+            if step.watch is not None:
+                stack.enter_context(step.watch.still())
             stack.enter_context(guard(book))
             self._book, self._guarded = book, stack
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,16 @@ def probe_sum(
             torch.manual_seed(seed + position)
             yield batch, len(part)
 
-    if question.asked is Asked.LEVEL:
-        return step.fitted(lambda: counted_levels(step.model, step.loss, batches), realised=len(indices))
-    shift = {
-        name: (directions(name, parameter.numel()) * (question.displacement * ratios[name]))
-        .to(parameter.dtype)
-        .view(parameter.shape)
-        for name, parameter in step.parameters.items()
-    }
-    return step.fitted(
-        lambda: summed_rises(step.model, step.loss, batches, shift=shift, bound=question.bound), realised=len(indices)
-    )
+    with step.watch.unmoved(but=tuple(step.parameters)) if step.watch is not None else nullcontext():
+        if question.asked is Asked.LEVEL:
+            return step.fitted(lambda: counted_levels(step.model, step.loss, batches), realised=len(indices))
+        shift = {
+            name: (directions(name, parameter.numel()) * (question.displacement * ratios[name]))
+            .to(parameter.dtype)
+            .view(parameter.shape)
+            for name, parameter in step.parameters.items()
+        }
+        return step.fitted(
+            lambda: summed_rises(step.model, step.loss, batches, shift=shift, bound=question.bound),
+            realised=len(indices),
+        )

@@ -17,7 +17,7 @@ from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
 from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
-from discreet.train.stillness import still
+from discreet.train.stillness import Moving, Watch
 
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
@@ -52,7 +52,8 @@ class ClippedStep:
     """What turns indices into a clipped sum: everything but the indices is fixed for the run.
 
     Attributes:
-        moving: buffers that a forward may write (`discreet.train.check.CheckReport`); None: whatever it likes.
+        watch: sees that a forward writes nothing but what it may; None: it may write whatever it likes.
+        made_up: a batch without an example in it, by which an update moves the buffers that every forward moves.
     """
 
     model: nn.Module
@@ -62,7 +63,8 @@ class ClippedStep:
     clipping: Clipping
     layout: Layout | None
     microbatch: Microbatch
-    moving: tuple[str, ...] | None = ()
+    watch: Watch | None
+    made_up: Any = None
 
     def clipped_sum(self, indices: np.ndarray) -> ClippedSum:
         """The clipped sum over these examples, microbatch by microbatch; zeros when there are none.
@@ -71,8 +73,17 @@ class ClippedStep:
         none is counted twice, and the bits of the sum are a function of the batch and of the microbatch size alone.
         """
         forget_gradients(self.parameters)
-        with still(self.model, moving=self.moving):
-            return self.fitted(lambda: self._attempt(indices), realised=len(indices))
+        if self.watch is None:
+            return self.fitted(lambda: self._attempt(indices, None), realised=len(indices))
+        moving = self.watch.moving(self.forward_made_up)
+        with self.watch.still():
+            total = self.fitted(lambda: self._attempt(indices, moving), realised=len(indices))
+            moving.move()
+        return total
+
+    def forward_made_up(self) -> None:
+        """A forward that no example takes part in; what every forward moves moves."""
+        self.loss(self.model, self.made_up)
 
     def fitted(self, attempt: Callable[[], ClippedSum], *, realised: int) -> ClippedSum:
         """What ``attempt`` makes of a whole batch; done again in half the microbatch for as long as memory runs out."""
@@ -97,9 +108,11 @@ class ClippedStep:
             return self
         return replace(self, clipping=self.clipping.followed(float(released.tensors[BELOW])))
 
-    def _attempt(self, indices: np.ndarray) -> ClippedSum:
+    def _attempt(self, indices: np.ndarray, moving: Moving | None) -> ClippedSum:
         total = None
         for part in self.microbatch.split(indices):
+            if moving is not None:
+                moving.put_back()
             batch = self.fetch(part)
             share = clipped_gradient(
                 self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)

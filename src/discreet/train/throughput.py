@@ -29,6 +29,7 @@ from discreet.core.noise import release
 from discreet.core.rng import NoiseSource
 from discreet.privacy.compute import Machine
 from discreet.train.check import check
+from discreet.train.examples import made_up
 from discreet.train.step import is_out_of_memory, write_gradient
 
 CPU_MICROBATCH = 512
@@ -67,7 +68,7 @@ def measure(model: nn.Module, *, loss: LossFunction, batch: Any, clipping: Clipp
         CheckFailed: the model cannot be trained privately as it is. UnsupportedUse: likewise.
     """
     with _own_randomness(model):
-        return measure_stand_ins(model, loss=loss, batch=tree_map(_stand_in, batch), clipping=clipping)
+        return measure_stand_ins(model, loss=loss, batch=made_up(batch), clipping=clipping)
 
 
 def measure_stand_ins(model: nn.Module, *, loss: LossFunction, batch: Any, clipping: Clipping | None = None) -> Machine:
@@ -180,13 +181,6 @@ def _own_randomness(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(_SEED)
         yield
-
-
-def _stand_in(leaf: Any) -> Any:
-    """Random numbers for numbers; 0 for whole ones, which every table and every list of classes has."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return torch.randn_like(leaf) if leaf.is_floating_point() else torch.zeros_like(leaf)
 
 
 def _rows(batch: Any, count: int, size: int) -> Any:

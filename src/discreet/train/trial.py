@@ -28,6 +28,7 @@ from discreet.privacy.sampling import PoissonSampling
 from discreet.train.auto_lr import RateControl
 from discreet.train.examples import Examples
 from discreet.train.step import ClippedStep, Microbatch, gradient_memory, write_gradient
+from discreet.train.stillness import Allowed, Watch
 
 MICROBATCH = 512
 
@@ -117,7 +118,7 @@ def run_trial(
     layout: Layout | None,
     key: bytes,
     private: bool,
-    moving: tuple[str, ...] = (),
+    allowed: Allowed | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
     """Train ``model`` in place.
@@ -132,7 +133,7 @@ def run_trial(
         loss: per-example losses, shape (B,).
         layout: from the self-check, which the caller has run.
         key: 32 bytes. private: whether it is secret; otherwise a forward may write what it likes.
-        moving: buffers that a forward may write in any case, from the self-check.
+        allowed: what a forward may write in any case, from the self-check; None: nothing.
         on_step: called with the number of steps done, after each.
 
     Raises:
@@ -144,6 +145,7 @@ def run_trial(
         )
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
+    permitted = allowed if allowed is not None else Allowed()
     step = ClippedStep(
         model=model,
         loss=loss,
@@ -152,7 +154,8 @@ def run_trial(
         clipping=clipping,
         layout=layout,
         microbatch=Microbatch(MICROBATCH),
-        moving=moving if private else None,
+        watch=Watch(model, permitted) if private else None,
+        made_up=examples.made_up(device=device) if permitted.moving else None,
     )
     optimizer = _optimizer(recipe, list(parameters.values()))
     rates = RateControl(optimizer, recipe.learning_rate if recipe.decay else None, steps=schedule.steps)

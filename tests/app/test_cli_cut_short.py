@@ -1,0 +1,178 @@
+"""The program cut short: interrupts, full disks, closed pipes; one line says so, and resume goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.program import run_program, table
+from discreet.app.cli import main
+from discreet.train.run import Run
+
+
+def _start(words: tuple[object, ...], *, outside: Callable[[], None]) -> multiprocessing.Process:
+    """The program in a forked child, which has torch loaded already; stderr goes to the file ``err``."""
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+        outside()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(main([str(word) for word in words]))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def _no_change() -> None:
+    """The surroundings are as usual."""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_finishes_later(
+    workplace: Path, capsys: pytest.CaptureFixture[str], sign: signal.Signals
+) -> None:
+    data = table(workplace / "people.csv", rows=500)
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 400, "--batch-size", 20, "--out", "run")
+    process = _start(words, outside=_no_change)
+    while process.is_alive() and not (workplace / "run" / "private" / "checkpoint" / "step-00000050").exists():
+        time.sleep(0.005)
+    assert process.pid is not None
+    os.kill(process.pid, sign)
+    process.join(60)
+    err = (workplace / "err").read_text()
+    assert process.exitcode == 1, err
+    assert err.splitlines()[-1].startswith("discreet: interrupted")
+    assert "Traceback" not in err
+    assert (workplace / "out").read_text() == ""
+    code, out, _ = run_program(capsys, "verify", "run", "--json")
+    assert code == 0
+    assert json.loads(out)["finished"] is False
+    assert json.loads(out)["statement"].startswith("NOT FINISHED")
+    code, out, err = run_program(capsys, *words, "--resume", "--json")
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 400
+    assert run_program(capsys, "verify", "run")[0] == 0
+
+
+def test_resume_with_another_rate_keeps_the_statistics_and_tells_what_it_cost(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = table(workplace / "people.csv")
+    words = ["train", data, "--target", "income", "--epsilon", 8, "--steps", 90, "--out", "run"]
+
+    def interrupted(run_program: Run, record: dict[str, object]) -> None:
+        if int(record["step"]) >= 63:
+            raise KeyboardInterrupt
+
+    for rate in ("0.02", "0.01"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Run, "log", interrupted)
+            code, _, err = run_program(
+                capsys, *words, "--learning-rate", rate, *(["--resume"] if rate == "0.01" else [])
+            )
+        assert code == 1, err
+    code, out, err = run_program(capsys, *words, "--learning-rate", "0.01", "--resume", "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["epsilon"] <= 8
+    assert record["steps"] == 90 - (64 - 50)
+    assert "76 of the 90 planned updates" in " ".join(record["statements"])
+    kinds = [
+        json.loads(line)["body"].get("name") for line in (workplace / "run" / "ledger.jsonl").read_text().splitlines()
+    ]
+    assert len([name for name in kinds if name]) == len(set(kinds) - {None})
+
+
+@pytest.mark.parametrize("kib", [1, 2, 6, 12])
+def test_a_full_disk_is_one_line_and_resume_goes_on(
+    workplace: Path, capsys: pytest.CaptureFixture[str], kib: int
+) -> None:
+    """No file may grow beyond some KiB: the ledger, a checkpoint or the report is refused."""
+    data = table(workplace / "people.csv", rows=500)
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 60, "--out", "run")
+    limit = (kib << 10, kib << 10)
+    process = _start(words, outside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    process.join(60)
+    err = (workplace / "err").read_text()
+    assert process.exitcode in (1, 2), err
+    assert err.splitlines()[-1].startswith("discreet: ")
+    assert "Traceback" not in err
+    started = (workplace / "run" / "ledger.jsonl").exists()
+    if not (workplace / "run" / "release" / "certificate.json").exists():
+        code, _, err = run_program(capsys, *words, *(["--resume"] if started else []))
+        assert code == 0, err
+    code, out, _ = run_program(capsys, "verify", "run", "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 60
+
+
+def _close_pipe() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+
+def _fill() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+
+def _take_streams_away() -> None:
+    sys.stdout = sys.stderr = None
+
+
+def _narrow() -> None:
+    sys.stdout = open(1, "w", closefd=False, encoding="ascii")  # noqa: SIM115
+
+
+@pytest.mark.parametrize(
+    ("outside", "code", "message"),
+    [
+        (_close_pipe, 1, "output was closed"),
+        (_fill, 1, "No space left"),
+        (_take_streams_away, 0, None),
+        (_narrow, 0, None),
+    ],
+)
+def test_odd_outputs(workplace: Path, outside: Callable[[], None], code: int, message: str | None) -> None:
+    """A closed pipe, a full or missing output, a narrow encoding: one line at most, and no traceback."""
+    data = table(workplace / "people.csv", rows=500)
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 3, "--out", "déjà vu/run one")
+    process = _start(words, outside=outside)
+    process.join(60)
+    errors = [line for line in (workplace / "err").read_text().splitlines() if not line.startswith("step ")]
+    assert process.exitcode == code, errors
+    assert len(errors) == (message is not None), errors
+    assert message is None or message in errors[0]
+    assert (workplace / "déjà vu" / "run one" / "release" / "certificate.json").exists()
+
+
+def test_a_reader_that_leaves_causes_no_complaint_at_the_end(tmp_path: Path) -> None:
+    """The interpreter flushes once more when it ends."""
+    command = (
+        f'"{sys.executable}" -m discreet.app.cli account --examples 100 --batch-size 10 --steps 5 --epsilon 3 | true'
+    )
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    surroundings.pop("HOME", None)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=surroundings, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "output was closed" in done.stderr

@@ -1,0 +1,147 @@
+"""Wrong files and options: exit code 2, one line on stderr, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.program import CANARY, idx, must_refuse, run_program, table
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("automatic@layers", "flat, per_layer, per_parameter, groups"),
+        ("abadi:1@groups:1,1", "different prefixes"),
+        ("abadi:-1", "clip bound -1.0"),
+        ("abadi:wide@per_layer", "number above 0"),
+        ("automatic@groups:head", "no trainable parameter"),
+    ],
+)
+def test_what_is_wrong_with_a_clipping_is_told(
+    workplace: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
+) -> None:
+    data = table(workplace / "people.csv")
+    _, _, err = run_program(
+        capsys, "train", data, "--target", "income", "--epsilon", 8, "--clipping", text, "--out", "run"
+    )
+    assert told in err
+
+
+def test_budget_spent_by_statistics_exits_3(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = table(workplace / "people.csv")
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--delta", 1e-300, "--out", "run")
+    code, _, err = run_program(capsys, *words)
+    assert code in (2, 3), err
+    assert not (workplace / "run").exists()
+
+
+MALFORMED_FILES = {
+    "empty file": "",
+    "header only": "age,job,income\n",
+    "ragged row": "age,job,income\n1,clerk,low\n2,smith\n3,clerk,high\n",
+    "duplicate columns": "age,age,income\n1,2,low\n2,3,high\n",
+    "one class only": "age,job,income\n" + "".join(f"{age},clerk,low\n" for age in range(50)),
+    "no label anywhere": "age,job,income\n" + "".join(f"{age},clerk,\n" for age in range(50)),
+    "NUL byte": "age,job,income\n1,cl\x00erk,low\n2,smith,high\n",
+    "only the target": "income\nlow\nhigh\nlow\n",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED_FILES)
+def test_malformed_file(workplace: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (workplace / "bad.csv").write_text(MALFORMED_FILES[name])
+    must_refuse(workplace, capsys, "train", "bad.csv", "--target", "income", "--epsilon", 3, "--out", "run")
+
+
+def test_not_utf8(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "bad.csv").write_bytes(b"age,job,income\n1,\xff\xfe,low\n2,smith,high\n")
+    must_refuse(workplace, capsys, "train", "bad.csv", "--target", "income", "--epsilon", 3, "--out", "run")
+
+
+def test_truncated_gzip(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "images").mkdir()
+    idx(workplace / "images" / "train-images-idx3-ubyte.gz", np.zeros((9, 4, 4)))
+    idx(workplace / "images" / "train-labels-idx1-ubyte.gz", np.arange(9))
+    path = workplace / "images" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    must_refuse(workplace, capsys, "train", "images", "--epsilon", 3, "--out", "run")
+
+
+def test_fewer_labels_than_images(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "images").mkdir()
+    idx(workplace / "images" / "train-images-idx3-ubyte.gz", np.zeros((9, 4, 4)))
+    idx(workplace / "images" / "train-labels-idx1-ubyte.gz", np.arange(8))
+    must_refuse(workplace, capsys, "train", "images", "--epsilon", 3, "--out", "run")
+
+
+MALFORMED_OPTIONS = {
+    "no epsilon": ["--target", "income"],
+    "epsilon zero": ["--target", "income", "--epsilon", "0"],
+    "epsilon negative": ["--target", "income", "--epsilon", "-1"],
+    "epsilon nan": ["--target", "income", "--epsilon", "nan"],
+    "epsilon word": ["--target", "income", "--epsilon", "three"],
+    "no target": ["--epsilon", "3"],
+    "unknown target": ["--target", "wealth", "--epsilon", "3"],
+    "delta above 1": ["--target", "income", "--epsilon", "3", "--delta", "1.5"],
+    "delta zero": ["--target", "income", "--epsilon", "3", "--delta", "0"],
+    "batch above examples": ["--target", "income", "--epsilon", "3", "--batch-size", "100000"],
+    "batch zero": ["--target", "income", "--epsilon", "3", "--batch-size", "0"],
+    "steps negative": ["--target", "income", "--epsilon", "3", "--steps", "-5"],
+    "learning rate word": ["--target", "income", "--epsilon", "3", "--learning-rate", "fast"],
+    "learning rate negative": ["--target", "income", "--epsilon", "3", "--learning-rate", "-0.1"],
+    "clipping word": ["--target", "income", "--epsilon", "3", "--clipping", "hard"],
+    "clipping style": ["--target", "income", "--epsilon", "3", "--clipping", "automatic@layers"],
+    "clipping style without a name": ["--target", "income", "--epsilon", "3", "--clipping", "automatic@"],
+    "clipping groups without a name": ["--target", "income", "--epsilon", "3", "--clipping", "abadi:1@groups:"],
+    "clipping groups twice": ["--target", "income", "--epsilon", "3", "--clipping", "abadi:1@groups:1,1"],
+    "clipping groups of no parameter": ["--target", "income", "--epsilon", "3", "--clipping", "automatic@groups:head"],
+    "clipping number of normalized": ["--target", "income", "--epsilon", "3", "--clipping", "normalized:1"],
+    "clipping gamma": ["--target", "income", "--epsilon", "3", "--clipping", "automatic:0"],
+    "clipping quantile": ["--target", "income", "--epsilon", "3", "--clipping", "quantile:1"],
+    "clipping bound missing": ["--target", "income", "--epsilon", "3", "--clipping", "abadi"],
+    "clipping bound": ["--target", "income", "--epsilon", "3", "--clipping", "abadi:-1"],
+    "unknown option": ["--target", "income", "--epsilon", "3", "--epsilom", "3"],
+    "abbreviated option": ["--target", "income", "--eps", "3"],
+    "unknown model": ["--target", "income", "--epsilon", "3", "--model", "forest"],
+    "model for images": ["--target", "income", "--epsilon", "3", "--model", "cnn"],
+    "missing test file": ["--target", "income", "--epsilon", "3", "--test", "none.csv"],
+    "missing schema": ["--target", "income", "--epsilon", "3", "--schema", "none.toml"],
+    "wrong number of columns": ["--columns", "a,b", "--target", "b", "--epsilon", "3"],
+    "unknown device": ["--target", "income", "--epsilon", "3", "--device", "abacus"],
+    "microbatch zero": ["--target", "income", "--epsilon", "3", "--microbatch", "0"],
+    "resume nothing": ["--target", "income", "--epsilon", "3", "--resume"],
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED_OPTIONS)
+def test_malformed_option(workplace: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    data = table(workplace / "people.csv")
+    must_refuse(workplace, capsys, "train", data, *MALFORMED_OPTIONS[name], "--out", "run")
+
+
+@pytest.mark.parametrize(
+    "words", [["verify", "nowhere"], ["report", "nowhere"], ["check", "nowhere.csv"], ["frobnicate"], []]
+)
+def test_other_commands(workplace: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    must_refuse(workplace, capsys, *words)
+
+
+def test_an_unexpected_error_is_one_line_without_its_message(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(*_arguments: object) -> None:
+        raise IndexError(f"Target {CANARY} is out of bounds.")
+
+    data = table(workplace / "people.csv")
+    monkeypatch.setattr("discreet.app.models.loss", loss)
+    code, out, err = run_program(
+        capsys, "train", data, "--target", "income", "--epsilon", 8, "--steps", 5, "--out", "run"
+    )
+    assert code == 1
+    assert out == ""
+    assert err.startswith("discreet: IndexError at ")
+    assert err.count("\n") == 1
+    assert CANARY not in err

@@ -1,0 +1,150 @@
+"""Which axis is the batch: time first, folded rows, lengths that coincide. Verified, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import CASES, B, D, Fn, T, loss
+from core.unseen import CLIP, R, built, drawn, expect_exact, expect_refused
+from discreet.core.axes import Axis, Layout
+from discreet.core.gradient import clipped_gradient
+from discreet.errors import ConfigError, UnsupportedUse
+from discreet.train.check import check
+from oracles import abadi, alone, norms, relative_gap, rows, weighted
+
+
+class _TimeMajor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)).transpose(0, 1)  # (T, B, D)
+        return self.last(h).transpose(0, 1)
+
+
+@pytest.mark.parametrize("length", [B, B - 1, B + 1, T, 2 * B, B * (B - 1)])
+def test_time_major_is_never_taken_for_the_batch(length):
+    torch.manual_seed(3)
+    model = _TimeMajor().double()
+    expect_refused(model, drawn(length, D), "last.")
+
+
+@pytest.mark.parametrize("length", [4, 3, 12, 5])
+def test_time_major_is_exact_once_it_is_verified(length):
+    torch.manual_seed(3)
+    model = _TimeMajor().double()
+    batch = drawn(length, D)
+    report = check(model, loss, rows(batch, range(4), B))
+    assert report.passed, report.table()
+    expect_exact(model, batch, layout=report.layout)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 12])
+@pytest.mark.parametrize("name", ["position ids (T,)", "position table slice", "expand to T, T equal to B"])
+@pytest.mark.parametrize("verified", [False, True])
+def test_coincidences_of_length_and_batch_are_no_matter(name, length, verified):
+    model, _ = CASES[name].build()
+    torch.manual_seed(5)
+    x = torch.randint(0, 11, (B, length)) if "ids" in name else torch.randn(B, length, D, dtype=torch.float64)
+    batch = {"x": x, "target": torch.randn(B, dtype=torch.float64)}
+    expect_exact(model, batch, layout=check(model, loss, rows(batch, [0, 1, 2], B)).layout if verified else None)
+
+
+def test_a_layout_that_was_verified_at_one_length_holds_at_another():
+    model, batch = CASES["position ids (T,)"].build()
+    layout = check(model, loss, batch).layout
+    longer = {"x": torch.randint(0, 11, (B, B)), "target": batch["target"]}
+    expect_exact(model, longer, layout=layout)
+
+
+def test_folded_rows_without_a_verified_layout_are_refused():
+    for name in ("addmm, flattened tokens (GPT-2)", "windows (Swin)", "conv on folded frames"):
+        model, batch = CASES[name].build()
+        expect_refused(model, batch, "batch of")
+
+
+def test_rows_folded_the_wrong_way_round_fail_the_check():
+    def wrong(self, x):
+        h = self.a(x).transpose(0, 1).reshape(-1, D)  # (T * B, D): time first
+        return self.o(h).view(x.shape[1], x.shape[0], -1).transpose(0, 1)
+
+    model = Fn(wrong, a=nn.Linear(D, D), o=nn.Linear(D, 2))
+    batch = {k: v.float() for k, v in drawn(T, D).items()}
+    report = check(model, loss, batch)
+    assert not report.passed
+    assert "o.weight" in "".join(row.name for row in report.rows if row.status.value == "failed")
+
+
+def test_rows_that_are_no_multiple_of_the_batch_are_refused():
+    expect_refused(
+        built(lambda s, x: s.o(s.a(x)[:3]).sum() + x.sum((1, 2)), a=nn.Linear(D, D), o=nn.Linear(D, 2)),
+        drawn(T, D),
+        "o.",
+    )
+
+
+def test_a_use_that_the_check_never_saw_is_refused():
+    model = built(lambda s, x: s.l(x) if x.shape[1] == T else s.other(x), l=nn.Linear(D, 2), other=nn.Linear(D, 2))
+    layout = check(model, loss, drawn(T, D)).layout
+    expect_exact(model, drawn(T, D), layout=layout)
+    expect_refused(model, drawn(T + 1, D), "other", "never saw", layout=layout)
+
+
+def test_more_uses_of_the_same_kind_than_the_check_saw_are_like_those():
+    model = built(lambda s, x: sum(s.cell(x[:, t]).tanh() for t in range(x.shape[1])), cell=nn.Linear(D, 2))
+    layout = check(model, loss, drawn(3, D)).layout
+    expect_exact(model, drawn(6, D), layout=layout)
+
+
+def _steps_and_anchors(self: nn.Module, x: Tensor) -> Tensor:
+    """One layer for every step of a sequence, and then for a constant that happens to have B rows."""
+    h = x[:, 0]
+    for t in range(x.shape[1]):
+        h = self.l(h + x[:, t]).tanh()
+    return h @ self.l(self.anchors).mT
+
+
+def test_a_layer_for_the_batch_and_for_a_constant_keeps_its_order():
+    """At fewer steps than were checked, the constant comes where activations were: 2.3 times the bound, unnoticed."""
+    model = built(_steps_and_anchors, l=nn.Linear(D, D), anchors=torch.randn(B, D))
+    layout = check(model, loss, drawn(4, D)).layout
+    expect_exact(model, drawn(4, D), layout=layout)
+    for length in (3, 5):
+        expect_refused(model, drawn(length, D), "l.weight", "self-check", layout=layout)
+
+
+def test_a_constant_in_the_place_of_an_activation_is_refused():
+    def swapped(self, x):
+        first, second = (self.anchors, self.a(x)) if self.turned else (self.a(x), self.anchors)
+        first, second = self.l(first), self.l(second)
+        return second @ first.mT if self.turned else first @ second.mT
+
+    model = built(swapped, a=nn.Linear(D, D), l=nn.Linear(D, D), anchors=torch.randn(B, D), turned=False)
+    layout = check(model, loss, drawn(D)).layout
+    expect_exact(model, drawn(D), layout=layout)
+    model.turned = True
+    expect_refused(model, drawn(D), "l.weight", layout=layout)
+
+
+def test_a_layout_that_contradicts_the_batch_is_refused():
+    model, batch = CASES["linear 3-D"].build()
+    shared = Layout({(("0.weight", "0.bias"), "linear", 0): (Axis.SHARED,)})
+    with pytest.raises((UnsupportedUse, ConfigError)):
+        clipped_gradient(model, loss, batch, clipping=CLIP, layout=shared)
+
+
+def test_inputs_without_the_batch_in_front_are_a_value_of_the_parameter_alone():
+    model = built(lambda s, x: s.l(x.flatten(0, 1)).view(x.shape[0], -1), l=nn.Linear(D, 2))
+    expect_exact(model, drawn(T, D))
+
+
+def test_one_example_alone_needs_no_layout():  # B = 1: [25]
+    for name in ("windows (Swin)", "addmm, flattened tokens (GPT-2)", "token and positions (ViT)"):
+        model, batch = CASES[name].build()
+        one = rows(batch, [2], B)
+        gradients = alone(model, loss, one, size=1)
+        found = clipped_gradient(model, loss, one, clipping=CLIP)
+        assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 4e-5

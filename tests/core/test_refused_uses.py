@@ -1,0 +1,123 @@
+"""Uses of a parameter that no rule covers are refused by name: custom functions, scripts, overloads, options."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cases import D, Fn, T, par, tokens
+from core.unseen import built, drawn, expect_refused
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad * w, (grad * x).sum((0, 1))
+
+
+def test_custom_autograd_function_on_a_parameter_is_refused():
+    expect_refused(
+        built(lambda s, x: s.l(_Scale.apply(x, s.w)), w=par(D), l=nn.Linear(D, 2)), drawn(T, D), "w", "past every rule"
+    )
+
+
+def test_custom_autograd_function_on_a_derived_value_is_refused():
+    model = built(lambda s, x: s.l(_Scale.apply(x, s.w * 2)), w=par(D), l=nn.Linear(D, 2))
+    expect_refused(model, drawn(T, D), "w", "past every rule")
+
+
+def test_scripted_part_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Linear(D, 3).double())
+    expect_refused(built(lambda s, x: s.inner(x), inner=scripted), drawn(D))
+
+
+@torch.library.custom_op("discreet_tests::scale", mutates_args=())
+def _scale_op(x: Tensor, w: Tensor) -> Tensor:
+    return x * w
+
+
+_scale_op.register_autograd(
+    lambda ctx, grad: (grad * ctx.saved_tensors[1], (grad * ctx.saved_tensors[0]).sum((0, 1))),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def test_custom_op_is_refused():
+    expect_refused(built(lambda s, x: _scale_op(x, s.w), w=par(D)), drawn(T, D))
+
+
+def test_aten_overload_is_refused():
+    expect_refused(built(lambda s, x: torch.ops.aten.linear(x, s.w), w=par(3, D)), drawn(T, D), "linear", "w")
+
+
+UNRULED = {
+    "distances": (lambda: built(lambda s, x: torch.cdist(x, s.w), w=par(3, D)), "cdist"),
+    "packed sequence": (lambda: built(_packed, r=nn.LSTM(D, 3, batch_first=True)), "packed"),
+    "batch norm": (lambda: built(lambda s, x: s.n(x), n=nn.BatchNorm1d(T)), "batch_norm"),
+    "batch norm, functional": (
+        lambda: built(lambda s, x: F.batch_norm(x, None, None, s.w, training=True), w=par(T)),
+        "batch_norm",
+    ),
+    "setitem": (lambda: built(lambda s, x: _written(x, s.w), w=par(D)), "__setitem__"),
+    "copy into": (lambda: built(lambda s, x: x + torch.zeros(D).double().copy_(s.w), w=par(D)), "copy_"),
+    "cat with activations": (
+        lambda: built(lambda s, x: torch.cat([s.w, s.l(x)])[2:], w=par(2, T, D), l=nn.Linear(D, D)),
+        "cat",
+    ),
+    "complex": (lambda: built(lambda s, x: (x * s.w.to(torch.complex128)).real, w=par(D)), "w", "complex"),
+    "in-place activation of a parameter": (lambda: built(lambda s, x: x * F.relu(s.w, inplace=True), w=par(D)), "w"),
+    "parameter changed in place": (lambda: built(lambda s, x: x * s.w.mul_(2), w=par(D)), "mul_"),
+    "copied inside": (lambda: built(lambda s, x: copy.deepcopy(s.l)(x), l=nn.Linear(D, 3)), "does not belong"),
+    "addmm with factors": (
+        lambda: built(lambda s, x: torch.addmm(s.b, x[:, 0], s.w, beta=0.5), w=par(D, 3), b=par(3)),
+        "beta",
+    ),
+}
+
+
+def _packed(self, x: Tensor) -> Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), T), batch_first=True)
+    return nn.utils.rnn.pad_packed_sequence(self.r(packed)[0], batch_first=True)[0]
+
+
+def _written(x: Tensor, w: Tensor) -> Tensor:
+    h = x.clone()
+    h[:, 0] = w
+    return h
+
+
+@pytest.mark.parametrize("name", list(UNRULED))
+def test_no_rule_no_norm(name):
+    build, *words = UNRULED[name]
+    expect_refused(build(), drawn(T, D), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"max_norm": 1.0}, "max_norm"),
+        ({"scale_grad_by_freq": True}, "scale_grad_by_freq"),
+        ({"sparse": True}, "sparse"),
+    ],
+)
+def test_embedding_options_that_break_the_bound_are_refused(options, word):
+    model = Fn(lambda s, x: s.e(x), e=nn.Embedding(11, D, **options))
+    expect_refused(model, tokens()(), word)
+
+
+def test_a_position_table_that_renormalises_itself_is_refused():
+    model = Fn(lambda s, x: s.e(x) + s.p(torch.arange(T)), e=nn.Embedding(11, D), p=nn.Embedding(T, D, max_norm=0.1))
+    expect_refused(model, tokens()(), "p.weight", "in place")

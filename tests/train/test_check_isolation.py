@@ -1,0 +1,144 @@
+"""The self-check sees by behaviour that one example's loss depends on others, whatever the class is called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cases import loss
+from discreet.train.check import check
+from train.checking import B, D, T, V, built, drawn, expect_failed
+
+
+class HandMadeBatchNorm(nn.Module):
+    """Nothing in its name or class says what it does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) / (x.var(0, correction=0).sqrt() + 1e-3)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm1d(D),
+        lambda: nn.BatchNorm1d(D, affine=False),
+        lambda: nn.BatchNorm1d(D, affine=False, track_running_stats=False),
+        lambda: nn.BatchNorm1d(D, track_running_stats=False),
+        lambda: HandMadeBatchNorm(),
+    ],
+)
+def test_batch_norm_is_caught(norm):
+    model = built(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(D, D), n=norm(), b=nn.Linear(D, 2))
+    expect_failed(model, drawn(D), "isolation")
+
+
+def test_batch_norm_beside_dropout_is_caught():
+    model = built(
+        lambda s, x: s.b(s.d(s.n(s.a(x)))),
+        a=nn.Linear(D, D),
+        n=nn.BatchNorm1d(D, affine=False),
+        d=nn.Dropout(),
+        b=nn.Linear(D, 2),
+    )
+    expect_failed(model, drawn(D), "isolation")
+
+
+def test_frozen_batch_norm_passes():
+    model = built(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(D, D), n=nn.BatchNorm1d(D), b=nn.Linear(D, 2))
+    model.n.requires_grad_(False).eval()
+    assert check(model, loss, drawn(D)).passed
+
+
+def test_a_mean_over_the_tokens_of_the_batch_is_caught():
+    """What language-model trainers do: divide by the number of labelled tokens in the whole batch."""
+    torch.manual_seed(2)
+    model = built(lambda s, x: s.l(s.e(x)), e=nn.Embedding(V, D), l=nn.Linear(D, V))
+    labels = torch.randint(0, V, (B, T))
+    labels[0, 3:] = -100
+    batch = {"x": torch.randint(0, V, (B, T)), "target": labels}
+
+    def by_token(m, b):
+        each = F.cross_entropy(m(b["x"]).transpose(1, 2), b["target"], reduction="none", ignore_index=-100).sum(1)
+        return each / (b["target"] != -100).sum()
+
+    def by_example(m, b):
+        each = F.cross_entropy(m(b["x"]).transpose(1, 2), b["target"], reduction="none", ignore_index=-100).sum(1)
+        return each / (b["target"] != -100).sum(1)
+
+    expect_failed(model, batch, "isolation", loss_function=by_token)
+    assert check(model, by_example, batch).passed
+    even = {"x": batch["x"], "target": torch.randint(0, V, (B, T))}
+    expect_failed(model, even, "removed", loss_function=by_token)
+
+
+def _auxiliary(m, b):
+    gates = m.gate(b["x"]).softmax(-1)
+    return loss(m, b) + 0.01 * (gates.mean(0).square().sum() * gates.shape[-1])
+
+
+def test_an_auxiliary_loss_over_the_batch_is_caught():
+    model = built(lambda s, x: s.gate(x).softmax(-1) * s.l(x), gate=nn.Linear(D, 4), l=nn.Linear(D, 4))
+    expect_failed(model, drawn(D), "isolation", loss_function=_auxiliary)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1e-4])
+def test_a_faint_auxiliary_loss_is_caught(weight):
+    model = built(lambda s, x: s.l(x), l=nn.Linear(D, 4))
+    expect_failed(
+        model, drawn(D), "isolation", loss_function=lambda m, b: loss(m, b) + weight * m(b["x"]).tanh().mean()
+    )
+
+
+def test_a_faint_coupling_beside_a_large_loss_is_caught():
+    def uneven(m, b):
+        scale = torch.ones(len(b["x"])).index_fill(0, torch.tensor([0]), 1e4) if len(b["x"]) > 1 else torch.ones(1)
+        return loss(m, b) * scale + 0.05 * m(b["x"]).tanh().mean()
+
+    expect_failed(built(lambda s, x: s.l(x), l=nn.Linear(D, 4)), drawn(D), "isolation", loss_function=uneven)
+
+
+def test_negatives_from_the_batch_are_caught():
+    def contrastive(m, b):
+        z = F.normalize(m(b["x"]), dim=1)
+        return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)), reduction="none")
+
+    expect_failed(built(lambda s, x: s.l(x), l=nn.Linear(D, 4)), drawn(D), "isolation", loss_function=contrastive)
+
+
+def test_mixing_examples_is_caught():
+    def mixed(m, b):
+        return m(0.7 * b["x"] + 0.3 * b["x"].roll(1, 0)).square().sum(1)
+
+    expect_failed(built(lambda s, x: s.l(x), l=nn.Linear(D, 4)), drawn(D), "isolation", loss_function=mixed)
+
+
+def test_division_by_the_size_of_the_batch_is_caught():
+    expect_failed(
+        built(lambda s, x: s.l(x), l=nn.Linear(D, 4)),
+        drawn(D),
+        "removed",
+        loss_function=lambda m, b: loss(m, b) / len(b["x"]),
+    )
+
+
+def test_a_gradient_that_is_coupled_where_the_loss_is_not_is_caught():
+    """The value of ``h - mean + mean.detach()`` depends on no other example; its gradient does."""
+    model = built(lambda s, x: _straight(s.a(x)), a=nn.Linear(D, 3))
+    assert not check(model, loss, drawn(D)).passed
+
+
+def _straight(h: Tensor) -> Tensor:
+    mean = h.mean(0, keepdim=True).expand_as(h)
+    return h - mean + mean.detach()
+
+
+def test_a_hook_that_couples_gradients_is_caught():
+    def forward(self, x):
+        h = self.a(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: g / g.norm())
+        return self.b(h)
+
+    assert not check(built(forward, a=nn.Linear(D, D), b=nn.Linear(D, 2)), loss, drawn(D)).passed
