@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from discreet.app.report.evidence import _encoding
 from discreet.app.report.meaning import certainty, found_members
 from discreet.app.report.text import duration, percent, plain, scientific, upward, wilson
 
@@ -57,3 +58,8 @@ def test_found_members_is_the_optimal_test_of_randomised_response():
     assert found_members(0.0, delta=0.0, false_alarms=0.01) == pytest.approx(0.01)
     assert found_members(1e4, delta=0.0, false_alarms=0.01) == pytest.approx(1.0)
     assert found_members(math.inf, delta=0.0, false_alarms=0.01) == 1.0
+
+
+@pytest.mark.parametrize(("values", "said"), [(["0"], "category, 1 name"), (["0", "1"], "category, 2 names")])
+def test_one_name_is_no_names(values: list[str], said: str) -> None:
+    assert _encoding({"encodings": [{"as": "category", "values": values}]}) == said

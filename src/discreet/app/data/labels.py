@@ -68,7 +68,8 @@ def released_classes(counts: Counts, *, column: str, path: Path) -> ClassList:
     if len(names) < 2:
         raise DataError(
             f"{path}: {len(names)} classes of the target reach {counts.threshold:.0f} rows, the least that can be told "
-            "privately; needs 2; list the classes in a schema ([target] classes = [...])."
+            "privately; needs 2; list the classes in a schema ([target] classes = [...]), and name another run "
+            "directory, since this count is charged."
         )
     return ClassList(names=names, public=False)
 

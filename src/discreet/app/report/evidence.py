@@ -153,7 +153,7 @@ def _encoding(column: Mapping[str, Any]) -> str:
         if low is not None and high is not None:
             kind += f", {plain(low)} to {plain(high)}"
         elif names:
-            kind += f", {plain(len(names))} names"
+            kind += f", {plain(len(names))} {'name' if len(names) == 1 else 'names'}"
         kinds.append(kind)
     return "; ".join(kinds) if kinds else safe(column.get("kind", column.get("type", "")))
 
