@@ -33,7 +33,7 @@ from discreet.app import models
 from discreet.app.data import Preprocessing
 from discreet.app.data.source import Examples
 from discreet.app.models import ModelKind
-from discreet.app.training import DataOptions, open_data
+from discreet.app.options import DataOptions, open_data
 from discreet.core.gradient import trainable
 from discreet.core.rng import NoiseSource
 from discreet.train.auto_lr import LearningRate, LinearDecay, decay

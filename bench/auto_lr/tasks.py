@@ -24,7 +24,7 @@ from discreet.app.data import Prepared, Preprocessing
 from discreet.app.data import digits as load_digits
 from discreet.app.data.source import Examples
 from discreet.app.models import ModelKind
-from discreet.app.training import DataOptions, open_data
+from discreet.app.options import DataOptions, open_data
 from discreet.core.gradient import LossFunction
 from discreet.core.rng import NoiseSource
 from discreet.privacy.plan import Plan

@@ -40,12 +40,12 @@ from discreet.insight.proxy_table import Curves, choose_under_compute
 from discreet.insight.simulated_run import Candidate, Proxy
 from discreet.insight.simulation import Simulation, simulate
 from discreet.privacy.accounting import Relation
-from discreet.privacy.certificate import verify
 from discreet.privacy.compute import Machine
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.options import Proposal
 from discreet.privacy.plan import Plan
 from discreet.privacy.planning import plan
+from discreet.privacy.verification import verify
 from discreet.train.auto_lr import AutoLR
 from discreet.train.check import CheckReport, check
 from discreet.train.contest import Choice, PrivateScore, PublicScore

@@ -15,7 +15,7 @@ from discreet.core.calibration import Neighbours, Reliability, summed_reliabilit
 from discreet.core.clipping import Clipping
 from discreet.insight.calibration import Predictions, calibration_report
 from discreet.insight.calibration.advice import Seen, advice
-from discreet.privacy.certificate import verify
+from discreet.privacy.verification import verify
 from discreet.train.tempered import tempered_clipping
 
 ROWS = 600

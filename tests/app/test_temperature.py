@@ -17,9 +17,10 @@ from discreet.app.evaluation import logits_of
 from discreet.app.temperature import _fit, conclusion, plan_calibration, statement
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import HeldOut
-from discreet.privacy.certificate import temperature_of, verify
+from discreet.privacy.certificate import temperature_of
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.plan import Plan
+from discreet.privacy.verification import verify
 from discreet.train.run import Run, Stage
 
 ROWS = 3000

@@ -10,10 +10,11 @@ import pytest
 
 from discreet.errors import LedgerError
 from discreet.privacy.accounting import Accountant, Gaussian, Relation, SampledGaussian, epsilon
-from discreet.privacy.certificate import NOT_COVERED, NOT_PRIVATE_STAMP, certificate, verify, write_certificate
+from discreet.privacy.certificate import NOT_COVERED, NOT_PRIVATE_STAMP, certificate, write_certificate
 from discreet.privacy.chain import Record
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.plan import Plan
+from discreet.privacy.verification import verify
 
 PLAN_FILE, LEDGER_FILE, CERTIFICATE_FILE = "release/plan.json", "ledger.jsonl", "release/certificate.json"
 

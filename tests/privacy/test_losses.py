@@ -12,7 +12,7 @@ from dp_accounting.pld import privacy_loss_mechanism as referee
 from discreet.privacy.accounting import Gaussian, Relation, SampledGaussian, TruncatedGaussian, epsilon
 from discreet.privacy.losses import Direction, Part, Steps, composed_epsilon, loss_range, step_delta
 from discreet.privacy.proposal import EXTENDED, fourier_margin, loss_grid, proposed_epsilon, step_parts
-from discreet.privacy.queries import summarise
+from discreet.privacy.summary import summarise
 
 VAULT = 518e3 / (13e12 / 1024)
 ADJACENCY = {

@@ -23,11 +23,12 @@ from discreet.privacy.accounting import (
     query_from_json,
     query_to_json,
 )
-from discreet.privacy.certificate import TEMPERATURE_NOTE, temperature_of, verify, write_certificate
+from discreet.privacy.certificate import TEMPERATURE_NOTE, temperature_of, write_certificate
 from discreet.privacy.ledger import Ledger, key_id
 from discreet.privacy.plan import Calibration, Plan
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.spending import is_part_of
+from discreet.privacy.verification import verify
 
 STEPS = SampledGaussian(0.05, 1.2, 100)
 APART = HeldOut("calibration", 10.0, 8)

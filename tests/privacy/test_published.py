@@ -18,7 +18,7 @@ from discreet.privacy.accounting import (
 )
 from discreet.privacy.gdp import gdp_mu, seed_noise_multiplier
 from discreet.privacy.proposal import EXTENDED, fourier_margin
-from discreet.privacy.queries import summarise
+from discreet.privacy.summary import summarise
 
 VAULT_RATE = 518e3 / (13e12 / 1024)
 

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from discreet.errors import ConfigError
-from discreet.privacy.queries import Gaussian, SampledGaussian, Selection, query_from_json, query_to_json, summarise
+from discreet.privacy.queries import Gaussian, SampledGaussian, Selection, query_from_json, query_to_json
+from discreet.privacy.summary import summarise
 
 ALL = [
     SampledGaussian(sample_rate=0.1 + 0.2, noise_multiplier=1 / 3, count=7),

@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 
 from discreet.core.probe import LEVELS, RISES
 from discreet.errors import ConfigError
-from discreet.privacy.certificate import verify
 from discreet.privacy.ledger import Ledger
+from discreet.privacy.verification import verify
 from discreet.train import updates as updates_module
 from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.loop import Private, make_private

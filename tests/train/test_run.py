@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Gaussian
-from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
+from discreet.privacy.verification import verify
 from discreet.train import run as run_module
 from discreet.train.horizon import updates_allowed
 from discreet.train.run import Run, Stage

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from discreet.core.clipping import Clipping
 from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
-from discreet.privacy.certificate import verify
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.plan import Plan, Search
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.tuning import plan_search
+from discreet.privacy.verification import verify
 from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.loop import make_private
 from discreet.train.run import KEY, SEARCH, Run

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from discreet.errors import ConfigError, DiscreetError, LedgerError
-from discreet.privacy.certificate import verify
+from discreet.privacy.verification import verify
 from discreet.train import search_state
 from discreet.train.contest import PublicScore
 from discreet.train.run import KEY, MODEL, SEARCH, Run

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from discreet.core.clipping import Clipping
 from discreet.errors import BudgetExceeded, ConfigError, LedgerError
-from discreet.privacy.certificate import verify
 from discreet.privacy.repetitions import Stopping
+from discreet.privacy.verification import verify
 from discreet.train.contest import PrivateScore, PublicScore
 from discreet.train.run import Run
 from train.attacked import CHOICES, SEED, STEPS, begun_search, build_small, hits, planned, searched, share_right

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from discreet.errors import CheckFailed, ConfigError
-from discreet.privacy.certificate import verify
+from discreet.privacy.verification import verify
 from discreet.train.contest import Choice, PublicScore
 from discreet.train.run import MODEL
 from discreet.train.trial import Recipe

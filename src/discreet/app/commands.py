@@ -13,19 +13,20 @@ from discreet.app.account import answer
 from discreet.app.calibrating import CalibrateOptions, calibrate, short_facts
 from discreet.app.data import PublicCalibration, SetApart
 from discreet.app.models import ModelKind
+from discreet.app.options import DataOptions, TrainOptions
 from discreet.app.outcome import Outcome
 from discreet.app.planning import PlanOptions, plan_data
 from discreet.app.predictions import Scale
 from discreet.app.report import write_report
 from discreet.app.selfcheck import check_data
 from discreet.app.simulating import SimulationOptions, simulate_plan
-from discreet.app.training import DataOptions, TrainOptions, train_digits, train_file
+from discreet.app.training import train_digits, train_file
 from discreet.app.tuning import TuneOptions, tune_file
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
-from discreet.privacy.certificate import verify
 from discreet.privacy.plan import Plan
 from discreet.privacy.repetitions import Stopping
+from discreet.privacy.verification import verify
 from discreet.train.auto_lr import AutoLR
 from discreet.train.setup import clipping_of
 

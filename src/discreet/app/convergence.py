@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from discreet.app import models
+from discreet.app.options import DataOptions, open_data, stand_in
 from discreet.app.report import parts
 from discreet.app.report.plots import ACCENT, ACCENT2, ACCENT3, ALARM, INK, SOFT, can_draw, canvas, for_page
 from discreet.app.stand_ins import random_examples
-from discreet.app.training import DataOptions, open_data, stand_in
 from discreet.core.clipping import Clipping
 from discreet.core.style import Style
 from discreet.errors import ConfigError

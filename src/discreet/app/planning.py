@@ -14,10 +14,10 @@ from pathlib import Path
 
 from discreet.app import models
 from discreet.app.data import Preprocessing
+from discreet.app.options import DataOptions, open_data, pick_device, stand_in
 from discreet.app.plan_page import read_simulation, write_page
 from discreet.app.report.text import duration
 from discreet.app.stand_ins import measure_spec
-from discreet.app.training import DataOptions, open_data, pick_device, stand_in
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import Query

@@ -7,8 +7,8 @@ checking costs no budget.
 from __future__ import annotations
 
 from discreet.app import models
+from discreet.app.options import DataOptions, open_data, stand_in
 from discreet.app.stand_ins import random_examples
-from discreet.app.training import DataOptions, open_data, stand_in
 from discreet.train.check import CheckReport, check
 from discreet.train.tempered import tempered_clipping
 

@@ -19,10 +19,10 @@ from torch import nn
 from discreet.app import models
 from discreet.app.data import Prepared, Preprocessing
 from discreet.app.evaluation import evaluate
+from discreet.app.options import DataOptions, open_data, pick_device
 from discreet.app.plan_page import read_simulation, write_page
 from discreet.app.planning import Planned
 from discreet.app.progress import Progress
-from discreet.app.training import DataOptions, open_data, pick_device
 from discreet.core.rng import NoiseSource
 from discreet.errors import ConfigError, DataError
 from discreet.insight.origin import Origin

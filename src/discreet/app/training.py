@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,87 +15,35 @@ from discreet.app.data import (
     Preprocessing,
     PublicCalibration,
     SetApart,
-    Source,
-    TableInput,
     digits,
-    open_source,
 )
 from discreet.app.evaluation import calibration_of, evaluate
+from discreet.app.options import DataOptions, TrainOptions, open_data, pick_device, rule_asked, stand_in
 from discreet.app.outcome import Outcome
 from discreet.app.progress import Progress
 from discreet.app.report import write_report
 from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content
 from discreet.app.stand_ins import measure_spec
 from discreet.app.temperature import conclusion, plan_calibration, planned, statement, trained_statement
-from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
 from discreet.privacy.accounting import Query, query_to_json
-from discreet.privacy.certificate import verify
 from discreet.privacy.compute import parse_time
 from discreet.privacy.plan import Calibration, Plan, default_delta
 from discreet.privacy.planner import plan as make_plan
 from discreet.privacy.planning import bound_of
-from discreet.train.auto_lr import AutoLR
+from discreet.privacy.verification import verify
 from discreet.train.environment import describe_data
 from discreet.train.loop import Private, make_private, new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
 from discreet.train.setup import check_plan, clipping_of
-from discreet.train.tempered import is_tempered, reason, tempered_clipping
-
-_STAND_IN_FEATURES = 24
-_FEATURES_PER_COLUMN = 12
-"""A column that is counted privately becomes about so many features: 13 on average for Adult."""
-_STAND_IN_CLASSES = 3
+from discreet.train.tempered import is_tempered, reason
 
 EVALUATIONS = 10
 """How often the held-out examples are looked at during training, for the curve in the report; see `evaluations`."""
 _EVALUATION_SHARE = 0.05
 _FORWARD = 1 / 3
 """What evaluating an example costs, of what an update on it does."""
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Where the data lie and what is publicly known about them. See `open_source`.
-
-    Attributes:
-        calibration: rows for a temperature. test_origin: whether the user says that the test rows are public.
-    """
-
-    path: Path
-    target: str | None = None
-    test: Path | None = None
-    columns: tuple[str, ...] | None = None
-    schema: Path | None = None
-    classes: int | tuple[str, ...] | None = None
-    text_column: str | None = None
-    image_size: tuple[int, int] | None = None
-    calibration: SetApart | PublicCalibration | None = None
-    test_origin: Origin = Origin.PRIVATE
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What a user may say about training; None leaves it to the planner or to the defaults of the model.
-
-    With a ``plan``, epsilon, delta, batch, steps and clipping are the plan's.
-    """
-
-    epsilon: float
-    delta: float | None = None
-    model: models.ModelKind = models.ModelKind.AUTO
-    batch_size: int | None = None
-    steps: int | None = None
-    learning_rate: float | AutoLR | None = None
-    clipping: Clipping | None = None
-    plan: Plan | None = None
-    compute: str | None = None
-    microbatch: int | None = None
-    out: Path | None = None
-    resume: bool = False
-    device: str = "auto"
-    seed: int | None = None
 
 
 def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
@@ -113,7 +59,7 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     preprocessing = Preprocessing.share(epsilon=options.epsilon, delta=delta)
     before = source.queries(preprocessing)
     kind = models.kind_for(options.model, source.kind)
-    spec = stand_in(source, kind=kind, clipping=_rule(options, source.examples))
+    spec = stand_in(source, kind=kind, clipping=rule_asked(options, source.examples))
     _refuse_unknown_groups(options, spec)
     with _open_run(
         options,
@@ -152,43 +98,11 @@ def train_digits(options: TrainOptions, *, calibration: SetApart | None = None) 
     delta = default_delta(examples + apart) if options.delta is None else options.delta
     asked = None if not apart else plan_calibration(examples, apart=apart, epsilon=options.epsilon, delta=delta)
     kind = models.resolve(options.model, prepared.input)
-    tempered = is_tempered(_rule(options, examples))
+    tempered = is_tempered(rule_asked(options, examples))
     spec = models.specify(kind, input_spec=prepared.input, classes=len(prepared.classes), tempered=tempered)
     _refuse_unknown_groups(options, spec)
     with _open_run(options, spec, device=device, examples=examples, delta=delta, before=(), calibration=asked) as run:
         return _train(prepared, run, options, kind, device=device, started=started, origin=Origin.PUBLIC)
-
-
-def open_data(data: DataOptions, *, kind: models.ModelKind) -> Source:
-    """Read and validate the data for a kind of model."""
-    return open_source(
-        data.path,
-        target=data.target,
-        test=data.test,
-        columns=data.columns,
-        schema=data.schema,
-        classes=data.classes,
-        text_column=data.text_column,
-        image_size=data.image_size,
-        text_units=models.text_units(kind),
-        calibration=data.calibration,
-    )
-
-
-def stand_in(source: Source, *, kind: models.ModelKind, clipping: Clipping) -> models.ModelSpec:
-    """The model for this data, as far as it is public: numbers that are private until released are stood in for."""
-    features = max(_STAND_IN_FEATURES, _FEATURES_PER_COLUMN * len(source.statistics))
-    input_spec = TableInput(features=features) if source.input is None else source.input
-    return models.specify(kind, input_spec=input_spec, classes=_STAND_IN_CLASSES, tempered=is_tempered(clipping))
-
-
-def _rule(options: TrainOptions, examples: int) -> Clipping:
-    """The clipping rule: the plan's, the user's, or the one that is chosen from public facts."""
-    if options.plan is not None:
-        return clipping_of(options.plan)
-    if math.isinf(options.epsilon):
-        return Clipping.none()
-    return options.clipping if options.clipping is not None else tempered_clipping(examples)
 
 
 def _refuse_unknown_groups(options: TrainOptions, spec: models.ModelSpec) -> None:
@@ -197,19 +111,6 @@ def _refuse_unknown_groups(options: TrainOptions, spec: models.ModelSpec) -> Non
         return
     with torch.device("meta"):
         options.clipping.style.split(name for name, _ in models.build(spec).named_parameters())
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is an accelerator when there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f'device "{name}": torch does not know it; use auto, cpu or cuda.') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f'device "{name}": no CUDA device is available; use --device cpu.')
-    return device
 
 
 def _open_run(
@@ -268,7 +169,7 @@ def _new_plan(
     before: tuple[Query, ...],
 ) -> Plan:
     """The planner's choice for what was left open, within ``--compute`` if there is one."""
-    clipping, bound = _rule(options, examples), None
+    clipping, bound = rule_asked(options, examples), None
     chosen = options.clipping is None and is_tempered(clipping)
     why = (reason(clipping, examples),) if chosen else ()
     if options.compute is not None:

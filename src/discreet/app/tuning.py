@@ -17,20 +17,20 @@ from discreet.app import models
 from discreet.app.calibrating import with_advice
 from discreet.app.data import Examples, Prepared, Preprocessing, Source
 from discreet.app.evaluation import Evaluation, calibration_of, evaluate
+from discreet.app.options import DataOptions, open_data, pick_device
 from discreet.app.progress import SECONDS_BETWEEN_LINES
 from discreet.app.report import write_report
 from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content, sizes
 from discreet.app.temperature import trained_statement
-from discreet.app.training import DataOptions, open_data, pick_device
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
 from discreet.privacy.accounting import Query
-from discreet.privacy.certificate import Verification, verify
 from discreet.privacy.files import write_atomically
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.repetitions import Stopping
 from discreet.privacy.tuning import USUAL_RUNS, one_run, plan_search
+from discreet.privacy.verification import Verification, verify
 from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.environment import describe_data
 from discreet.train.loop import new_run_dir

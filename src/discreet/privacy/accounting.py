@@ -45,11 +45,11 @@ from discreet.privacy.queries import (
     TruncatedGaussian,
     query_from_json,
     query_to_json,
-    summarise,
 )
 from discreet.privacy.referee import delta_of, epsilon_of
 from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.search import solve_decreasing
+from discreet.privacy.summary import summarise
 
 __all__ = [
     "Accountant",

@@ -27,8 +27,9 @@ from discreet.privacy.accounting import (
 )
 from discreet.privacy.gdp import gdp_mu
 from discreet.privacy.proposal import most_countable_steps, proposed_epsilon, selections_per_neighbour, sensitivity
-from discreet.privacy.queries import SMALLEST_NOISE, Selection, summarise
+from discreet.privacy.queries import SMALLEST_NOISE, Selection
 from discreet.privacy.search import Largest, largest_within
+from discreet.privacy.summary import summarise
 
 MOST_STEPS = 10_000_000
 """No search looks at more steps."""

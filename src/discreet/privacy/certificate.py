@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.accounting import Accountant, HeldOut, Query, Relation, query_to_json
 from discreet.privacy.accounting import epsilon as compose_epsilon
-from discreet.privacy.files import file_digest, write_atomically
+from discreet.privacy.files import write_atomically
 from discreet.privacy.ledger import Ledger, LedgerView
 from discreet.privacy.plan import Plan
-from discreet.privacy.records import Fields, parse_json
 
 FORMAT = 1
 LEDGER_NAME = "ledger.jsonl"
@@ -30,10 +28,7 @@ TEMPERATURE_NOTE = "temperature"
 REPORT_KIND = "calibration_report"
 """Kind of the clipping record of a plan whose one step is a calibration report, and no update of a model."""
 NOT_PRIVATE_STAMP = "NOT PRIVATE"
-UNFINISHED = "NOT FINISHED, what is reserved so far"
-EPSILON_TOLERANCE = 1e-6
-"""Relative difference allowed between two derivations of epsilon: other versions of the numerical packages."""
-_EPSILONS = ("epsilon", "epsilon_calibration", "epsilon_training")
+
 
 NOT_COVERED = (
     "Evaluation on a test set: its examples are outside the guarantee, unless they are also training examples.",
@@ -50,6 +45,7 @@ NOT_COVERED = (
 )
 """What the guarantee does not say. Every certificate carries the whole list."""
 
+
 _RELATIONS = {
     Relation.ADD_REMOVE: "neighbours differ by adding or removing one example",
     Relation.REPLACE_ONE: "neighbours differ by replacing one example by another",
@@ -58,35 +54,6 @@ _ACCOUNTANTS = {
     Accountant.PLD: "privacy loss distributions, connect-the-dots discretisation (dp-accounting); an upper bound",
     Accountant.RDP: "Renyi differential privacy, converted as in arXiv:1905.09982 (dp-accounting); an upper bound",
 }
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found to hold.
-
-    Attributes:
-        epsilon, delta: re-derived from the ledger. private: False for seeded test runs and runs without noise.
-        steps: distinct (key, step) pairs charged. records: number of ledger records. head: hash of the last one.
-        examples, batch_size, noise_multiplier: of the plan. target_epsilon: what the plan allowed.
-        plan_fingerprint: SHA-256 of the plan. finished: the ledger was closed for good.
-        statement: the claim in one sentence.
-        temperature: what the model's logits are to be divided by, released with it; None when none was fitted.
-    """
-
-    epsilon: float
-    delta: float
-    private: bool
-    steps: int
-    records: int
-    head: str
-    examples: int
-    batch_size: int
-    noise_multiplier: float
-    target_epsilon: float
-    plan_fingerprint: str
-    finished: bool
-    statement: str
-    temperature: float | None = None
 
 
 def write_certificate(run_dir: Path | str) -> Path:
@@ -100,7 +67,7 @@ def write_certificate(run_dir: Path | str) -> Path:
         LedgerError: the ledger is damaged, has an unfinished line, or belongs to another plan.
     """
     run_dir = Path(run_dir)
-    plan, ledger = _read_run(run_dir)
+    plan, ledger = read_run(run_dir)
     path = run_dir / CERTIFICATE_NAME
     text = json.dumps(certificate(plan, ledger), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
     try:
@@ -110,66 +77,6 @@ def write_certificate(run_dir: Path | str) -> Path:
             f"{path}: cannot be written ({error.strerror}); free some space and write it again."
         ) from None
     return path
-
-
-def verify(run_dir: Path | str) -> Verification:
-    """Re-derive the certificate of a run from its ledger and plan, and compare, without the data.
-
-    **Guarantees.** Raises unless every ledger line is intact and in order, the ledger is the one the certificate was
-    written for (same head, same number of records), the plan is the ledger's, the composition of all reservations gives
-    the certified epsilon, no field of the certificate differs from its derivation, and the model, if it is there, is
-    the one that was released. Figures, curves and the report page are not bound to it. A run that has not ended has no
-    certificate yet: what is reserved so far follows from its ledger and plan, and the statement says that it is
-    unfinished.
-
-    Raises:
-        LedgerError: names the file, and the line or field, that is wrong.
-    """
-    run_dir = Path(run_dir)
-    plan, ledger = _read_run(run_dir)
-    under_way = not ledger.finished and not (run_dir / CERTIFICATE_NAME).exists()
-    if under_way:
-        _check_nothing_ended(run_dir)
-    else:
-        _check_certificate(_read_certificate(run_dir / CERTIFICATE_NAME), certificate(plan, ledger))
-        _check_model(run_dir / MODEL_NAME, ledger)
-        _check_temperature(run_dir / TEMPERATURE_NAME, ledger)
-    if not ledger.within_budget():
-        raise LedgerError(
-            f"{LEDGER_NAME}: spends epsilon {ledger.epsilon():.6g}, above the plan's {plan.epsilon}; do not release."
-        )
-    return Verification(
-        epsilon=ledger.epsilon(),
-        delta=plan.delta,
-        private=_is_private(plan, ledger),
-        steps=ledger.steps_reserved,
-        records=len(ledger.records),
-        head=ledger.head,
-        examples=plan.examples,
-        batch_size=plan.batch_size,
-        noise_multiplier=plan.noise_multiplier,
-        target_epsilon=plan.epsilon,
-        plan_fingerprint=plan.fingerprint(),
-        finished=ledger.finished,
-        statement=f"{UNFINISHED}: {_statement(plan, ledger)}" if under_way else _statement(plan, ledger),
-        temperature=temperature_of(ledger),
-    )
-
-
-def _check_nothing_ended(run_dir: Path) -> None:
-    """A run under way has released no model: otherwise the end of its ledger, or its certificate, is missing."""
-    if (run_dir / MODEL_NAME).exists():
-        raise LedgerError(
-            f"{LEDGER_NAME}: has no end although {MODEL_NAME} is released: records were cut off, or the end was "
-            "interrupted; resume the run once, which finishes it, or distrust it."
-        )
-
-
-def _check_model(path: Path, ledger: LedgerView) -> None:
-    """A released model must be the one that the ledger ended with; a certificate may travel without it."""
-    expected = _model_digest(ledger)
-    if expected is not None and path.exists() and file_digest(path) != expected:
-        raise LedgerError(f"{MODEL_NAME}: is not the model that the ledger ended with; restore it, or distrust it.")
 
 
 def temperature_of(ledger: LedgerView) -> float | None:
@@ -190,33 +97,11 @@ def temperature_of(ledger: LedgerView) -> float | None:
     return float(value)
 
 
-def _check_temperature(path: Path, ledger: LedgerView) -> None:
-    """A released temperature must be the one in the ledger, and there must be none where the ledger has none."""
-    if not path.exists():
-        return
-    try:
-        record = parse_json(path.read_text(encoding="ascii"), where=TEMPERATURE_NAME)
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise LedgerError(f"{TEMPERATURE_NAME}: cannot be read ({error}); restore it, or distrust it.") from None
-    found = record.get("temperature") if isinstance(record, Mapping) else None
-    if found != temperature_of(ledger):
-        raise LedgerError(f"{TEMPERATURE_NAME}: is not the temperature in the ledger; restore it, or distrust it.")
-
-
-def _model_digest(ledger: LedgerView) -> object:
+def model_digest(ledger: LedgerView) -> object:
     """SHA-256 of the released model, from the ledger's last record; None when it names none."""
     last = ledger.records[-1]
     facts = last.body["facts"] if last.kind == "close" else {}
     return facts.get("model_sha256") if isinstance(facts, Mapping) else None
-
-
-def _check_certificate(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
-    _compare_ledger(found, expected)
-    for name in sorted(expected):
-        if not _agree(found[name], expected[name], name=name):
-            raise LedgerError(
-                f"{CERTIFICATE_NAME}: field {name!r} does not follow from ledger and plan; restore it, or distrust it."
-            )
 
 
 def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
@@ -225,9 +110,9 @@ def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
         **_search_record(plan),
         **_parts_record(plan, ledger),
         "format": FORMAT,
-        "stamp": "" if _is_private(plan, ledger) else NOT_PRIVATE_STAMP,
-        "private": _is_private(plan, ledger),
-        "statement": _statement(plan, ledger),
+        "stamp": "" if is_private(plan, ledger) else NOT_PRIVATE_STAMP,
+        "private": is_private(plan, ledger),
+        "statement": statement_of(plan, ledger),
         "epsilon": _json_number(ledger.epsilon()),
         "epsilon_target": _json_number(plan.epsilon),
         "delta": plan.delta,
@@ -267,7 +152,7 @@ def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
         "not_covered": list(NOT_COVERED),
         "ledger": {"head": ledger.head, "records": len(ledger.records), "finished": ledger.finished},
         "plan_fingerprint": plan.fingerprint(),
-        "model_sha256": _model_digest(ledger),
+        "model_sha256": model_digest(ledger),
         "versions": dict(plan.versions),
     }
 
@@ -337,7 +222,8 @@ def _apart(plan: Plan, ledger: LedgerView) -> str:
     )
 
 
-def _statement(plan: Plan, ledger: LedgerView) -> str:
+def statement_of(plan: Plan, ledger: LedgerView) -> str:
+    """The claim in one sentence."""
     if math.isinf(ledger.epsilon()):
         return (
             f"{NOT_PRIVATE_STAMP}: trained without noise on {plan.examples} examples; the model may reveal any of them."
@@ -369,7 +255,8 @@ def _is_report(plan: Plan) -> bool:
     return plan.clipping.get("kind") == REPORT_KIND
 
 
-def _is_private(plan: Plan, ledger: LedgerView) -> bool:
+def is_private(plan: Plan, ledger: LedgerView) -> bool:
+    """Whether there is a guarantee: no seed, noise, and a finite epsilon."""
     return not ledger.test_mode and plan.noise_multiplier > 0 and math.isfinite(ledger.epsilon())
 
 
@@ -377,7 +264,12 @@ def _json_number(value: float) -> float | str:
     return "inf" if math.isinf(value) else value
 
 
-def _read_run(run_dir: Path) -> tuple[Plan, LedgerView]:
+def read_run(run_dir: Path) -> tuple[Plan, LedgerView]:
+    """The plan and the ledger of a run, which must belong together.
+
+    Raises:
+        LedgerError: one is missing, damaged or unfinished, or they do not.
+    """
     if not (run_dir / LEDGER_NAME).exists():
         raise LedgerError(f"{run_dir}: holds no {LEDGER_NAME}; pass the run directory, the folder above release/.")
     ledger = Ledger.read(run_dir / LEDGER_NAME)
@@ -399,38 +291,3 @@ def _read_run(run_dir: Path) -> tuple[Plan, LedgerView]:
 def _first_difference(plan: Plan, other: Plan) -> str:
     here, there = plan.to_json(), other.to_json()
     return next(name for name in sorted(here) if here[name] != there[name])
-
-
-def _read_certificate(path: Path) -> dict[str, object]:
-    try:
-        record = parse_json(path.read_text(encoding="ascii"), where=CERTIFICATE_NAME)
-    except OSError as error:
-        raise LedgerError(
-            f"{CERTIFICATE_NAME}: cannot be read ({error.strerror}); resume the run once, which writes it again."
-        ) from None
-    except (UnicodeDecodeError, ConfigError) as error:
-        raise LedgerError(f"{CERTIFICATE_NAME}: cannot be read ({error}); restore it, or distrust it.") from None
-    if not isinstance(record, dict):
-        raise LedgerError(f"{CERTIFICATE_NAME}: must be a JSON object; restore it, or distrust it.")
-    return record
-
-
-def _compare_ledger(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
-    """Names, fields, and the ledger's length first: a shorter ledger explains every other difference."""
-    try:
-        Fields(found, where=CERTIFICATE_NAME, names=expected)
-        claimed = Fields(found["ledger"], where=CERTIFICATE_NAME, names=("head", "records", "finished"))
-        records = claimed.integer("records")
-    except ConfigError as error:
-        raise LedgerError(str(error)) from None
-    present = Fields(expected["ledger"], where=LEDGER_NAME, names=("head", "records", "finished")).integer("records")
-    if records != present:
-        what = "records were cut off" if present < records else "records were added, or the certificate is old"
-        raise LedgerError(f"{LEDGER_NAME}: has {present} records, the certificate was written for {records}; {what}.")
-
-
-def _agree(found: object, expected: object, *, name: str) -> bool:
-    if name in _EPSILONS and isinstance(expected, float):
-        number = isinstance(found, (int, float)) and not isinstance(found, bool)
-        return number and abs(found - expected) <= EPSILON_TOLERANCE * expected
-    return found == expected and type(found) is type(expected)

@@ -18,16 +18,9 @@ import numpy as np
 from discreet.errors import ConfigError
 from discreet.privacy.gdp import gdp_epsilon, gdp_mu, seed_noise_multiplier
 from discreet.privacy.losses import Direction, Part, Steps, composed_epsilon, loss_range
-from discreet.privacy.queries import (
-    LARGEST_NOISE,
-    SMALLEST_NOISE,
-    Relation,
-    SampledGaussian,
-    Summary,
-    TruncatedGaussian,
-    summarise,
-)
+from discreet.privacy.queries import LARGEST_NOISE, SMALLEST_NOISE, Relation, SampledGaussian, TruncatedGaussian
 from discreet.privacy.search import solve_decreasing
+from discreet.privacy.summary import Summary, summarise
 
 EXTENDED = float(np.finfo(np.longdouble).eps) == 2.0**-63
 """Whether this machine has 80-bit numbers: x86 has; ARM has none, or wider ones in software, which are too slow."""

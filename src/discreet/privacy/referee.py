@@ -34,9 +34,10 @@ from discreet.privacy.proposal import (
     selections_per_neighbour,
     sensitivity,
 )
-from discreet.privacy.queries import Accountant, Relation, SampledGaussian, Summary, TruncatedGaussian
+from discreet.privacy.queries import Accountant, Relation, SampledGaussian, TruncatedGaussian
 from discreet.privacy.renyi import mixed_renyi, replace_one_renyi
 from discreet.privacy.repetitions import selected_renyi
+from discreet.privacy.summary import Summary
 
 
 @functools.lru_cache(maxsize=2048)

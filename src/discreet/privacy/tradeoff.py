@@ -23,7 +23,7 @@ from discreet.errors import ConfigError
 from discreet.privacy.accounting import Accountant, Query, Relation, epsilon, profile
 from discreet.privacy.gdp import gdp_mu
 from discreet.privacy.proposal import EXTENDED, fourier_margin, selections_per_neighbour
-from discreet.privacy.queries import summarise
+from discreet.privacy.summary import summarise
 
 POINTS = 192
 SMALLEST_DELTA = 1e-9

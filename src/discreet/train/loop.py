@@ -22,9 +22,9 @@ from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction, trainable
 from discreet.core.world import world_size
 from discreet.errors import ConfigError
-from discreet.privacy.certificate import verify
 from discreet.privacy.compute import Machine
 from discreet.privacy.plan import Plan
+from discreet.privacy.verification import verify
 from discreet.train.auto_lr import GradientNoise, LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
