@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.auto_lr import contestants, pruning
-from bench.auto_lr.table import render
-from bench.auto_lr.tasks import SMALL, TASKS, Task, load
+from bench.auto_lr.table import markdown, render
+from bench.auto_lr.tasks import NAMES, SMALL, TASKS, Task, load
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "auto-lr.json"
 NEEDS = {"prodigy": "prodigyopt", "dadapt": "dadaptation"}
@@ -41,10 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--contestants", nargs="+", help="auto, grid, grid:sgdm, ...; default: all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--markdown", action="store_true", help="run nothing, and print the table of the documentation")
     options = parser.parse_args(arguments)
     if options.tasks is None:
         options.tasks = list(SMALL) if options.small else ["toy", "digits"]
     rows = read(options.out)
+    if options.markdown:
+        print(markdown(rows, NAMES))
+        return 0
     if not options.table:
         _run_missing(options, rows)
     print(render(rows))

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Rows = Sequence[dict[str, Any]]
 
 
-def mean(rows: Rows, task: str, epsilon: float, contestant: str) -> float | None:
-    """Mean accuracy over seeds, in points; None when there is none."""
+def seeds(rows: Rows, task: str, epsilon: float, contestant: str) -> frozenset[int]:
+    """Seeds with which a contestant was run."""
+    cell = (task, epsilon, contestant)
+    return frozenset(row["seed"] for row in rows if (row["task"], row["epsilon"], row["contestant"]) == cell)
+
+
+def mean(
+    rows: Rows, task: str, epsilon: float, contestant: str, *, among: frozenset[int] | None = None
+) -> float | None:
+    """Mean accuracy over seeds, all or those ``among`` these, in points; None when there is none."""
     found = [
         100 * row["accuracy"]
         for row in rows
         if (row["task"], row["epsilon"], row["contestant"]) == (task, epsilon, contestant)
+        and (among is None or row["seed"] in among)
     ]
     return statistics.fmean(found) if found else None
 
@@ -40,9 +49,16 @@ def oracle(rows: Rows, task: str, epsilon: float) -> tuple[str, float] | None:
 
 
 def gap(rows: Rows, task: str, epsilon: float, contestant: str = "auto") -> float | None:
-    """Points that a contestant stays behind the oracle; negative when it is ahead."""
-    best, own = oracle(rows, task, epsilon), mean(rows, task, epsilon, contestant)
-    return None if best is None or own is None else best[1] - own
+    """Points that a contestant stays behind the oracle; negative when it is ahead.
+
+    Over the seeds that both were run with: batches, noise and first weights are those of the seed, and move both.
+    """
+    best = oracle(rows, task, epsilon)
+    if best is None:
+        return None
+    both = seeds(rows, task, epsilon, best[0]) & seeds(rows, task, epsilon, contestant)
+    ceiling, own = (mean(rows, task, epsilon, name, among=both) for name in (best[0], contestant))
+    return None if ceiling is None or own is None else ceiling - own
 
 
 def spread(rows: Rows, task: str, epsilon: float) -> float | None:
@@ -53,6 +69,41 @@ def spread(rows: Rows, task: str, epsilon: float) -> float | None:
 
 
 COLUMNS = ("auto", "auto-sgdm", "fixed", "fixed-root", "prodigy", "dadapt", "search")
+
+
+TITLES = ("task", "epsilon", "best of the grid", "sets itself", "gap", "with momentum", "0.02, linear", "0.02, root")
+FOREIGN = ("Prodigy", "D-Adaptation", "grid, search paid", "seeds")
+
+
+def markdown(rows: Rows, names: Mapping[str, str]) -> str:
+    """The table of docs/learning-rate.md: tasks in the order of ``names`` (task -> its name there).
+
+    Seeds are those of what sets itself, of the grid's best, and of the paid search, where they differ.
+    """
+    titles = (*TITLES, *FOREIGN)
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for task, told in names.items():
+        for epsilon in sorted({row["epsilon"] for row in rows if row["task"] == task}):
+            best, behind = oracle(rows, task, epsilon), gap(rows, task, epsilon)
+            found = {name: mean(rows, task, epsilon, name) for name in COLUMNS}
+            counts = [
+                len(seeds(rows, task, epsilon, name)) for name in ("auto", "" if best is None else best[0], "search")
+            ]
+            cells = [
+                told,
+                f"{epsilon:g}",
+                "—" if best is None else f"{best[1]:.1f} ({best[0][5:].replace(':', ' ').replace('sgdm', 'momentum')})",
+                _point(found["auto"]),
+                "—" if behind is None else f"{behind:+.1f}",
+                *(_point(found[name]) for name in COLUMNS[1:]),
+                "/".join(str(count) for count in counts) if len(set(counts)) > 1 else str(counts[0]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _point(value: float | None) -> str:
+    return "—" if value is None else f"{value:.1f}"
 
 
 def render(rows: Rows) -> str:

@@ -316,3 +316,16 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "names": _names,
     "lora": _lora,
 }
+
+NAMES = {
+    "toy": "toy",
+    "transfer": "toy, fine-tuned",
+    "digits": "digits",
+    "adult": "Adult",
+    "mnist": "MNIST, CNN",
+    "fashion_mnist": "Fashion-MNIST, CNN",
+    "sms": "SMS spam",
+    "names": "names, transformer",
+    "lora": "names, LoRA",
+}
+"""What the documentation calls the tasks."""

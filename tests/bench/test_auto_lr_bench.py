@@ -44,6 +44,24 @@ def test_the_oracle_is_one_setting_for_all_seeds():
     assert table.spread(ROWS, "toy", 1.0) == pytest.approx(1.0)
 
 
+def test_a_gap_is_over_seeds_that_both_have():
+    """A third seed of one of them, better or worse, is no part of it."""
+    rows = [*ROWS, _row("auto", 0.10, seed=2), _row("fixed", 0.85, seed=1)]
+    assert table.gap(rows, "toy", 1.0) == pytest.approx(2.0)
+    assert table.gap(rows, "toy", 1.0, "fixed") == pytest.approx(3.0)
+    assert table.gap([*ROWS, _row("prodigy", 0.5, seed=7)], "toy", 1.0, "prodigy") is None
+
+
+def test_the_table_of_the_documentation():
+    rows = [*ROWS, {**_row("auto", 0.5), "epsilon": 3.0}]
+    lines = table.markdown(rows, {"toy": "the toy", "never run": "none"}).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("| the toy | 1 | 87.0 (adam 0.02 linear) | 85.0 | +2.0 | — |")
+    assert lines[2].endswith("| 2/2/0 |")
+    assert lines[3].startswith("| the toy | 3 | — | 50.0 | — |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
 def test_what_is_missing_is_a_dash():
     assert table.gap([_row("auto", 0.8)], "toy", 1.0) is None
     text = table.render(ROWS)

@@ -174,6 +174,20 @@ def test_a_state_of_another_kind_is_refused() -> None:
         _control(_adam()).restore(None)
 
 
+def test_the_state_of_an_older_search_is_refused_in_words() -> None:
+    """The search that was asked once kept one level and its answers, and no second search."""
+    control = _control(_adam(), noise=NOISE, steps=400)
+    _answer(control, [1.0, 0.2])
+    state = control.state()
+    assert state is not None
+    older = {**state["first"], "scheduled": state["scheduled"]}
+    nested = {**state, "first": {"level": 1.0, "answers": []}}
+    wrong = {**state, "first": {**state["first"], "answers": [[0.1, 0.2]]}}
+    for record in (older, nested, wrong):
+        with pytest.raises(ConfigError, match=r"fields .*scheduled.* does not read them; resume with the version"):
+            _control(_adam(), noise=NOISE, steps=400).restore(record)
+
+
 def _answer(control: RateControl, rises: list[float]) -> None:
     question = control.question(0)
     assert isinstance(question, Question)

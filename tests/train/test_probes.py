@@ -19,6 +19,7 @@ from discreet.core.probe import LEVELS, RISES
 from discreet.errors import ConfigError
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.verification import verify
+from discreet.train import probing as probing_module
 from discreet.train import updates as updates_module
 from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.loop import Private, make_private
@@ -26,6 +27,7 @@ from discreet.train.probing import probe_sum
 from discreet.train.rate_search import AGAIN, SECOND_SHARE
 from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.stillness import Allowed, Watch
+from discreet.train.tempered import Tempered, tempered_cross_entropy
 from discreet.train.tolerance import Asked, Question
 from train import toys
 
@@ -419,6 +421,36 @@ def test_an_example_of_the_worst_kind_moves_what_is_released_by_no_more_than_the
             )
             sums.append(float(total.tensors[RISES]))
         assert abs(sums[1] - sums[0]) <= total.sensitivity == 4.0
+
+
+def test_temperature_and_floor_are_no_weights_and_stay(tmp_path, monkeypatch):
+    """What is asked is how much noise the weights bear: a displacement of the temperature has no part in the answer."""
+    shifts: list[Any] = []
+    true_rises = probing_module.summed_rises
+
+    def spy(*arguments: Any, shift: Any, bound: float) -> Any:
+        shifts.append(shift)
+        return true_rises(*arguments, shift=shift, bound=bound)
+
+    monkeypatch.setattr(probing_module, "summed_rises", spy)
+    network = Tempered(toys.model())
+    private = make_private(
+        network,
+        torch.optim.Adam(network.parameters()),
+        toys.data(),
+        loss=lambda model, batch: tempered_cross_entropy(model, *batch),
+        noise_multiplier=1.5,
+        batch_size=60,
+        steps=STEPS,
+        run_dir=tmp_path,
+        seed=7,
+    )
+    private._updates.find_rate()
+    private.close()
+    assert shifts
+    for shift in shifts:
+        still = {name for name, displacement in shift.items() if not displacement.any()}
+        assert still == {"temperature.log", "temperature.floor"}
 
 
 def _probe_until(updates: updates_module.Updates, count: int) -> None:

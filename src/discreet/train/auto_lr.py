@@ -232,13 +232,19 @@ class RateControl:
         """Take in the `state` of a checkpoint, after the optimizer has its own back.
 
         Raises:
-            ConfigError: it is of another kind of rate.
+            ConfigError: it is of another kind of rate, or of another version's search.
         """
         if (state is None) != (self.search is None):
             raise ConfigError('the checkpoint is of another learning rate: "auto" there or here; pass the same again.')
         if state is not None and self.search is not None:
-            self.search.restore(state)
-            self._scheduled = list(state["scheduled"])
+            try:
+                self.search.restore(state)
+                self._scheduled = list(state["scheduled"])
+            except (KeyError, TypeError):
+                raise ConfigError(
+                    f'learning_rate="auto": the checkpoint\'s search has fields {", ".join(sorted(state))}, and this '
+                    "version does not read them; resume with the version that wrote it, or start a new run."
+                ) from None
         self._written = self._rates()
 
     def _begin_search(self, auto: AutoLR, noise: GradientNoise | None) -> None:

@@ -34,7 +34,7 @@ def probe_sum(
         question: what is asked. step: model, loss and data. indices: the batch, shape (realised batch,).
         seed: of the model's own randomness; the caller's generators are the caller's to put back.
         directions: (parameter, entries) -> standard normal draws, independent of the data.
-        ratios: parameter -> rate of its group over that of the first group.
+        ratios: parameter -> rate of its group over that of the first group; 0 for one that is no weight and stays.
     """
 
     def batches() -> Iterator[tuple[Any, int]]:

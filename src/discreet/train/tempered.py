@@ -148,6 +148,20 @@ def tempered_clipping(examples: int) -> Clipping:
     return Clipping.abadi(math.hypot(*bounds, body), style=style)
 
 
+def numbers_beside(model: nn.Module) -> frozenset[int]:
+    """Identities (`id`) of the temperatures and floors in a model: parameters, but no weights of it.
+
+    Displacing them changes no answer and no gradient of a weight, so they say nothing about how much noise weights
+    bear; and far out they make the tempered loss infinite.
+    """
+    return frozenset(
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Temperature)
+        for parameter in module.parameters()
+    )
+
+
 def is_tempered(clipping: Clipping) -> bool:
     """Whether a rule sets a temperature apart."""
     return set(GROUPS) <= set(clipping.style.prefixes)

@@ -29,6 +29,7 @@ from discreet.train.horizon import Charges, updates_allowed
 from discreet.train.probing import probe_sum
 from discreet.train.run import Run, Stage
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
+from discreet.train.tempered import numbers_beside
 from discreet.train.tolerance import Asked, Question, Verdict
 
 RESERVE_STEPS = 16
@@ -246,6 +247,7 @@ class Updates:
     def _probe_sum(self, question: Question, indices: np.ndarray) -> ClippedSum:
         """The bounded sum of a probe; displacements are a function of (key, update, parameter)."""
         index, directions = self.done, self.run.noise("displacements of probes")
+        beside = numbers_beside(self.step.model)
         ratio_of = {
             id(parameter): ratio
             for group, ratio in zip(self._optimizer.param_groups, self._rates.ratios, strict=True)
@@ -257,7 +259,10 @@ class Updates:
             indices=indices,
             seed=self.run.torch_seed(index),
             directions=lambda name, entries: directions.normal(entries, position=index, name=name),
-            ratios={name: ratio_of[id(parameter)] for name, parameter in self.step.parameters.items()},
+            ratios={
+                name: 0.0 if id(parameter) in beside else ratio_of[id(parameter)]
+                for name, parameter in self.step.parameters.items()
+            },
         )
 
     def _adopt_key(self) -> None:
