@@ -59,7 +59,7 @@ def test_tune_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str])
     assert plan["clipping"] == tempered_clipping(record["examples"]).describe()
     assert any("chosen from public facts alone" in note for note in plan["notes"])
     calibration = json.loads((workplace / "run" / "release" / "calibration.json").read_text())
-    assert calibration["ece"] == record["test"]["ece"]
+    assert calibration["ece"] == pytest.approx(record["test"]["ece"], rel=1e-9)  # added up in another order
     assert calibration["stamp"] == "NON-PRIVATE"
     spent = re.search(r"spends epsilon ([\d.]+)", err)
     assert spent is not None
