@@ -229,7 +229,7 @@ def test_ratios_between_groups_are_kept(tmp_path: Path) -> None:
     groups = [{"params": network[0].parameters(), "lr": 0.1}, {"params": network[3].parameters(), "lr": 0.02}]
     private = _private(tmp_path, model=network, optimizer=torch.optim.SGD(groups), learning_rate=1.0, steps=4)
     for step in private:
-        first, second = (group["lr"] for group in private._updates._optimizer.param_groups)
+        first, second = (group["lr"] for group in private._updates.optimizer.param_groups)
         assert second == pytest.approx(first / 5)
         assert first == step.learning_rate
 

@@ -23,7 +23,7 @@ from discreet.train import probing as probing_module
 from discreet.train import updates as updates_module
 from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.loop import Private, make_private
-from discreet.train.probing import probe_sum
+from discreet.train.probing import find_rate, probe_sum
 from discreet.train.rate_search import AGAIN, SECOND_SHARE
 from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.stillness import Allowed, Watch
@@ -137,10 +137,10 @@ def test_probes_leave_weights_optimizer_and_gradients_alone(tmp_path):
     network = toys.model()
     before = toys.weights(network)
     private = _private(tmp_path, network=network)
-    private._updates.find_rate()
+    find_rate(private._updates)
     assert private.done >= 2
     assert torch.equal(toys.weights(network), before)
-    assert private._updates._optimizer.state_dict()["state"] == {}
+    assert private._updates.optimizer.state_dict()["state"] == {}
     assert all(parameter.grad is None for parameter in network.parameters())
     private.close()
 
@@ -219,7 +219,7 @@ def test_a_second_search_is_made_of_updates_too_and_resumes(tmp_path):
         while next(moved).index < before.index:
             pass
         private.save()
-        _probe_until(private._updates, private._updates._rates.search.asked + stop - before.index - 1)
+        _probe_until(private._updates, private._updates.rates.search.asked + stop - before.index - 1)
         assert private.done == min(stop, before.index + 1 + gaps[0])
         private.save()
         private.close()
@@ -314,7 +314,7 @@ def test_a_scheduler_beside_auto_is_refused_before_anything_is_released(tmp_path
     private = _private(tmp_path)
     steps = iter(private)
     next(steps)
-    private._updates._optimizer.param_groups[0]["lr"] = 0.5
+    private._updates.optimizer.param_groups[0]["lr"] = 0.5
     monkeypatch.setattr(updates_module, "release", None)
     with pytest.raises(ConfigError, match="also writes lr"):
         next(steps)
@@ -445,7 +445,7 @@ def test_temperature_and_floor_are_no_weights_and_stay(tmp_path, monkeypatch):
         run_dir=tmp_path,
         seed=7,
     )
-    private._updates.find_rate()
+    find_rate(private._updates)
     private.close()
     assert shifts
     for shift in shifts:
@@ -455,9 +455,9 @@ def test_temperature_and_floor_are_no_weights_and_stay(tmp_path, monkeypatch):
 
 def _probe_until(updates: updates_module.Updates, count: int) -> None:
     """Make so many probes, as `find_rate` does, and stop there."""
-    search = updates._rates.search
+    search = updates.rates.search
     assert search is not None
     true_question = search.question
     search.question = lambda done: true_question(done) if search.asked < count else None  # type: ignore[method-assign]
-    updates.find_rate()
+    find_rate(updates)
     del search.question

@@ -51,7 +51,7 @@ def test_an_unchanged_loop_makes_the_same_run(tmp_path: Path, batch_size: int) -
     """Empty batches too: the stand-in for one is not counted as an example below the bound."""
     expected = _finish(_private(tmp_path / "iterated", batch_size=batch_size))
     private = _private(tmp_path / "loop", batch_size=batch_size)
-    optimizer = private._updates._optimizer
+    optimizer = private._updates.optimizer
     for features, targets in private.loader:
         private.backward(torch.nn.functional.cross_entropy(private.model(features), targets, reduction="none"))
         optimizer.step()

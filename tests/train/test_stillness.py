@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from discreet.errors import UnsupportedUse
 from discreet.train.contest import Choice, PrivateScore
 from discreet.train.loop import Private, make_private
+from discreet.train.probing import find_rate
 from discreet.train.stillness import Allowed
 from discreet.train.trial import Recipe
 from discreet.train.tune import tune
@@ -176,7 +177,7 @@ def test_a_probe_of_the_learning_rate_is_watched_as_well(tmp_path: Path) -> None
     """It puts weights and buffers back itself, but not what it does not know of."""
     private = _private(tmp_path / "run", how="frozen, past autograd", learning_rate="auto", steps=200)
     with pytest.raises(UnsupportedUse, match="frozen: a forward wrote it"):
-        private._updates.find_rate()
+        find_rate(private._updates)
     private.close()
 
 
@@ -242,7 +243,7 @@ def test_a_counter_tells_nothing_of_how_many_examples_were_drawn(tmp_path: Path,
 def _unchanged(private: Private) -> None:
     for features, targets in private.loader:
         private.backward(nn.functional.cross_entropy(private.model(features), targets, reduction="none"))
-        private._updates._optimizer.step()
+        private._updates.optimizer.step()
 
 
 @pytest.mark.parametrize("loop", ["steps", "microbatches"])

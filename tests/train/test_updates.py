@@ -273,7 +273,7 @@ def test_a_gradient_that_was_not_released_moves_nothing(tmp_path: Path) -> None:
     next(steps)
     extra = nn.Parameter(torch.zeros(3))
     extra.grad = torch.ones(3)
-    private._updates._optimizer.add_param_group({"params": [extra]})
+    private._updates.optimizer.add_param_group({"params": [extra]})
     with pytest.raises(ConfigError, match="not released"):
         next(steps)
 

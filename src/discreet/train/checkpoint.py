@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.files import file_digest
+from discreet.train.auto_lr import RateControl
 from discreet.train.secret_files import sync
 
 _FORMAT = 2
@@ -136,6 +138,39 @@ def load(directory: Path) -> Checkpoint | None:
         rates=_decode(state["rates"], tensors),
         clip_bound=state.get("clip_bound"),
     )
+
+
+def restore(found: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, rates: RateControl) -> None:
+    """Put model, optimizer, scheduler and the search for a rate into the state of a checkpoint.
+
+    Raises:
+        ConfigError: they are not of the kind that was saved. Nothing was charged.
+    """
+    remedy = "build them as when the run began, or start a new run."
+    try:
+        model.load_state_dict(dict(found.model))
+    except RuntimeError:
+        raise ConfigError(
+            f"the checkpoint of update {found.step} is of another model: names or shapes differ; {remedy}"
+        ) from None
+    saved = [set(group) for group in found.optimizer["param_groups"]]
+    missing = [set(group) - known for group, known in zip(optimizer.param_groups, saved, strict=False)]
+    if (
+        len(saved) != len(optimizer.param_groups)
+        or any(missing)
+        or (rates.scheduler is None) != (found.scheduler is None)
+    ):
+        raise ConfigError(
+            f"the checkpoint of update {found.step} is of another optimizer or scheduler than "
+            f"{type(optimizer).__name__}; {remedy}"
+        )
+    try:
+        optimizer.load_state_dict(dict(found.optimizer))
+    except ValueError:
+        raise ConfigError(f"the checkpoint of update {found.step} has other groups of parameters; {remedy}") from None
+    if rates.scheduler is not None and found.scheduler is not None:
+        rates.scheduler.load_state_dict(dict(found.scheduler))
+    rates.restore(found.rates)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from discreet.train.auto_lr import GradientNoise, LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
+from discreet.train.probing import find_rate
 from discreet.train.run import Run
 from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, rule_for, solve_plan
 from discreet.train.step import ClippedStep, Microbatch
@@ -102,7 +103,7 @@ class Private:
         """One private update per iteration, until the plan's last; then the run is finished."""
         updates = self._updates
         while not updates.finished:
-            updates.find_rate()
+            find_rate(updates)
             if updates.finished:
                 break
             index = updates.done

@@ -14,6 +14,7 @@ from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import backward, open_book, settle
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError
+from discreet.train.probing import find_rate
 from discreet.train.stillness import Moving
 from discreet.train.updates import Updates
 
@@ -42,7 +43,7 @@ class MicrobatchLoader:
         """The batches, as the data set collates them; when the last update is made, the run is finished."""
         updates = self._updates
         while not updates.finished:
-            updates.find_rate()
+            find_rate(updates)
             if updates.finished:
                 break
             indices = updates.draw()

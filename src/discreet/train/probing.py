@@ -1,4 +1,8 @@
-"""One probe of the learning rate: a question, a Poisson batch and the weights -> a bounded sum, ready for release."""
+"""Probes of the learning rate: updates that are spent on questions about the loss, before the weights move.
+
+A question, a Poisson batch and the weights give a bounded sum; it is released as the sum of any update is; and what was
+released is the answer.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,50 @@ import torch
 from torch import Tensor
 
 from discreet.core.clipping import ClippedSum
-from discreet.core.probe import counted_levels, summed_rises
+from discreet.core.probe import LEVELS, RISES, counted_levels, summed_rises
 from discreet.train.step import ClippedStep
+from discreet.train.tempered import numbers_beside
 from discreet.train.tolerance import Asked, Question
+from discreet.train.updates import Updates
+
+
+def find_rate(updates: Updates) -> None:
+    """Spend updates on probes of the loss, for as long as the learning rate asks for them; before every update.
+
+    A probe is an update like any other: the same charge, a Poisson batch of its own, one release of one bounded sum
+    with the plan's noise. Only what is released is a number about the loss, and the weights stay where they are.
+    """
+    while not updates.finished and (question := updates.rates.question(updates.done)) is not None:
+        index, indices = updates.done, updates.draw()
+        with updates.model_randomness():
+            total = _sum_of_next(updates, question, indices)
+        released = updates.release_sum(total, index=index)
+        if released is None:
+            continue
+        name = LEVELS if question.asked is Asked.LEVEL else RISES
+        updates.count_probe(updates.rates.observe(question, released.tensors[name].tolist()))
+
+
+def _sum_of_next(updates: Updates, question: Question, indices: np.ndarray) -> ClippedSum:
+    """The bounded sum of the next update as a probe; displacements are a function of (key, update, parameter)."""
+    index, directions = updates.done, updates.run.noise("displacements of probes")
+    beside = numbers_beside(updates.step.model)
+    ratio_of = {
+        id(parameter): ratio
+        for group, ratio in zip(updates.optimizer.param_groups, updates.rates.ratios, strict=True)
+        for parameter in group["params"]
+    }
+    return probe_sum(
+        question,
+        step=updates.step,
+        indices=indices,
+        seed=updates.run.torch_seed(index),
+        directions=lambda name, entries: directions.normal(entries, position=index, name=name),
+        ratios={
+            name: 0.0 if id(parameter) in beside else ratio_of[id(parameter)]
+            for name, parameter in updates.step.parameters.items()
+        },
+    )
 
 
 def probe_sum(

@@ -17,7 +17,6 @@ from torch import nn
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable, zero_sum
 from discreet.core.noise import Released, release
-from discreet.core.probe import LEVELS, RISES
 from discreet.core.world import world_sum
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.privacy.plan import Plan
@@ -26,11 +25,9 @@ from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
 from discreet.train.horizon import Charges, updates_allowed
-from discreet.train.probing import probe_sum
 from discreet.train.run import Run, Stage
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
-from discreet.train.tempered import numbers_beside
-from discreet.train.tolerance import Asked, Question, Verdict
+from discreet.train.tolerance import Verdict
 
 RESERVE_STEPS = 16
 """Steps charged to the ledger at once: one fsync for all of them. A crash over-counts by at most this many."""
@@ -80,12 +77,13 @@ class Updates:
     Attributes:
         done: updates that the model and the optimizer have behind them.
         last: updates in the whole run; below ``plan.steps`` when a change of key wasted some of the budget.
-
-    Args:
         run: directory, key and ledger.
         step: indices -> clipped sum.
         optimizer: moved by `update` alone.
         rates: sets the learning rate.
+
+    Args:
+        run, step, optimizer, rates: the attributes.
         done: where to start.
         checkpoint_steps: updates between checkpoints.
         conclude: called with run and model after the last update, while the run is still open; what it releases must be
@@ -107,9 +105,9 @@ class Updates:
         self.run = run
         self.step = step
         self.done = done
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._move = optimizer.step
-        self._rates = rates
+        self.rates = rates
         self._checkpoint_steps = checkpoint_steps
         self._process = os.getpid()
         self._adopt_key()
@@ -137,7 +135,7 @@ class Updates:
     @property
     def verdict(self) -> Verdict | None:
         """Where an automatic learning rate comes from; None when the rate was given."""
-        return self._rates.verdict
+        return self.rates.verdict
 
     def draw(self) -> np.ndarray:
         """The Poisson batch of the next update, after its charge is durable; indices, shape (realised batch,).
@@ -158,25 +156,6 @@ class Updates:
             self._reserved = self.done + count
         return self.plan.sampling.draw(key=self.run.sampling_key, step=self.done)
 
-    def find_rate(self) -> None:
-        """Spend updates on probes of the loss, for as long as the learning rate asks for them; before every update.
-
-        A probe is an update like any other: the same charge, a Poisson batch of its own, one release of one bounded sum
-        with the plan's noise. Only what is released is a number about the loss, and the weights stay where they are.
-        """
-        while not self.finished and (question := self._rates.question(self.done)) is not None:
-            index, indices = self.done, self.draw()
-            with self.model_randomness():
-                total = world_sum(self._probe_sum(question, indices))
-            released = self._release(total, index=index)
-            if released is None:
-                continue
-            name = LEVELS if question.asked is Asked.LEVEL else RISES
-            said = self._rates.observe(question, released.tensors[name].tolist())
-            self.done += 1
-            self.run.log({"step": self.done, **said})
-            self.checkpoint_if_due()
-
     def clipped_sum(self) -> ClippedSum:
         """The clipped sum of the next update."""
         indices = self.draw()
@@ -195,6 +174,38 @@ class Updates:
             index: the update that the batch was drawn for.
 
         Returns:
+            None when nothing was released, as `release_sum` has it.
+
+        Raises:
+            ConfigError: what `release_sum` refuses, or a rate that something else wrote beside an automatic one.
+        """
+        self.rates.refuse_others()
+        released = self.release_sum(total, index=index)
+        if released is None:
+            return None
+        write_gradient(released, self.step.parameters)
+        rate = self.rates.before_update(index)
+        self._move()
+        self.rates.after_update()
+        self.step = self.step.after(released)
+        self.done += 1
+        return Step(
+            index=index,
+            steps=self.last,
+            learning_rate=rate,
+            plan=self.plan,
+            verdict=self.verdict,
+            charges=self._charges,
+        )
+
+    def release_sum(self, total: ClippedSum, *, index: int) -> Released | None:
+        """Release the one sum of an update, over the expected batch; be it a gradient or the answer to a probe.
+
+        Args:
+            total: the bounded sum of one batch.
+            index: the update that the batch was drawn for.
+
+        Returns:
             None when this step was released before with another sum: nothing is released, the run has a new key, and
             the update is to be drawn again.
 
@@ -208,30 +219,7 @@ class Updates:
                 f"a batch drawn for update {index}, at update {self.done}: each batch is released once; iterate either "
                 "`private` or `private.loader`, and only once at a time."
             )
-        self._rates.refuse_others()
         total = world_sum(total)
-        released = self._release(total, index=index, into=gradient_memory(total, self.step.parameters))
-        if released is None:
-            return None
-        write_gradient(released, self.step.parameters)
-        rate = self._rates.before_update(index)
-        self._move()
-        self._rates.after_update()
-        self.step = self.step.after(released)
-        self.done += 1
-        return Step(
-            index=index,
-            steps=self.last,
-            learning_rate=rate,
-            plan=self.plan,
-            verdict=self.verdict,
-            charges=self._charges,
-        )
-
-    def _release(
-        self, total: ClippedSum, *, index: int, into: Mapping[str, torch.Tensor] | None = None
-    ) -> Released | None:
-        """Release the one sum of an update over the expected batch; None when another one was released so."""
         if not self._sums.admits(index, total):
             self._renew_key("the sum of a repeated step")
             return None
@@ -241,29 +229,18 @@ class Updates:
             noise_multiplier=self.plan.noise_multiplier,
             source=self._source,
             divisor=self.plan.batch_size,
-            into=into,
+            into=gradient_memory(total, self.step.parameters),
         )
 
-    def _probe_sum(self, question: Question, indices: np.ndarray) -> ClippedSum:
-        """The bounded sum of a probe; displacements are a function of (key, update, parameter)."""
-        index, directions = self.done, self.run.noise("displacements of probes")
-        beside = numbers_beside(self.step.model)
-        ratio_of = {
-            id(parameter): ratio
-            for group, ratio in zip(self._optimizer.param_groups, self._rates.ratios, strict=True)
-            for parameter in group["params"]
-        }
-        return probe_sum(
-            question,
-            step=self.step,
-            indices=indices,
-            seed=self.run.torch_seed(index),
-            directions=lambda name, entries: directions.normal(entries, position=index, name=name),
-            ratios={
-                name: 0.0 if id(parameter) in beside else ratio_of[id(parameter)]
-                for name, parameter in self.step.parameters.items()
-            },
-        )
+    def count_probe(self, said: Mapping[str, float]) -> None:
+        """Go on to the next update after one whose sum answered a probe: the weights stay where they are.
+
+        Args:
+            said: the answer in numbers, for the log; released or public.
+        """
+        self.done += 1
+        self.run.log({"step": self.done, **said})
+        self.checkpoint_if_due()
 
     def _adopt_key(self) -> None:
         """Take noise, journal and horizon from the run's key in force."""
@@ -307,7 +284,7 @@ class Updates:
                 "the model's trainable parameters changed since make_private: freezing, unfreezing or replacing "
                 "layers needs a new run; undo it."
             )
-        refuse_unreleased(self._optimizer, self.step.parameters)
+        refuse_unreleased(self.optimizer, self.step.parameters)
 
     @contextmanager
     def model_randomness(self) -> Iterator[None]:
@@ -324,17 +301,17 @@ class Updates:
 
     def save(self) -> Path:
         """Write a checkpoint now, atomically."""
-        scheduler, rule = self._rates.scheduler, self.step.clipping
+        scheduler, rule = self.rates.scheduler, self.step.clipping
         return checkpoints.save(
             self.run.checkpoint_dir,
             checkpoints.Checkpoint(
                 step=self.done,
                 microbatch=self.step.microbatch.size,
                 model=checkpoints.model_tensors(self.step.model),
-                optimizer=self._optimizer.state_dict(),
+                optimizer=self.optimizer.state_dict(),
                 scheduler=scheduler.state_dict() if scheduler is not None else None,
                 ledger_head=self.run.ledger.head,
-                rates=self._rates.state(),
+                rates=self.rates.state(),
                 clip_bound=rule.clip_bound if rule.following is not None else None,
             ),
         )
@@ -361,7 +338,8 @@ def begin(
     """Put a run where its checkpoint left it, or at its start; decide whether the key may still be used."""
     found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
     if found is not None:
-        _restore(found, step, optimizer, rates)
+        checkpoints.restore(found, model=step.model, optimizer=optimizer, rates=rates)
+        step.microbatch.size = found.microbatch
     with torch.random.fork_rng():
         # A transform that draws from torch then gives the same fingerprint in every process.
         torch.manual_seed(_FINGERPRINT_SEED)
@@ -393,39 +371,3 @@ def begin(
     else:
         run.rewind_log(done)
     return updates
-
-
-def _restore(
-    found: checkpoints.Checkpoint, step: ClippedStep, optimizer: torch.optim.Optimizer, rates: RateControl
-) -> None:
-    """Put model, optimizer and scheduler into the state of a checkpoint.
-
-    Raises:
-        ConfigError: they are not of the kind that was saved. Nothing was charged.
-    """
-    remedy = "build them as when the run began, or start a new run."
-    try:
-        step.model.load_state_dict(dict(found.model))
-    except RuntimeError:
-        raise ConfigError(
-            f"the checkpoint of update {found.step} is of another model: names or shapes differ; {remedy}"
-        ) from None
-    saved = [set(group) for group in found.optimizer["param_groups"]]
-    missing = [set(group) - known for group, known in zip(optimizer.param_groups, saved, strict=False)]
-    if (
-        len(saved) != len(optimizer.param_groups)
-        or any(missing)
-        or (rates.scheduler is None) != (found.scheduler is None)
-    ):
-        raise ConfigError(
-            f"the checkpoint of update {found.step} is of another optimizer or scheduler than "
-            f"{type(optimizer).__name__}; {remedy}"
-        )
-    try:
-        optimizer.load_state_dict(dict(found.optimizer))
-    except ValueError:
-        raise ConfigError(f"the checkpoint of update {found.step} has other groups of parameters; {remedy}") from None
-    if rates.scheduler is not None and found.scheduler is not None:
-        rates.scheduler.load_state_dict(dict(found.scheduler))
-    rates.restore(found.rates)
-    step.microbatch.size = found.microbatch
