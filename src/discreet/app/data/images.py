@@ -107,7 +107,9 @@ class ImageSource(Source):
             kind=SourceKind.IMAGES,
             path=path,
             examples=len(train.labels),
-            request=Request(buckets={}, names={} if classes is not None else {_LABEL: Names(train.labels)}),
+            request=Request(buckets={}, names={})
+            if classes is not None
+            else Request(buckets={}, names={_LABEL: Names(train.labels)}, classes=_LABEL),
             input_spec=ImageInput(*train.pixels.shape[1:]),
             calibration_examples=None if calibration is None else len(calibration.labels),
         )

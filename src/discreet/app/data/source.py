@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discreet.core.histogram import Buckets, Counts, Names, private_counts
+from discreet.core.histogram import Buckets, Counts, Names, Threshold, private_counts, selection_threshold
 from discreet.core.rng import NoiseSource
 from discreet.errors import ConfigError, DataError
 from discreet.privacy.accounting import Gaussian, Query, Selection
@@ -192,10 +192,16 @@ _DELTA_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Request:
-    """The private counts that an encoding needs: columns with public buckets, and columns of open names."""
+    """The private counts that an encoding needs: columns with public buckets, and columns of open names.
+
+    Attributes:
+        buckets, names: column -> what is counted of its rows.
+        classes: the column of names whose names are the classes; None when the classes are public.
+    """
 
     buckets: Mapping[str, Buckets]
     names: Mapping[str, Names]
+    classes: str | None = None
 
     def __len__(self) -> int:
         return len(self.buckets) + len(self.names)
@@ -239,9 +245,19 @@ class Source(abc.ABC):
         return tuple(dict.fromkeys((*self._request.buckets, *self._request.names)))
 
     def queries(self, preprocessing: Preprocessing) -> tuple[Query, ...]:
-        """What `prepare` will spend on the training rows, for the ledger and the accountant."""
+        """What `prepare` will spend on the training rows, for the ledger and the accountant.
+
+        Raises:
+            DataError: so few training rows that `prepare` would find nothing in them: their number, the noise and the
+                threshold are public, so this is said before anything is charged.
+        """
         if not len(self._request):
             return ()
+        noise_std = preprocessing.noise_multiplier * math.sqrt(len(self._request))
+        self._refuse_too_few(
+            noise_std,
+            selection_threshold(noise_std=noise_std, names_per_row=len(self._request.names), delta=preprocessing.delta),
+        )
         counted: tuple[Query, ...] = (Gaussian(noise_multiplier=preprocessing.noise_multiplier),)
         if self._request.names and preprocessing.noise_multiplier > 0:
             counted += (Selection(delta=preprocessing.delta),)
@@ -268,6 +284,21 @@ class Source(abc.ABC):
             source=noise_source,
         )
         return self._encode(counts)
+
+    def _refuse_too_few(self, noise_std: float, threshold: Threshold) -> None:
+        """Refuse fewer rows than two classes need to be told; by public numbers alone.
+
+        Args:
+            noise_std: of each count, in rows.
+            threshold: from which noisy count on a name is told.
+        """
+        least = math.ceil(threshold.value)
+        if self._request.classes is not None and self.examples < 2 * least:
+            raise DataError(
+                f"{self.path}: {self.examples} training rows; two classes of at least {least} rows each, the least "
+                f"that can be told privately, need {2 * least}; list the classes in a schema ([target] classes = "
+                "[...]), or use a larger epsilon. Nothing was charged."
+            )
 
     @abc.abstractmethod
     def fingerprint(self) -> str:

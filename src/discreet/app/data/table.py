@@ -15,6 +15,7 @@ import torch
 
 from discreet.app.data.columns import (
     BUCKETS,
+    NOTABLE,
     CategoryEncoding,
     NumberEncoding,
     bucket_of,
@@ -38,7 +39,7 @@ from discreet.app.data.source import (
     digest_of,
     held_out_statement,
 )
-from discreet.core.histogram import Buckets, Counts, Names
+from discreet.core.histogram import Buckets, Counts, Names, Threshold
 from discreet.errors import DataError
 
 _DISCRETE_SHARE = 0.8
@@ -94,6 +95,19 @@ class TableSource(Source):
         others = [part for rows in (self._test, self._calibration) if rows is not None for part in rows.parts()]
         return digest_of((settings, *self._train.parts(), *others))
 
+    def _refuse_too_few(self, noise_std: float, threshold: Threshold) -> None:
+        """Refuse also fewer rows than any column needs: not even equal values in all of them would stand out."""
+        super()._refuse_too_few(noise_std, threshold)
+        counted = {name for name in self._columns if name in self.statistics}
+        ways = [threshold.value] * bool(counted & self._request.names.keys())
+        ways += [NOTABLE * noise_std] * bool(counted & self._request.buckets.keys())
+        if len(counted) == len(self._columns) and self.examples < min(ways):
+            raise DataError(
+                f"{self.path}: {self.examples} training rows; a column can be told from the noise from "
+                f"{math.ceil(min(ways))} rows on; give types, bounds and values in a schema, or use a larger epsilon. "
+                "Nothing was charged."
+            )
+
     def _encode(self, counts: Counts | None) -> Prepared:
         classes = self._classes
         if classes is None:
@@ -104,7 +118,8 @@ class TableSource(Source):
         if len(unused) == len(encodings):
             raise DataError(
                 f"{self.path}: no column could be told from the noise with {self.examples} rows; give types, bounds "
-                "and values in a schema, or a larger epsilon."
+                "and values in a schema, or a larger epsilon, and name another run directory, since this count is "
+                "charged."
             )
 
         def examples(records: Records) -> Examples:
@@ -184,7 +199,7 @@ def _request(train: Records, *, schema: Schema, columns: Sequence[str], target: 
             names[name] = _names(values, schema.missing)
     if target is not None:
         names[target] = _names(train.column(target), schema.missing)
-    return Request(buckets=buckets, names=names)
+    return Request(buckets=buckets, names=names, classes=target)
 
 
 def _wants(known: ColumnSchema, kind: ColumnType) -> bool:

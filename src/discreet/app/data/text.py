@@ -109,7 +109,9 @@ class TextSource(Source):
             kind=SourceKind.TEXT,
             path=train.path,
             examples=len(train.rows),
-            request=Request(buckets={}, names=self._label_names()),
+            request=Request(
+                buckets={}, names=self._label_names(), classes=None if self._classes is not None else target
+            ),
             input_spec=TextInput(vocabulary=self._encoding.vocabulary, length=self._encoding.length),
             calibration_examples=None if calibration is None else len(calibration.rows),
         )
