@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from discreet.app.plan_page import Simulation, read_simulation, render_page
 from discreet.app.plan_page.curves import constant_tan, decades, epsilon_at, full_batch_epsilon, overhead_by_batch
+from discreet.app.plan_page.rows import in_terminal, known_rows, reasons
+from discreet.app.planning import Planned
 from discreet.app.report import plots
 from discreet.errors import ConfigError
 from discreet.privacy.accounting import epsilon
@@ -73,6 +76,30 @@ def test_every_plan_and_every_reason_is_there(page: str, proposal: Proposal) -> 
     for warning in proposal.warnings:
         assert warning[:60] in page
     assert "they are no result" in page
+
+
+def test_page_and_terminal_show_the_same_figures(page: str, proposal: Proposal) -> None:
+    chosen = proposal.recommended
+    text = Planned(proposal=proposal, chosen=chosen, data=None, out=None, html=None).text()
+    for row, cells in known_rows(proposal.options):
+        line = next(line for line in text.splitlines() if line.startswith(row.label))
+        for cell in cells:
+            assert f">{cell}</td>" in page
+            assert in_terminal(cell) in line
+    for row, reason in reasons(chosen):
+        assert f"  {row.label} {in_terminal(row.figure(chosen))}: {reason}" in text
+        assert f"<td>{row.title}</td>" in page
+    words = re.sub(r"(?s)<(style|svg).*?</\1>", "", page)
+    assert re.findall(r"\d\.\d{5,}", text + words) == []
+    assert "\u202f" not in text
+
+
+@pytest.mark.parametrize(
+    ("figure", "shown"),
+    [("2\u202f881", "2,881"), ("5.56 × 10⁻⁶", "5.56e-6"), ("1\u00a0min\u00a059\u00a0s", "1 min 59 s"), ("yes", "yes")],
+)
+def test_a_figure_in_a_terminal_is_plain(figure: str, shown: str) -> None:
+    assert in_terminal(figure) == shown
 
 
 def test_the_same_proposal_gives_the_same_page(page: str, proposal: Proposal) -> None:

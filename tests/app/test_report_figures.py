@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from discreet.app.report.evidence import _encoding
+from discreet.app.report.evidence import _encoding, _rule
 from discreet.app.report.meaning import certainty, found_members
-from discreet.app.report.text import duration, percent, plain, scientific, upward, wilson
+from discreet.app.report.text import duration, percent, plain, scientific, storage, upward, wilson
+from discreet.train.tempered import tempered_clipping
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,8 @@ def test_delta_is_rounded_up(value, shown):
 def test_plain_figures():
     assert plain(32561.0) == "32\u202f561"
     assert plain(0.5) == "0.5"
-    assert plain(None) == "unknown"
+    assert plain(None) == plain(math.nan) == "unknown"
+    assert [storage(count) for count in (2**19, 3 * 2**29)] == ["0.5\u00a0MiB", "1.5\u00a0GiB"]
     assert percent(0.8493) == "84.9\u202f%"
     assert [duration(value).replace("\u00a0", " ") for value in (4.21, 200, 7500, None)] == [
         *("4.2 s", "3 min 20 s", "2 h 05 min", "unknown")
@@ -63,3 +65,41 @@ def test_found_members_is_the_optimal_test_of_randomised_response():
 @pytest.mark.parametrize(("values", "said"), [(["0"], "category, 1 name"), (["0", "1"], "category, 2 names")])
 def test_one_name_is_no_names(values: list[str], said: str) -> None:
     assert _encoding({"encodings": [{"as": "category", "values": values}]}) == said
+
+
+def test_the_groups_of_a_clipping_rule_are_figures_and_not_floats():
+    """The page of every run of 20,000 rows or more said 49.99999999999999."""
+    rule = tempered_clipping(60_000).describe()
+    assert "49.99999999999999" in str(rule["style"])
+    assert _rule(rule) == [
+        "kind: abadi",
+        "style: groups",
+        "<bdi>temperature.log</bdi>: bound 30, noise × 50",
+        "<bdi>temperature.floor</bdi>: bound 2, noise × 3.333",
+        "all else: bound 6, noise × 1",
+        "clip bound: 30.66",
+    ]
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        *("flat", "groups:a,b", "groups:a=1@2,b", "groups:a=1e@2,=1@1", "groups:a=--@1,=1@1", "layers:a=1@1,=1@1"),
+        "groups:" + "a=1@1," * 300 + "=1@1",
+        "groups:<b>=1@1@1,=1@1",
+    ],
+)
+def test_a_style_of_another_form_stays_a_short_escaped_text(style):
+    lines = _rule({"style": style, "clip_bound": 1.0})
+    assert len(lines) == 2
+    assert lines[0].startswith(f"style: {style[:4]}")
+    assert "<b>" not in lines[0]
+    assert len(lines[0]) < 200
+
+
+@pytest.mark.parametrize("style", ["groups:<i>x=1@1,=1@1", "groups:a=1e999@1,=1@1", "groups:a=0@0,=0@1e-999"])
+@pytest.mark.parametrize("bound", [1.0, math.inf, 1e300])
+def test_odd_numbers_in_a_style_break_no_page(style, bound):
+    lines = _rule({"style": style, "clip_bound": bound})
+    assert len(lines) == 4
+    assert "<i>" not in " ".join(lines)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from discreet.app import models
 from discreet.app.data import Preprocessing
 from discreet.app.options import DataOptions, open_data, pick_device, stand_in
 from discreet.app.plan_page import read_simulation, write_page
-from discreet.app.report.text import duration
+from discreet.app.plan_page.rows import in_terminal, known_rows, reasons
+from discreet.app.report.text import scientific
 from discreet.app.stand_ins import measure_spec
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
@@ -26,14 +26,6 @@ from discreet.privacy.options import Option, Proposal
 from discreet.privacy.planning import checked_delta
 from discreet.privacy.planning import plan as propose
 from discreet.train.tempered import tempered_clipping
-
-_LABELS = {
-    "batch_size": "batch size",
-    "steps": "steps",
-    "noise_multiplier": "noise multiplier",
-    "microbatch": "microbatch",
-    "delta": "delta",
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,8 @@ class Planned:
         plan = self.proposal.plan
         chosen = self.chosen
         blocks = [
-            f"{plan.examples:,} examples, epsilon {plan.epsilon:g}, delta {plan.delta:.3g}; "
+            f"{plan.examples:,} examples, epsilon {plan.epsilon:g}, "
+            f"delta {in_terminal(scientific(plan.delta))}; "
             f"{self.proposal.mode.value}: {self.proposal.bound.said}",
             _side_by_side(self.proposal.options, chosen=chosen),
             "\n".join([f"Why {chosen.kind.value}: {chosen.reasons['plan']}", *_why(chosen)]),
@@ -233,11 +226,9 @@ def _save(chosen: Option, path: Path) -> None:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name a file that can.") from None
 
 
-def _side_by_side(options: Sequence[Option], *, chosen: Option) -> str:
+def _side_by_side(options: tuple[Option, ...], *, chosen: Option) -> str:
     rows = [["", *(option.kind.value + (" *" if option is chosen else "") for option in options)]]
-    for label, cells in _rows(options):
-        if any(cells):
-            rows.append([label, *cells])
+    rows += [[row.label, *map(in_terminal, cells)] for row, cells in known_rows(options)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -248,39 +239,8 @@ def _side_by_side(options: Sequence[Option], *, chosen: Option) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _rows(options: Sequence[Option]) -> list[tuple[str, list[str]]]:
-    return [
-        ("batch size", [f"{o.plan.batch_size:,}" for o in options]),
-        ("steps", [f"{o.plan.steps:,}" for o in options]),
-        ("noise multiplier", [f"{o.plan.noise_multiplier:.4g}" for o in options]),
-        ("passes over the data", [f"{o.epochs:.3g}" for o in options]),
-        ("noise, of full batches 1", [f"{o.overhead:.3f}" for o in options]),
-        ("batch / knee batch", [f"{o.knee_share:.2f}" for o in options]),
-        ("batch / batch at the wall", [f"{o.wall_share:.2f}" for o in options]),
-        ("signal / noise, at most", ["" if o.signal is None else f"{o.signal:.2g}" for o in options]),
-        ("microbatch", ["" if o.microbatch is None else f"{o.microbatch:,}" for o in options]),
-        ("time", ["" if o.seconds is None else duration(o.seconds).replace("\u00a0", " ") for o in options]),
-        ("memory", ["" if o.peak_bytes is None else _size(o.peak_bytes) for o in options]),
-        ("cost", ["" if o.cost is None else f"{o.cost:.3g}" for o in options]),
-        ("keeps the bound", ["yes" if o.fits else "no" for o in options]),
-    ]
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def _why(chosen: Option) -> list[str]:
-    values: dict[str, object] = {
-        "batch_size": chosen.plan.batch_size,
-        "steps": chosen.plan.steps,
-        "noise_multiplier": f"{chosen.plan.noise_multiplier:.4g}",
-        "microbatch": chosen.microbatch,
-        "delta": f"{chosen.plan.delta:.3g}",
-    }
-    return [
-        f"  {label} {values[name]}: {chosen.reasons[name]}" for name, label in _LABELS.items() if name in chosen.reasons
-    ]
+    return [f"  {row.label} {in_terminal(row.figure(chosen))}: {reason}" for row, reason in reasons(chosen)]
 
 
 def _changes(proposal: Proposal) -> list[str]:

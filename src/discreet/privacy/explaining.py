@@ -73,7 +73,7 @@ def _batch_reason(choice: Choice) -> str:
     if plan.batch_size == plan.examples:
         return "all examples: the knee is beyond them."
     if choice.kind in (Kind.KNEE, Kind.MAXIMAL) and plan.batch_size == SMALLEST_BATCH and choice.knee < SMALLEST_BATCH:
-        return f"{SMALLEST_BATCH}: below it a larger batch costs next to nothing and lowers the noise."
+        return "below it a larger batch costs next to nothing and lowers the noise."
     share = plan.batch_size / choice.knee
     of_knee = f"{share:.2g} times the knee of {choice.knee:,.0f} for {plan.steps} steps"
     if choice.kind is Kind.KNEE and choice.mode is not Mode.EPOCHS:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from discreet.app.plan_page.figures import (
     changes_figure,
     knee_figure,
@@ -11,19 +9,12 @@ from discreet.app.plan_page.figures import (
     simulation_figure,
     wall_figure,
 )
+from discreet.app.plan_page.rows import known_rows, reasons
 from discreet.app.plan_page.simulated import Simulation
 from discreet.app.report import parts
 from discreet.app.report.text import duration, percent, plain, safe, scientific, upward
 from discreet.insight.extrapolation import Law
-from discreet.privacy.options import Option, Proposal
-
-_REASONS = {
-    "batch_size": "Batch size",
-    "steps": "Steps",
-    "noise_multiplier": "Noise multiplier",
-    "microbatch": "Microbatch",
-    "delta": "Delta",
-}
+from discreet.privacy.options import Proposal
 
 
 def headline(proposal: Proposal) -> str:
@@ -55,11 +46,7 @@ def headline(proposal: Proposal) -> str:
 def plans_section(proposal: Proposal) -> str:
     """The plans side by side; the recommended one is marked."""
     names = [option.kind.value + (" ✓" if option is proposal.recommended else "") for option in proposal.options]
-    rows = [
-        (f"{name}<small>{note}</small>", *cells)
-        for name, note, figure in _ROWS
-        if any(cells := [figure(option) for option in proposal.options])
-    ]
+    rows = [(f"{row.title}<small>{row.note}</small>", *map(safe, cells)) for row, cells in known_rows(proposal.options)]
     return parts.section(
         "The plans side by side",
         markup=[
@@ -76,18 +63,7 @@ def plans_section(proposal: Proposal) -> str:
 def reasons_section(proposal: Proposal) -> str:
     """Why each number of the recommended plan is what it is."""
     option = proposal.recommended
-    values = {
-        "batch_size": plain(option.plan.batch_size),
-        "steps": plain(option.plan.steps),
-        "noise_multiplier": plain(option.plan.noise_multiplier),
-        "microbatch": plain(option.microbatch) if option.microbatch is not None else "",
-        "delta": scientific(option.plan.delta),
-    }
-    rows = [
-        (name, values[key], parts.sentence(option.reasons[key]))
-        for key, name in _REASONS.items()
-        if key in option.reasons
-    ]
+    rows = [(row.title, safe(row.figure(option)), parts.sentence(reason)) for row, reason in reasons(option)]
     return parts.section(
         f"Why {option.kind.value}",
         markup=[
@@ -181,28 +157,3 @@ def changes_section(proposal: Proposal) -> str:
 def warnings_section(proposal: Proposal) -> str:
     """What to know before relying on it."""
     return parts.section("Before you rely on it", markup=[parts.listing(proposal.warnings, role="open")])
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-_ROWS: tuple[tuple[str, str, Callable[[Option], str]], ...] = (
-    ("Batch size", "expected examples per step", lambda o: plain(o.plan.batch_size)),
-    ("Steps", "updates of the model", lambda o: plain(o.plan.steps)),
-    ("Noise multiplier", "in units of one example's largest share", lambda o: plain(o.plan.noise_multiplier)),
-    ("Passes", "over the data", lambda o: f"{o.epochs:.3g}"),
-    ("Noise", "per step, over that of full batches", lambda o: f"{o.overhead:.3f}"),
-    ("Distance to the knee", "batch over the knee batch", lambda o: f"{o.knee_share:.2f}"),
-    ("Distance to the wall", "batch over the one whose noise is twice the floor", lambda o: f"{o.wall_share:.2f}"),
-    (
-        "Signal to noise",
-        "one step, at most; the true signal is a fact about the data",
-        lambda o: "" if o.signal is None else f"≤ {o.signal:.2g}",
-    ),
-    ("Microbatch", "examples at a time", lambda o: "" if o.microbatch is None else plain(o.microbatch)),
-    ("Time", "of the private updates", lambda o: "" if o.seconds is None else duration(o.seconds)),
-    ("Memory", "at the peak", lambda o: "" if o.peak_bytes is None else _size(o.peak_bytes)),
-    ("Cost", "at the price told", lambda o: "" if o.cost is None else f"{o.cost:.3g}"),
-    ("Keeps the bound", "", lambda o: "yes" if o.fits else "no"),
-)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,8 +101,7 @@ def plan_section(run: RunRecord) -> str:
     ]
     rule = mapping(plan, "clipping")
     if rule:
-        words = "<br>".join(f"{safe(key).replace('_', ' ')}: {safe(_figure(value))}" for key, value in rule.items())
-        rows.append(("Clipping<small>how each example's share is bounded</small>", words))
+        rows.append(("Clipping<small>how each example's share is bounded</small>", "<br>".join(_rule(rule))))
     apart = mapping(plan, "calibration")
     if apart:
         words = "<br>".join(f"{safe(key).replace('_', ' ')}: {safe(_figure(value))}" for key, value in apart.items())
@@ -177,6 +178,40 @@ def _query(query: Mapping[str, Any]) -> str:
         f"{safe(key).replace('_', ' ')}: {safe(_figure(value))}" for key, value in query.items() if key != "type"
     ]
     return "<br>".join(figures)
+
+
+_GROUP = re.compile(r"([^=,@]*)=([0-9.e+-]{1,30})@([0-9.e+-]{1,30})")
+
+
+def _rule(rule: Mapping[str, Any]) -> list[str]:
+    """The lines of a clipping rule: its record, with the groups of its style one by one and in figures."""
+    lines = []
+    for key, value in rule.items():
+        groups = _groups(str(value), bound=number(rule, "clip_bound")) if key == "style" else []
+        lines.append(f"{safe(key).replace('_', ' ')}: {'groups' if groups else safe(_figure(value))}")
+        lines += groups
+    return lines
+
+
+def _groups(style: str, *, bound: float | None) -> list[str]:
+    """``groups:NAME=BOUND@NOISE,...`` in words; nothing where a style is not of this form.
+
+    Args:
+        bound: of all groups together, which their bounds divide in these proportions.
+    """
+    kind, _, written = style.partition(":")
+    found = [match for part in written.split(",") if (match := _GROUP.fullmatch(part)) is not None]
+    if kind != "groups" or bound is None or not len(found) == written.count(",") + 1 <= parts.MOST_ROWS:
+        return []
+    try:
+        bounds, noises = [float(match[2]) for match in found], [float(match[3]) for match in found]
+    except ValueError:
+        return []
+    whole = math.hypot(*bounds) or math.nan
+    return [
+        f"{named(match[1]) if match[1] else 'all else'}: bound {plain(bound * share / whole)}, noise × {plain(noise)}"
+        for match, share, noise in zip(found, bounds, noises, strict=True)
+    ]
 
 
 def _figure(value: object) -> str:

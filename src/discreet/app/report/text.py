@@ -56,7 +56,7 @@ def scientific(value: float | None, *, digits: int = 2) -> str:
 
 def plain(value: float | None) -> str:
     """A number as people write it: whole ones with thin spaces, others with four significant digits."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "unknown"
     if math.isinf(value):
         return "∞"
@@ -80,6 +80,12 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
     shown = f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return shown.replace(" ", "\u00a0")
+
+
+def storage(count: float) -> str:
+    """Bytes as ``0.6 MiB`` or ``1.5 GiB``."""
+    shown = f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
     return shown.replace(" ", "\u00a0")
 
 
