@@ -19,6 +19,7 @@ from discreet.errors import (
     DataError,
     DiscreetError,
     LedgerError,
+    NotWritten,
     UnsupportedUse,
 )
 from discreet.insight.calibration import (
@@ -76,6 +77,7 @@ __all__ = [
     "Machine",
     "NoiseSource",
     "NonPrivateCalibrationReport",
+    "NotWritten",
     "Origin",
     "Plan",
     "Predictions",

@@ -6,7 +6,8 @@
     ├── UnsupportedUse            a guarded parameter was used in a way that no rule covers       (exit code 2)
     ├── CheckFailed               the self-check found that the claim would not hold              (exit code 2)
     ├── BudgetExceeded            the next release would pass the privacy budget                  (exit code 3)
-    └── LedgerError               the ledger is damaged, locked, or contradicts the run           (exit code 1)
+    ├── LedgerError               the ledger is damaged, locked, or contradicts the run           (exit code 1)
+    └── NotWritten                a page or figures could not be written; the run itself is whole (exit code 4)
 
 Messages say three things, in this order: the value, the rule that it breaks, and the remedy.
 """
@@ -43,3 +44,7 @@ class BudgetExceeded(DiscreetError, RuntimeError):
 
 class LedgerError(DiscreetError, RuntimeError):
     """The ledger is damaged, locked by another process, or contradicts the run it describes."""
+
+
+class NotWritten(DiscreetError, RuntimeError):
+    """The page or the figures of a run could not be written. Nothing else is wrong: what was released is whole."""

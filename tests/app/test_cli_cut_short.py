@@ -98,11 +98,11 @@ def test_resume_with_another_rate_keeps_the_statistics_and_tells_what_it_cost(
     assert len([name for name in kinds if name]) == len(set(kinds) - {None})
 
 
-@pytest.mark.parametrize("kib", [1, 2, 6, 12])
+@pytest.mark.parametrize("kib", [1, 2, 6])
 def test_a_full_disk_is_one_line_and_resume_goes_on(
     workplace: Path, capsys: pytest.CaptureFixture[str], kib: int
 ) -> None:
-    """No file may grow beyond some KiB: the ledger, a checkpoint or the report is refused."""
+    """No file may grow beyond some KiB: the ledger, a checkpoint or the certificate is refused."""
     data = table(workplace / "people.csv", rows=500)
     words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 60, "--out", "run")
     limit = (kib << 10, kib << 10)
@@ -119,6 +119,47 @@ def test_a_full_disk_is_one_line_and_resume_goes_on(
     code, out, _ = run_program(capsys, "verify", "run", "--json")
     assert code == 0
     assert json.loads(out)["steps"] == 60
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["table", "json"])
+def test_a_page_that_does_not_fit_is_no_failed_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str], form: tuple[str, ...]
+) -> None:
+    """Whoever took it for one would train again, and pay again."""
+    data = table(workplace / "people.csv", rows=500)
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 60, "--out", "run one", *form)
+    limit = (30 << 10, 30 << 10)
+    process = _start(words, outside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    process.join(60)
+    last = (workplace / "err").read_text().splitlines()[-1]
+    assert process.exitcode == 4, last
+    assert last.startswith("discreet: run one/release: report.html cannot be written (File too large); ")
+    assert "model, its certificate and its ledger are safe, do not train again" in last
+    assert last.endswith("then `discreet report 'run one'` writes the page.")
+    out = (workplace / "out").read_text()
+    if form:
+        assert json.loads(out)["report"] is None
+        assert json.loads(out)["epsilon"] <= 8
+    else:
+        assert "test accuracy" in out
+        assert out.split("\nreport")[1].split("\n")[0].split() == ["not", "written"]
+    release = workplace / "run one" / "release"
+    for name in ("model.safetensors", "certificate.json", "result.json", "calibration.json"):
+        assert (release / name).exists()
+    assert not [path for path in release.iterdir() if path.name.startswith("report")]
+    assert run_program(capsys, "verify", "run one")[0] == 0
+    assert run_program(capsys, "report", "run one")[:2] == (0, "run one/release/report.html\n")
+    assert "test accuracy" in (release / "report.html").read_text().lower()
+
+
+def test_a_page_that_still_does_not_fit_is_told_alike(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = table(workplace / "people.csv", rows=500)
+    words = ("train", data, "--target", "income", "--epsilon", 8, "--steps", 3, "--out", "run")
+    assert run_program(capsys, *words)[0] == 0
+    process = _start(("report", "run"), outside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
+    process.join(60)
+    assert process.exitcode == 4
+    assert "then repeat `discreet report run`" in (workplace / "err").read_text()
 
 
 def _close_pipe() -> None:

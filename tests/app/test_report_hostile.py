@@ -11,7 +11,7 @@ from app.reported import CERTIFICATE, HOSTILE, PLAN, RESULT, Page, make_run, pag
 from discreet.app.report import read_run, render_report, write_report
 from discreet.app.report.parts import MOST_ROWS
 from discreet.app.report.text import LONGEST, plain, safe
-from discreet.errors import DataError
+from discreet.errors import DataError, NotWritten
 
 
 def poisoned(name):
@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_nothing_beside_the_page(tmp_path, monkeypatch, call)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(f"discreet.privacy.files.os.{call}", full)
-    with pytest.raises(DataError, match=r"report\.html: cannot be written \(No space left .* free some space"):
+    with pytest.raises(NotWritten, match=r"report\.html: cannot be written \(No space left .* free some space"):
         write_report(folder)
     assert sorted(item.name for item in (folder / "release").iterdir()) == before
 

@@ -1,6 +1,7 @@
 """The program: thin commands over the library, with the same words.
 
-Exit codes: 0 done; 1 the run failed; 2 the arguments or the input are wrong; 3 the privacy budget would be exceeded.
+Exit codes: 0 done; 1 the run failed; 2 the arguments or the input are wrong; 3 the privacy budget would be exceeded;
+4 done, but for the page or the figures of a run, which could not be written.
 Errors are one line on stderr: value, rule, remedy. With ``--json``, stdout holds one object and nothing else.
 """
 
@@ -24,10 +25,10 @@ from discreet.app.account import add_arguments as add_account_arguments
 from discreet.app.models import ModelKind
 from discreet.core.clipping import Clipping
 from discreet.core.style import Style
-from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError
+from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError, NotWritten
 from discreet.privacy.repetitions import Stopping
 
-EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET = 0, 1, 2, 3
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET, EXIT_NOT_WRITTEN = 0, 1, 2, 3, 4
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_BUDGET)
     except LedgerError as error:
         return _fail(error, EXIT_FAILED)
+    except NotWritten as error:
+        return _fail(error, EXIT_NOT_WRITTEN)
     except DiscreetError as error:
         return _fail(error, EXIT_WRONG_INPUT)
     except BrokenPipeError:

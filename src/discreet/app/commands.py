@@ -36,7 +36,7 @@ DEMO_EPSILON = 3.0
 def train(options: argparse.Namespace) -> None:
     """`discreet train`."""
     data = dataclasses.replace(_data(options), calibration=_temperature(options), test_origin=_test_origin(options))
-    _print_outcome(train_file(data, _training(options)), as_json=options.json)
+    _say(train_file(data, _training(options)), as_json=options.json)
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ def demo(options: argparse.Namespace) -> None:
     if options.public_temperature is not None:
         raise ConfigError("--public-temperature with demo: the digits have no other public rows; leave it out.")
     calibration = SetApart() if options.private_temperature else None
-    _print_outcome(train_digits(_training(options), calibration=calibration), as_json=options.json)
+    _say(train_digits(_training(options), calibration=calibration), as_json=options.json)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -109,6 +109,7 @@ def tune(options: argparse.Namespace) -> None:
     )
     tuned = tune_file(_data(options), request)
     _print_json(tuned.to_json()) if options.json else print(tuned.text())
+    tuned.written.raise_if_missing()
 
 
 def account(options: argparse.Namespace) -> None:
@@ -337,10 +338,13 @@ def _run_dir(path: Path) -> Path:
     return path
 
 
-def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
-    if as_json:
-        _print_json(outcome.to_json())
-        return
+def _say(outcome: Outcome, *, as_json: bool) -> None:
+    """Print what a run amounts to; then what could not be written of it, if there is something, is an error."""
+    _print_json(outcome.to_json()) if as_json else _print_outcome(outcome)
+    outcome.written.raise_if_missing()
+
+
+def _print_outcome(outcome: Outcome) -> None:
     facts: dict[str, object] = {
         "epsilon": _number(outcome.epsilon),
         "delta": outcome.plan.delta,
@@ -363,7 +367,11 @@ def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
             facts["test rows of no listed class, counted as wrong"] = outcome.test.unlisted
     if outcome.temperature is not None:
         facts["temperature"] = outcome.temperature
-    facts |= {"seconds": round(outcome.seconds, 1), "run": outcome.run_dir, "report": outcome.report}
+    facts |= {
+        "seconds": round(outcome.seconds, 1),
+        "run": outcome.run_dir,
+        "report": outcome.written.page or "not written",
+    }
     if not outcome.private:
         print("NOT PRIVATE: trained in test mode or without noise.\n")
     _print_table(facts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from discreet.app.evaluation import Evaluation
+from discreet.app.results import Written
 from discreet.app.runs import sizes
 from discreet.insight.calibration import CalibrationReport
 from discreet.privacy.plan import Plan
@@ -14,10 +15,13 @@ from discreet.privacy.plan import Plan
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run amounts to. Released or public, all of it; ``test`` is about the held-out examples."""
+    """What a finished run amounts to. Released or public, all of it; ``test`` is about the held-out examples.
+
+    ``written`` says what became of the page and of the figures on disk.
+    """
 
     run_dir: Path
-    report: Path
+    written: Written
     epsilon: float
     seconds: float
     plan: Plan
@@ -34,7 +38,7 @@ class Outcome:
         """The object that ``--json`` prints, and ``result.json``."""
         return {
             "run_dir": str(self.run_dir),
-            "report": str(self.report),
+            "report": None if self.written.page is None else str(self.written.page),
             "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
             **sizes(self.plan),
             "steps": self.updates,

@@ -21,7 +21,7 @@ from discreet.app.evaluation import calibration_of, evaluate
 from discreet.app.options import DataOptions, TrainOptions, open_data, pick_device, rule_asked, stand_in
 from discreet.app.outcome import Outcome
 from discreet.app.progress import Progress
-from discreet.app.report import write_report
+from discreet.app.results import CALIBRATION, RESULT, Written, write_results
 from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content
 from discreet.app.stand_ins import measure_spec
 from discreet.app.temperature import conclusion, plan_calibration, planned, statement, trained_statement
@@ -280,7 +280,7 @@ def _conclude(
     calibration = None if held_out is None else calibration_of(model, held_out, origin=origin, temperature=divisor)
     outcome = Outcome(
         run_dir=private.run_dir,
-        report=private.run_dir / "release" / "report.html",
+        written=Written(private.run_dir),
         epsilon=verified.epsilon,
         seconds=seconds,
         plan=private.plan,
@@ -300,12 +300,12 @@ def _conclude(
         temperature=verified.temperature,
         untempered=evaluate(model, held_out) if held_out is not None and verified.temperature is not None else None,
     )
-    outcome.report.unlink(missing_ok=True)
-    private.run.write("result.json", outcome.to_json())
+    records = {RESULT: outcome.to_json()}
     if calibration is not None:
-        told = with_advice(calibration, clipping=clipping_of(private.plan), fitted=verified.temperature is not None)
-        private.run.write("calibration.json", told)
-    return dataclasses.replace(outcome, report=write_report(private.run_dir))
+        records[CALIBRATION] = with_advice(
+            calibration, clipping=clipping_of(private.plan), fitted=verified.temperature is not None
+        )
+    return dataclasses.replace(outcome, written=write_results(private.run_dir, records))
 
 
 def _weak_delta(plan: Plan) -> tuple[str, ...]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +17,13 @@ from discreet.app.data import Examples, Prepared, Preprocessing, Source
 from discreet.app.evaluation import Evaluation, calibration_of, evaluate
 from discreet.app.options import DataOptions, open_data, pick_device
 from discreet.app.progress import SECONDS_BETWEEN_LINES
-from discreet.app.report import write_report
+from discreet.app.results import CALIBRATION, RESULT, Written, write_results
 from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content, sizes
 from discreet.app.temperature import trained_statement
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
 from discreet.privacy.accounting import Query
-from discreet.privacy.files import write_atomically
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.repetitions import Stopping
 from discreet.privacy.tuning import USUAL_RUNS, one_run, plan_search
@@ -74,7 +71,7 @@ class TuneOutcome:
 
     tuned: Tuned
     verified: Verification
-    report: Path
+    written: Written
     model: dict[str, object]
     rate: float
     test: Evaluation | None
@@ -84,7 +81,7 @@ class TuneOutcome:
         """The object that ``--json`` prints, and ``result.json``. How long it took is not in it: time tells K."""
         return {
             "run_dir": str(self.tuned.run_dir),
-            "report": str(self.report),
+            "report": None if self.written.page is None else str(self.written.page),
             "epsilon": self.verified.epsilon,
             **sizes(self.tuned.plan),
             "private": self.verified.private,
@@ -107,7 +104,7 @@ class TuneOutcome:
         }
         if self.test is not None:
             facts["test accuracy"] = f"{self.test.accuracy:.4f}, {self.test.stamp}"
-        facts |= {"run": self.tuned.run_dir, "report": self.report}
+        facts |= {"run": self.tuned.run_dir, "report": self.written.page or "not written"}
         width = max(len(name) for name in facts)
         lines = [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
         stamp = [] if self.verified.private else ["NOT PRIVATE: tuned in test mode.\n"]
@@ -319,7 +316,7 @@ def _conclude(
     outcome = TuneOutcome(
         tuned=tuned,
         verified=verify(tuned.run_dir),
-        report=tuned.run_dir / "release" / "report.html",
+        written=Written(tuned.run_dir),
         model={**spec.to_json(), "parameters": sum(p.numel() for p in tuned.model.parameters())},
         rate=rate,
         test=evaluate(tuned.model, prepared.test) if prepared.test is not None else None,
@@ -329,19 +326,8 @@ def _conclude(
             f"The learning rate and the model were chosen by a search that is part of epsilon, scored on {score}.",
         ),
     )
-    outcome.report.unlink(missing_ok=True)
-    if prepared.test is not None:
-        calibration = calibration_of(tuned.model, prepared.test, origin=origin)
-        if calibration is not None:
-            told = with_advice(calibration, clipping=clipping_of(tuned.plan))
-            _write_json(tuned.run_dir / "release" / "calibration.json", told)
-    return dataclasses.replace(outcome, report=_write(tuned.run_dir, outcome))
-
-
-def _write(run_dir: Path, outcome: TuneOutcome) -> Path:
-    _write_json(run_dir / "release" / "result.json", outcome.to_json())
-    return write_report(run_dir)
-
-
-def _write_json(path: Path, record: Mapping[str, object]) -> None:
-    write_atomically(path, json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    records = {RESULT: outcome.to_json()}
+    calibration = None if prepared.test is None else calibration_of(tuned.model, prepared.test, origin=origin)
+    if calibration is not None:
+        records[CALIBRATION] = with_advice(calibration, clipping=clipping_of(tuned.plan))
+    return dataclasses.replace(outcome, written=write_results(tuned.run_dir, records))

@@ -74,7 +74,8 @@ def write_certificate(run_dir: Path | str) -> Path:
         write_atomically(path, text)
     except OSError as error:
         raise LedgerError(
-            f"{path}: cannot be written ({error.strerror}); free some space and write it again."
+            f"{path}: cannot be written ({error.strerror}); free some space, then resume the run once (--resume), "
+            "which writes it."
         ) from None
     return path
 

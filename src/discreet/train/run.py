@@ -138,7 +138,8 @@ class Run:
         if key is None:
             _conclude(path)
             raise ConfigError(
-                f"{path}: this run has ended; see `discreet verify`, or start a new run in another directory."
+                f"{path}: this run has ended; see `discreet verify` and `discreet report`, or start a new run in "
+                "another directory."
             )
         found = load_checkpoint(path / "private" / "checkpoint")
         known_head = found.ledger_head if found is not None else None

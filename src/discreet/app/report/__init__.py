@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from discreet.app.report.build import render_report, write_report
+from discreet.app.report.build import PAGE, render_report, write_report
 from discreet.app.report.record import RunRecord, Stamp, read_run
 
-__all__ = ["RunRecord", "Stamp", "read_run", "render_report", "write_report"]
+__all__ = ["PAGE", "RunRecord", "Stamp", "read_run", "render_report", "write_report"]

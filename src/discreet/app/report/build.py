@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from discreet.app.report import parts
@@ -17,8 +18,11 @@ from discreet.app.report.story import (
     limits_section,
     metrics_section,
 )
-from discreet.errors import DataError
+from discreet.errors import NotWritten
 from discreet.privacy.files import write_atomically
+
+PAGE = Path("release", "report.html")
+"""Where the page of a run lies in its folder."""
 
 
 def render_report(run: RunRecord) -> str:
@@ -55,15 +59,16 @@ def write_report(run_dir: Path) -> Path:
         The path of the page.
 
     Raises:
-        DataError: a file of the run is missing or damaged, or the page cannot be written.
+        DataError: a file of the run is missing or damaged.
+        NotWritten: the page cannot be written.
     """
-    path = run_dir / "release" / "report.html"
+    path = run_dir / PAGE
     text = render_report(read_run(run_dir))
     try:
         write_atomically(path, text)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror}); free some space or make the folder writable, then repeat "
-            "with `discreet report`."
+        raise NotWritten(
+            f"{path}: cannot be written ({error.strerror}); the rest of the run is as it was; free some space or make "
+            f"the folder writable, then repeat `discreet report {shlex.quote(str(run_dir))}`."
         ) from error
     return path
