@@ -18,6 +18,8 @@ import torch
 
 from app.program import run_program, table
 from discreet.app.cli import main
+from discreet.app.report.text import duration
+from discreet.train import updates
 from discreet.train.run import Run
 
 
@@ -96,6 +98,45 @@ def test_resume_with_another_rate_keeps_the_statistics_and_tells_what_it_cost(
         json.loads(line)["body"].get("name") for line in (workplace / "run" / "ledger.jsonl").read_text().splitlines()
     ]
     assert len([name for name in kinds if name]) == len(set(kinds) - {None})
+
+
+def test_the_time_that_is_told_is_that_of_all_processes(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = table(workplace / "people.csv", rows=500)
+    words = [
+        "train",
+        data,
+        "--target",
+        "income",
+        "--epsilon",
+        8,
+        "--steps",
+        90,
+        "--learning-rate",
+        0.02,
+        "--out",
+        "run",
+    ]
+
+    def interrupted(run_program: Run, record: dict[str, object]) -> None:
+        if int(record["step"]) >= 63:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", interrupted)
+        patched.setattr(updates, "monotonic", lambda: 100.0 * time.monotonic())
+        assert run_program(capsys, *words)[0] == 1
+    assert not (workplace / "run" / "release" / "result.json").exists()
+    earlier = json.loads(next((workplace / "run").rglob("step-00000050/state.json")).read_text())["seconds"]
+    started = time.monotonic()
+    code, out, err = run_program(capsys, *words, "--resume", "--json")
+    assert code == 0, err
+    seconds = json.loads(out)["seconds"]
+    assert earlier > 0
+    assert earlier - 0.1 <= seconds <= earlier + time.monotonic() - started + 0.1
+    page = (workplace / "run" / "release" / "report.html").read_text()
+    assert f" in {duration(seconds)}." in page
 
 
 @pytest.mark.parametrize("kib", [1, 2, 6])

@@ -145,6 +145,27 @@ def test_after_a_change_of_key_each_step_says_what_was_released_before(tmp_path:
     assert last.epsilon == pytest.approx(private.epsilon(), rel=1e-9)
 
 
+def test_the_time_of_a_run_is_that_of_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the last checkpoint of each: what came after it is done again."""
+    clock = [1000.0]
+    monkeypatch.setattr(updates, "monotonic", lambda: clock[0])
+
+    def go(steps: int, *, resume: bool) -> float:
+        private = _private(tmp_path, resume=resume)
+        earlier = private.earlier_seconds
+        for _, _step in zip(range(steps), private, strict=False):
+            clock[0] += 1.0
+        private.close()
+        clock[0] += 500.0
+        return earlier
+
+    assert go(EVERY + 4, resume=False) == 0.0
+    assert go(EVERY + 3, resume=True) == EVERY
+    assert go(2, resume=True) == 2 * EVERY
+    private = _private(tmp_path, resume=True)
+    assert private.earlier_seconds == 2 * EVERY
+
+
 def test_nothing_changed_costs_nothing(tmp_path: Path, reused: Callable[[], list[int]]) -> None:
     _go(_private(tmp_path), 25)
     for _ in range(2):

@@ -17,7 +17,8 @@ from discreet.privacy.plan import Plan
 class Outcome:
     """What a finished run amounts to. Released or public, all of it; ``test`` is about the held-out examples.
 
-    ``written`` says what became of the page and of the figures on disk.
+    ``written`` says what became of the page and of the figures on disk. ``seconds`` is over all processes that a
+    resumed run took: the last one whole, earlier ones as far as their updates count.
     """
 
     run_dir: Path

@@ -236,7 +236,9 @@ def _train(
     )
     run.write("schema.json", prepared.record)
     _iterate(private, prepared, origin=origin)
-    return _conclude(private, prepared, spec, seconds=time.monotonic() - started, origin=origin)
+    return _conclude(
+        private, prepared, spec, seconds=private.earlier_seconds + time.monotonic() - started, origin=origin
+    )
 
 
 def _iterate(private: Private, prepared: Prepared, *, origin: Origin) -> None:

@@ -45,6 +45,7 @@ class Checkpoint:
         rates: what the search for a learning rate has found so far, or None.
         ledger_head: hash of the ledger's last record at that time; a ledger without it was cut.
         clip_bound: where the bound is that follows a quantile of the norms; None when it does not move.
+        seconds: that the updates up to here took, over all processes. Private, as times of updates are.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Checkpoint:
     ledger_head: str
     rates: Mapping[str, Any] | None = None
     clip_bound: float | None = None
+    seconds: float = 0.0
 
 
 def save(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -72,6 +74,7 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
         "microbatch": checkpoint.microbatch,
         "ledger_head": checkpoint.ledger_head,
         "clip_bound": checkpoint.clip_bound,
+        "seconds": checkpoint.seconds,
         "model": _encode(dict(checkpoint.model), "model", tensors),
         "optimizer": _encode(dict(checkpoint.optimizer), "optimizer", tensors),
         "scheduler": _encode(checkpoint.scheduler, "scheduler", tensors),
@@ -137,6 +140,7 @@ def load(directory: Path) -> Checkpoint | None:
         ledger_head=state["ledger_head"],
         rates=_decode(state["rates"], tensors),
         clip_bound=state.get("clip_bound"),
+        seconds=state.get("seconds", 0.0),
     )
 
 

@@ -87,6 +87,11 @@ class Private:
         return self._updates.last
 
     @property
+    def earlier_seconds(self) -> float:
+        """What earlier processes took for the updates from which a resumed run goes on; 0 in the first process."""
+        return self._updates.earlier_seconds
+
+    @property
     def verdict(self) -> Verdict | None:
         """Where an automatic learning rate comes from, in released numbers; None when the rate was given."""
         return self._updates.verdict

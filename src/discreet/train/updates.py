@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import torch
@@ -81,9 +82,11 @@ class Updates:
         step: indices -> clipped sum.
         optimizer: moved by `update` alone.
         rates: sets the learning rate.
+        earlier_seconds: that earlier processes took for the updates from which this one goes on. What they did after
+            their last checkpoint is done again, and not counted.
 
     Args:
-        run, step, optimizer, rates: the attributes.
+        run, step, optimizer, rates, earlier_seconds: the attributes.
         done: where to start.
         checkpoint_steps: updates between checkpoints.
         conclude: called with run and model after the last update, while the run is still open; what it releases must be
@@ -100,8 +103,11 @@ class Updates:
         done: int,
         checkpoint_steps: int,
         conclude: Conclusion | None = None,
+        earlier_seconds: float = 0.0,
     ) -> None:
         self._conclude = conclude
+        self.earlier_seconds = earlier_seconds
+        self._began = monotonic()
         self.run = run
         self.step = step
         self.done = done
@@ -313,6 +319,7 @@ class Updates:
                 ledger_head=self.run.ledger.head,
                 rates=self.rates.state(),
                 clip_bound=rule.clip_bound if rule.following is not None else None,
+                seconds=self.earlier_seconds + monotonic() - self._began,
             ),
         )
 
@@ -363,6 +370,7 @@ def begin(
         done=done,
         checkpoint_steps=checkpoint_steps,
         conclude=conclude,
+        earlier_seconds=found.seconds if found is not None else 0.0,
     )
     step.microbatch.on_halving = updates.save
     if found is None:
