@@ -22,7 +22,7 @@ import contextlib
 import enum
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,22 @@ class Prices:
         entry: the time of one entry of a Gram matrix: product, sum, shifted copy.
         direct: whether DIRECT may be had.
         unfolded: whether the windows of an image have to be unfolded, and are multiplied whole.
+        tap: without unfolding, the time of an entry of a matrix of pixels: made, or added for one tap.
     """
 
     move: float
     entry: float
     direct: bool = False
     unfolded: bool = True
+    tap: float = math.inf
 
 
 CPU = Prices(move=60.0, entry=20.0)
 """Measured on a CPU, without kernels: 35 to 100 for ``move``."""
-PANELS = Prices(move=60.0, entry=35.0, unfolded=False)
+PANELS = Prices(move=60.0, entry=35.0, unfolded=False, tap=6.0)
 """Kernels of a CPU, measured: half an entry's tile is made twice over, and packed, summed and multiplied once."""
+PANELS_OF_WINDOWS = replace(PANELS, tap=math.inf)
+"""The same where pixels are too many to be multiplied with each other at once."""
 
 # NOT MEASURED, the next two: computed from the data sheet of an H100 (3.35 TB/s; 67 TFLOP/s in float32).
 ACCELERATOR = Prices(move=80.0, entry=150.0)
@@ -134,8 +138,10 @@ class WindowCost(Cost):
         square = self.positions**2
         booked = self.pixels * channels + self.positions * self.outputs
         if not self.prices.unfolded:
-            gram = square * ((self.inputs + self.outputs) / 2 + self.prices.entry)
-            return _cheaper(self, booked, {Route.WINDOWS: gram})
+            windows = square * ((self.inputs + self.outputs) / 2 + self.prices.entry)
+            pixels = self.pixels**2 * (channels / 2 + self.prices.tap)
+            pixels += square * (self.outputs / 2 + self.prices.entry + self.taps * self.prices.tap)
+            return _cheaper(self, booked, {Route.WINDOWS: windows, Route.PIXELS: pixels})
         pixels = self.pixels**2 * (channels + self.prices.entry) + square * (
             self.outputs + self.taps * self.prices.entry
         )
