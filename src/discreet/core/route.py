@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -115,7 +116,11 @@ class Cost:
         return self.inputs * self.outputs
 
     def choose(self) -> Choice:
-        """The cheapest route of a linear map whose kept gradients are no larger than what booking holds."""
+        """The cheapest route whose kept gradients are no larger than what booking holds."""
+        return self._chosen() if _forced is not None else _known(self)
+
+    def _chosen(self) -> Choice:
+        """Of a linear map."""
         if self.positions == 1 and _forced is None:
             routes = (Route.PRODUCT, Route.GRAM, Route.KEEP)
             return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs, routes)
@@ -132,8 +137,8 @@ class WindowCost(Cost):
     pixels: int = 1
     taps: int = 1
 
-    def choose(self) -> Choice:
-        """The cheapest route of a convolution."""
+    def _chosen(self) -> Choice:
+        """Of a convolution."""
         channels = self.inputs // self.taps
         square = self.positions**2
         booked = self.pixels * channels + self.positions * self.outputs
@@ -148,6 +153,11 @@ class WindowCost(Cost):
         windows = square * (self.inputs + self.outputs + self.prices.entry)
         windows += self.positions * self.inputs * self.prices.move
         return _cheaper(self, booked, {Route.PIXELS: pixels, Route.WINDOWS: windows})
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(cost: Cost) -> Choice:
+    return cost._chosen()
 
 
 def _cheaper(cost: Cost, booked: int, grams: dict[Route, float], *, direct: float | None = None) -> Choice:
