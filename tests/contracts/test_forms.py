@@ -152,7 +152,7 @@ class TestWindowsByPixels(TestWindows):
 
     @pytest.fixture(autouse=True)
     def _without_a_kernel(self, monkeypatch):
-        monkeypatch.setattr(dispatch, "suit_windows", lambda input, grad: False)
+        monkeypatch.setattr(dispatch, "suit_windows", lambda input, grad, rows=0: False)
 
 
 class TestWindowsUnfolded(TestWindows):

@@ -21,7 +21,7 @@ class TestGramPanels(ProductContract):
     def total(self, input, grad):
         operands = [Spread(wide(input))], [Spread(wide(grad))]
         found = processor.gram_norm2(*operands, rounded=False, narrow=self.narrow)
-        return found, 4 + sum(processor.gram_spacings(values) for values in operands)
+        return found, 4 + sum(values[0].spacings for values in operands)
 
     def norm2(self, input, grad):
         return processor.gram_norm2([Spread(wide(input))], [Spread(wide(grad))], narrow=self.narrow)
@@ -78,6 +78,8 @@ IMAGES = (  # folds, channels, groups, image, outputs, kernel, stride, padding, 
     (1, 16, 1, (13, 13), 32, (4, 4), (2, 2), (0, 0), (1, 1)),
     (1, 20, 1, (8, 8), 17, (3, 3), (1, 1), (1, 1), (1, 1)),
     (1, 18, 1, (16, 4), 33, (1, 1), (1, 2), (0, 0), (1, 1)),
+    (1, 300, 1, (6, 34), 20, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (2, 7, 1, (16, 16), 5, (3, 3), (1, 1), (1, 1), (1, 1)),
     (3, 6, 3, (9, 11), 9, (2, 3), (2, 1), (2, 3), (2, 2)),
     (1, 2, 1, (5, 6, 7), 4, (2, 3, 2), (1, 2, 1), (1, 0, 1), (1, 1, 2)),
     (1, 8, 8, (6, 6), 8, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -85,7 +87,7 @@ IMAGES = (  # folds, channels, groups, image, outputs, kernel, stride, padding, 
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=str)
-@pytest.mark.parametrize("route", [Route.WINDOWS, Route.KEEP])
+@pytest.mark.parametrize("route", [Route.WINDOWS, Route.PIXELS, Route.KEEP])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_windows_are_read_where_they_lie(image, route, channels_last):
     """Norms and gradients of a convolution, against its own unfolded windows in float64."""
@@ -139,3 +141,32 @@ def test_operands_of_other_sizes_are_not_read():
             processor.products(input, Spread(other))
     with pytest.raises(AssertionError, match="no plain float32"):
         processor.gram_norm2([input], [Spread(grad.value.bfloat16())])
+
+
+def _windows(**other):
+    image = torch.randn(2, 1, 12, 3)
+    usual = {"value": image, "where": torch.tensor([0, 2, 4, 7]), "taps": torch.tensor([0, 1, 4])}
+    return processor.Windows(**{**usual, **other})
+
+
+def test_windows_beyond_their_image_are_not_read():
+    grad = [Spread(torch.randn(2, 1, 4, 5))]
+    assert processor.gram_norm2([_windows()], grad).shape == (2,)
+    for wrong in (
+        {"where": torch.tensor([0, 2, 4, 8])},
+        {"where": torch.tensor([-1, 2, 4, 7])},
+        {"where": torch.tensor([0, 4, 2, 7])},
+        {"where": torch.tensor([0, 2, 4, 7], dtype=torch.int32)},
+        {"where": torch.tensor([0, 9, 2, 9, 4, 9, 7])[::2]},
+        {"taps": torch.tensor([0, 1, 5])},
+        {"taps": torch.tensor([1, 0])},
+        {"taps": torch.tensor([0, 0, 1, 0])[::2]},
+        {"value": torch.randn(2, 1, 11, 3)},
+    ):
+        with pytest.raises(AssertionError, match="read past"):
+            processor.gram_norm2([_windows(**wrong)], grad)
+    for operands in (([_windows(), _windows()], grad), ([Spread(torch.randn(2, 1, 4, 3))], [_windows()])):
+        with pytest.raises(ValueError, match="the only operand"):
+            processor.gram_norm2(*operands)
+    with pytest.raises(ValueError, match="the only operand"):
+        processor.products(_windows(), grad[0])

@@ -67,6 +67,9 @@ class Book:
         self._division = clipping.divide(self.parameters) if clipping is not None else Division({}, {}, 0.0)
         groups = self._division.groups
         self._group_of = {name: group for group in groups for name in group} if len(groups) > 1 else {}
+        # Asked for now: of a guarded parameter every attribute is a call that is met.
+        self._dtypes = {name: sum_dtype(parameter) for name, parameter in self.parameters.items()}
+        self._derivations: dict[int, Derivation] = {}
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
 
@@ -79,6 +82,13 @@ class Book:
                 f"a guarded parameter of shape {tuple(parameter.shape)} does not belong to this model: it was copied "
                 "or added after guarding; make the copy before training starts."
             ) from None
+
+    def derivation_of(self, parameter: Tensor) -> Derivation:
+        """A guarded parameter as the origin of itself."""
+        found = self._derivations.get(id(parameter))
+        if found is None:
+            found = self._derivations[id(parameter)] = Derivation.of(self.name_of(parameter), parameter)
+        return found
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -297,7 +307,7 @@ class Book:
         parts.clear()
         while summands:
             for name, total in summands.pop().weighted_sums(factor_B, bad):
-                self._sums[name] = total.to(sum_dtype(self.parameters[name]))
+                self._sums[name] = total.to(self._dtypes[name])
                 del self._records[name]
         unused = {name: self.parameters[name] for name in group if name not in self._sums}
         self._sums.update(zeros_like_sums(unused))
@@ -311,7 +321,7 @@ class Book:
 
         One spacing for each example, and 256 for opposed uses that meet others in a sum: hostile batches moved 4e-5 R.
         """
-        if math.isinf(rule.clip_bound) or all(p.dtype is torch.float64 for p in self.parameters.values()):
+        if math.isinf(rule.clip_bound) or all(dtype is torch.float64 for dtype in self._dtypes.values()):
             return 1.0
         return 1.0 - (256 + self.examples) * torch.finfo(torch.float32).eps
 

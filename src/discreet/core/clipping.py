@@ -19,6 +19,7 @@ Shape legend: B = examples of a microbatch.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -216,27 +217,8 @@ class Clipping:
         Group r is clipped to R_r with ``sum R_r^2 = R^2`` and gets noise ``sigma g_r S``, ``S^2 = sum (R_r / g_r)^2``:
         a public scaling of each group makes this one Gaussian query of sensitivity S and noise multiplier sigma.
         """
-        groups = self.style.split(names)
-        bounds, weights = self.style.proportions(groups)
-        length = math.hypot(*bounds)
-        rules = {
-            group: self
-            if len(groups) == 1
-            else replace(self, clip_bound=self.clip_bound * bound / length, style=Style.flat())
-            for group, bound in zip(groups, bounds, strict=True)
-        }
-        if self.kind is ClippingKind.NONE:
-            return Division(rules, {}, math.inf)
-        pairs = list(zip(groups, weights, strict=True))
-        # Equal weights leave R as it is, to the last bit; hypot would round.
-        equal = set(weights) == {1.0}
-        reach = self.clip_bound if equal else math.hypot(*(rules[group].clip_bound / g for group, g in pairs))
-        noise_weights = {name: weight for group, weight in pairs if weight != 1.0 for name in group}
-        if self.following is None:
-            return Division(rules, noise_weights, reach)
-        share = self.following.count_share
-        # The count moves by 1/2, over its noise weight: k S / 2.
-        return Division(rules, {**noise_weights, BELOW: 1.0 / (share * reach)}, reach * math.hypot(1.0, share / 2))
+        known = _divided(self, tuple(names))
+        return Division(dict(known.rules), dict(known.noise_weights), known.sensitivity)
 
     def factor(self, norm_B: Tensor) -> Tensor:
         """Factors for the given norms.
@@ -292,6 +274,31 @@ class Clipping:
             record |= {"quantile": self.following.quantile, "rate": self.following.rate}
             record["count_share"] = self.following.count_share
         return record
+
+
+@functools.lru_cache(maxsize=64)
+def _divided(rule: Clipping, names: tuple[str, ...]) -> Division:
+    groups = rule.style.split(names)
+    bounds, weights = rule.style.proportions(groups)
+    length = math.hypot(*bounds)
+    rules = {
+        group: rule
+        if len(groups) == 1
+        else replace(rule, clip_bound=rule.clip_bound * bound / length, style=Style.flat())
+        for group, bound in zip(groups, bounds, strict=True)
+    }
+    if rule.kind is ClippingKind.NONE:
+        return Division(rules, {}, math.inf)
+    pairs = list(zip(groups, weights, strict=True))
+    # Equal weights leave R as it is, to the last bit; hypot would round.
+    equal = set(weights) == {1.0}
+    reach = rule.clip_bound if equal else math.hypot(*(rules[group].clip_bound / g for group, g in pairs))
+    noise_weights = {name: weight for group, weight in pairs if weight != 1.0 for name in group}
+    if rule.following is None:
+        return Division(rules, noise_weights, reach)
+    share = rule.following.count_share
+    # The count moves by 1/2, over its noise weight: k S / 2.
+    return Division(rules, {**noise_weights, BELOW: 1.0 / (share * reach)}, reach * math.hypot(1.0, share / 2))
 
 
 def _reach(name: str, value: float) -> float:

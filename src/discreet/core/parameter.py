@@ -265,4 +265,4 @@ def derivation_of(book: Book, guarded: Tensor) -> Derivation:
     """Where a guarded value comes from."""
     if isinstance(guarded, DerivedParameter):
         return guarded.derivation
-    return Derivation.of(book.name_of(guarded), guarded)
+    return book.derivation_of(guarded)

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,22 @@ class Prices:
         entry: the time of one entry of a Gram matrix: product, sum, shifted copy.
         direct: whether DIRECT may be had.
         unfolded: whether the windows of an image have to be unfolded, and are multiplied whole.
+        tap: without unfolding, the time of an entry of a matrix of pixels: made, or added for one tap.
     """
 
     move: float
     entry: float
     direct: bool = False
     unfolded: bool = True
+    tap: float = math.inf
 
 
 CPU = Prices(move=60.0, entry=20.0)
 """Measured on a CPU, without kernels: 35 to 100 for ``move``."""
-PANELS = Prices(move=60.0, entry=35.0, unfolded=False)
+PANELS = Prices(move=60.0, entry=35.0, unfolded=False, tap=6.0)
 """Kernels of a CPU, measured: half an entry's tile is made twice over, and packed, summed and multiplied once."""
+PANELS_OF_WINDOWS = replace(PANELS, tap=math.inf)
+"""The same where pixels are too many to be multiplied with each other at once."""
 
 # NOT MEASURED, the next two: computed from the data sheet of an H100 (3.35 TB/s; 67 TFLOP/s in float32).
 ACCELERATOR = Prices(move=80.0, entry=150.0)
@@ -111,7 +116,11 @@ class Cost:
         return self.inputs * self.outputs
 
     def choose(self) -> Choice:
-        """The cheapest route of a linear map whose kept gradients are no larger than what booking holds."""
+        """The cheapest route whose kept gradients are no larger than what booking holds."""
+        return self._chosen() if _forced is not None else _known(self)
+
+    def _chosen(self) -> Choice:
+        """Of a linear map."""
         if self.positions == 1 and _forced is None:
             routes = (Route.PRODUCT, Route.GRAM, Route.KEEP)
             return Choice(Route.PRODUCT, 0.0, 0.0, self.kept, self.inputs + self.outputs, routes)
@@ -128,20 +137,27 @@ class WindowCost(Cost):
     pixels: int = 1
     taps: int = 1
 
-    def choose(self) -> Choice:
-        """The cheapest route of a convolution."""
+    def _chosen(self) -> Choice:
+        """Of a convolution."""
         channels = self.inputs // self.taps
         square = self.positions**2
         booked = self.pixels * channels + self.positions * self.outputs
         if not self.prices.unfolded:
-            gram = square * ((self.inputs + self.outputs) / 2 + self.prices.entry)
-            return _cheaper(self, booked, {Route.WINDOWS: gram})
+            windows = square * ((self.inputs + self.outputs) / 2 + self.prices.entry)
+            pixels = self.pixels**2 * (channels / 2 + self.prices.tap)
+            pixels += square * (self.outputs / 2 + self.prices.entry + self.taps * self.prices.tap)
+            return _cheaper(self, booked, {Route.WINDOWS: windows, Route.PIXELS: pixels})
         pixels = self.pixels**2 * (channels + self.prices.entry) + square * (
             self.outputs + self.taps * self.prices.entry
         )
         windows = square * (self.inputs + self.outputs + self.prices.entry)
         windows += self.positions * self.inputs * self.prices.move
         return _cheaper(self, booked, {Route.PIXELS: pixels, Route.WINDOWS: windows})
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(cost: Cost) -> Choice:
+    return cost._chosen()
 
 
 def _cheaper(cost: Cost, booked: int, grams: dict[Route, float], *, direct: float | None = None) -> Choice:

@@ -21,6 +21,7 @@ from torch import Tensor
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
 from discreet.core.kernels import dispatch
 from discreet.core.kernels.processor import Spread
+from discreet.core.kernels.processor import Windows as WindowSpread
 from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
 
@@ -64,19 +65,27 @@ class Windows(Form):
     @functools.cached_property
     def choice(self) -> Choice:
         """The route to the norm of this use."""
-        folds, (outputs, channels, *kernel) = self.input.shape[1], self.value_shape
-        taps = math.prod(kernel)
-        padded = [size + 2 * pad for size, pad in zip(self.input.shape[3:], self.geometry.padding, strict=True)]
-        positions = folds * math.prod(self.grad.shape[3:])
+        outputs, channels, *kernel = self.value_shape
         return WindowCost(
-            positions=positions,
-            inputs=channels * taps,
+            positions=self._positions,
+            inputs=channels * math.prod(kernel),
             outputs=outputs // self.geometry.groups,
             examples=self.examples,
-            pixels=folds * math.prod(padded),
-            taps=taps,
-            prices=dispatch.window_prices(self.input, self.grad, positions),
+            pixels=self._pixels,
+            taps=math.prod(kernel),
+            prices=dispatch.window_prices(self.input, self.grad, positions=self._positions, pixels=self._pixels),
         ).choose()
+
+    @property
+    def _positions(self) -> int:
+        """S, of all folds."""
+        return self.grad.shape[1] * math.prod(self.grad.shape[3:])
+
+    @property
+    def _pixels(self) -> int:
+        """P, of all folds."""
+        padded = (size + 2 * pad for size, pad in zip(self.input.shape[3:], self.geometry.padding, strict=True))
+        return self.input.shape[1] * math.prod(padded)
 
     def rows(self, start: int, stop: int) -> Windows:
         return replace(self, input=self.input[start:stop], grad=self.grad[start:stop])
@@ -101,8 +110,9 @@ class Windows(Form):
             return self.norm2()
         if route is Route.PRODUCT:
             return self.unfolded().quick_norm2()
-        if route is Route.WINDOWS and self._suits_kernel:
-            return dispatch.windows_norm2(*self._spread())
+        rows = max(self._positions, self._pixels if route is Route.PIXELS else 0)
+        if dispatch.suit_windows(self.input, self.grad, rows=rows):
+            return dispatch.windows_norm2(*(self._by_pixel() if route is Route.PIXELS else self._spread()))
         return torch.cat([part._gram_norm2(route) for part in self._parts()])
 
     def _gram_norm2(self, route: Route) -> Tensor:
@@ -113,12 +123,8 @@ class Windows(Form):
 
     def _parts(self) -> list[Windows]:
         """A few examples at a time, so that Gram matrices and unfolded windows stay small."""
-        folds, outputs = self.input.shape[1], self.value_shape[0]
-        pixels = folds * math.prod(
-            size + 2 * pad for size, pad in zip(self.input.shape[3:], self.geometry.padding, strict=True)
-        )
-        unfolded = pixels * math.prod(self.value_shape[1:]) * self.geometry.groups
-        chunk = examples_at_a_time(2 * self.geometry.groups * pixels**2 + unfolded + outputs)
+        unfolded = self._pixels * math.prod(self.value_shape[1:]) * self.geometry.groups
+        chunk = examples_at_a_time(2 * self.geometry.groups * self._pixels**2 + unfolded + self.value_shape[0])
         return [self.rows(start, start + chunk) for start in range(0, self.examples, chunk)]
 
     def _norm2_by_pixels(self) -> Tensor:
@@ -180,15 +186,26 @@ class Windows(Form):
             (examples, groups, folds, *output, per_group, *kernel),
             (row, per_group * channel, fold, *steps, channel, *taps),
         )
-        grads = self.grad.unflatten(2, (groups, self.value_shape[0] // groups)).movedim(1, 2).movedim(3, -1)
-        return Spread(windows, 1 + len(output)), Spread(grads, 1 + len(output))
+        return Spread(windows, 1 + len(output)), self._spread_grads()
 
-    @property
-    def _suits_kernel(self) -> bool:
-        return dispatch.suit_windows(self.input, self.grad)
+    def _by_pixel(self) -> tuple[Spread, Spread]:
+        """As `_spread`, with the windows told by the pixels that they see."""
+        pixels = self._padded()
+        _, folds, channels, *image = pixels.shape
+        by_pixel = pixels.unflatten(2, (self.geometry.groups, channels // self.geometry.groups)).movedim(1, 2)
+        output, kernel = self.grad.shape[3:], self.value_shape[2:]
+        places = (folds, *image), (folds, *output), (1, *kernel)
+        where, taps = _seen(*places, (1, *self.geometry.stride), (1, *self.geometry.dilation))
+        windows = WindowSpread(by_pixel.movedim(3, -1), 1 + len(image), where=where, taps=taps)
+        return windows, self._spread_grads()
+
+    def _spread_grads(self) -> Spread:
+        groups = self.geometry.groups
+        grads = self.grad.unflatten(2, (groups, self.value_shape[0] // groups)).movedim(1, 2).movedim(3, -1)
+        return Spread(grads, 1 + len(self.grad.shape[3:]))
 
     def per_example(self) -> Tensor:
-        if self._suits_kernel:
+        if dispatch.suit_windows(self.input, self.grad):
             return dispatch.windows_products(*self._spread()).reshape(self.examples, *self.value_shape)
         if self.input.device.type != "cpu":
             return torch.cat([part.unfolded().per_example() for part in self._parts()])
@@ -213,6 +230,16 @@ class Windows(Form):
         if self.choice.route is Route.KEEP:
             return Dense(self.per_example(), scratch=True)
         return self
+
+
+@functools.lru_cache(maxsize=256)
+def _seen(image: Sizes, output: Sizes, kernel: Sizes, stride: Sizes, gap: Sizes) -> tuple[Tensor, Tensor]:
+    """The first pixel of each window, and how much later the pixel under each tap lies; int64, in rising order."""
+    pixels = torch.arange(math.prod(image), device="cpu").reshape(image)
+    first = tuple(slice(0, (size - 1) * step + 1, step) for size, step in zip(output, stride, strict=True))
+    taps = tuple(slice(0, (size - 1) * step + 1, step) for size, step in zip(kernel, gap, strict=True))
+    # Of an image that is cut evenly both would be views, in steps; the compiled code reads them one after another.
+    return pixels[first].flatten().contiguous(), pixels[taps].flatten().contiguous()
 
 
 def _summed_along(products: Tensor, one: int, other: int, steps: list[slice]) -> Tensor:

@@ -13,24 +13,24 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define HAS_PANELS 1
-#else
-#define HAS_PANELS 0
-#endif
+#include "../_vectors.h"
 
-#if HAS_PANELS
+#if SEVERAL_PROCESSORS
 
 enum { LANES = 16, TILE = LANES * LANES, RUN = 32, BLOCK = 256, MOST_OPERANDS = 16, LINE = 4 * LANES };
 
 typedef float vector_16 __attribute__((vector_size(64), may_alias)), vector_8 __attribute__((vector_size(32), may_alias));
 typedef int32_t picked_16 __attribute__((vector_size(64))), picked_8 __attribute__((vector_size(32)));
 
-/* A matrix for each example and group: element (row, column) lies at rows[row] + columns[column]. */
+/* A matrix for each example and group: element (row, column) lies at rows[row] + columns[column].
+ *
+ * Of windows of an image these are its pixels and channels; window s sees under tap k the pixel where[s] + taps[k]. */
 typedef struct {
     const float *data;
     Py_ssize_t example, group, width;
     const int64_t *rows, *columns;
+    Py_ssize_t pixels, tap_count; /* zero where rows are positions */
+    const int64_t *where, *taps;
 } operand;
 
 /* Everything below is compiled for each kind of processor, with as many rows at once as its registers hold. */
@@ -192,6 +192,39 @@ FOR(KIND) static void add_##W(const float *tile, int rows, int first, double *to
             total[i] += tile[i];                                                                                       \
 }                                                                                                                      \
                                                                                                                        \
+/* total += tile, of a matrix whose rows lie so far apart. */                                                          \
+FOR(KIND) static void place_##W(const float *tile, int rows, int first, float *total, Py_ssize_t apart)                \
+{                                                                                                                      \
+    for (int r = 0; r < rows; r++, total += apart, tile += LANES)                                                      \
+        for (int lane = 0; lane < LANES; lane++)                                                                       \
+            total[lane] = (first ? 0 : total[lane]) + tile[lane];                                                      \
+}                                                                                                                      \
+                                                                                                                       \
+/* tile[r][l] = sum over taps of pixels[one[r] + tap][other[l] + tap], zero for absent lanes. */                       \
+FOR(KIND) static void shifted_##W(const float *pixels, Py_ssize_t apart, const int64_t *one, int rows,                \
+                                  const int64_t *other, int lanes, const int64_t *taps, Py_ssize_t count,              \
+                                  double *tile)                                                                        \
+{                                                                                                                      \
+    const int run = lanes == LANES ? side_by_side(other) : 1;                                                          \
+    for (int r = 0; r < rows; r++, tile += LANES) {                                                                    \
+        double sum[LANES] = {0};                                                                                       \
+        for (Py_ssize_t k = 0; k < count; k++) {                                                                       \
+            const float *line = pixels + (one[r] + taps[k]) * apart + taps[k];                                        \
+            if (run == 16)                                                                                             \
+                for (int lane = 0; lane < LANES; lane++)                                                               \
+                    sum[lane] += line[other[0] + lane];                                                                \
+            else if (run == 8)                                                                                         \
+                for (int start = 0; start < LANES; start += 8)                                                         \
+                    for (int lane = start; lane < start + 8; lane++)                                                   \
+                        sum[lane] += line[other[start] + lane - start];                                                \
+            else                                                                                                       \
+                for (int lane = 0; lane < lanes; lane++)                                                               \
+                    sum[lane] += line[other[lane]];                                                                    \
+        }                                                                                                              \
+        memcpy(tile, sum, sizeof sum);                                                                                 \
+    }                                                                                                                  \
+}                                                                                                                      \
+                                                                                                                       \
 /* met[0] += one . other, met[1] += |other| . (lengths of one), met[2] += |one| . (lengths of other), over a tile. */  \
 FOR(KIND) static void met_##W(const double *one, const double *other, int rows, double weight, const double *down_one, \
                               const double *across_one, const double *down_other, const double *across_other,          \
@@ -217,11 +250,15 @@ typedef struct {
     void (*tile)(const float *, const float *, Py_ssize_t, int, float *);
     void (*pack)(const float *, const int64_t *, Py_ssize_t, const int64_t *, Py_ssize_t, float *);
     void (*add)(const float *, int, int, double *);
+    void (*place)(const float *, int, int, float *, Py_ssize_t);
+    void (*shifted)(const float *, Py_ssize_t, const int64_t *, int, const int64_t *, int, const int64_t *, Py_ssize_t,
+                    double *);
     void (*met)(const double *, const double *, int, double, const double *, const double *, const double *, const double *,
                 double *);
 } instructions;
 
-static const instructions WIDE = {tile_16, pack_16, add_16, met_16}, NARROW = {tile_8, pack_8, add_8, met_8};
+static const instructions WIDE = {tile_16, pack_16, add_16, place_16, shifted_16, met_16},
+                          NARROW = {tile_8, pack_8, add_8, place_8, shifted_8, met_8};
 
 /* The best that this processor has, or none; a virtual one with AVX2 may lack what else the compiler makes use of. */
 static const instructions *found(void)
@@ -242,29 +279,71 @@ static inline int rows_of(Py_ssize_t panel, Py_ssize_t lanes)
     return (int)(lanes - panel * LANES < LANES ? lanes - panel * LANES : LANES);
 }
 
-/* The lower half of the sum of the Gram matrices of some operands, tile by tile. */
-static void gram(const instructions *use, const operand *operands, int count, Py_ssize_t example, Py_ssize_t group,
-                 Py_ssize_t positions, float *panels, double *tiles)
+/* One block of columns of a matrix, all of its rows in panels. */
+static void packed(const instructions *use, const operand *one, const float *data, Py_ssize_t rows, Py_ssize_t start,
+                   Py_ssize_t depth, float *panels)
+{
+    for (Py_ssize_t p = 0; p < panels_of(rows); p++)
+        use->pack(data, one->rows + p * LANES, rows_of(p, rows), one->columns + start, depth,
+                  panels + p * LANES * depth);
+}
+
+/* The lower half of a Gram matrix, added to tiles, one after another. */
+static void gram_of_rows(const instructions *use, const operand *one, const float *data, Py_ssize_t positions,
+                         float *panels, double *tiles, int first)
 {
     const Py_ssize_t all = panels_of(positions);
-    int first = 1;
+    for (Py_ssize_t start = 0; start < one->width; start += BLOCK, first = 0) {
+        Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
+        packed(use, one, data, positions, start, depth, panels);
+        double *total = tiles;
+        for (Py_ssize_t q = 0; q < all; q++)
+            for (Py_ssize_t p = q; p < all; p++, total += TILE) {
+                ALIGNED float tile[TILE];
+                int rows = rows_of(p, positions);
+                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, depth, rows, tile);
+                use->add(tile, rows, first, total);
+            }
+    }
+}
+
+/* The same of windows: pixels are multiplied with each other once, into a matrix of which the lower half is filled, and
+ * for each two windows its entries are added up along their taps. Later windows see later pixels. */
+static void gram_of_windows(const instructions *use, const operand *one, const float *data, Py_ssize_t positions,
+                            float *panels, float *pixels, double *tiles)
+{
+    const Py_ssize_t seen = panels_of(one->pixels), apart = seen * LANES, all = panels_of(positions);
+    for (Py_ssize_t start = 0; start < one->width; start += BLOCK) {
+        Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
+        packed(use, one, data, one->pixels, start, depth, panels);
+        for (Py_ssize_t q = 0; q < seen; q++)
+            for (Py_ssize_t p = q; p < seen; p++) {
+                ALIGNED float tile[TILE];
+                int rows = rows_of(p, one->pixels);
+                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, depth, rows, tile);
+                use->place(tile, rows, !start, pixels + p * LANES * apart + q * LANES, apart);
+            }
+    }
+    for (Py_ssize_t q = 0; q < all; q++)
+        for (Py_ssize_t p = q; p < all; p++, tiles += TILE) {
+            use->shifted(pixels, apart, one->where + p * LANES, rows_of(p, positions), one->where + q * LANES,
+                         rows_of(q, positions), one->taps, one->tap_count, tiles);
+            for (int r = 0; p == q && r < rows_of(p, positions); r++)
+                for (int lane = r + 1; lane < LANES; lane++)
+                    tiles[r * LANES + lane] = lane < rows_of(p, positions) ? tiles[lane * LANES + r] : 0;
+        }
+}
+
+/* The lower half of the sum of the Gram matrices of some operands, tile by tile. */
+static void gram(const instructions *use, const operand *operands, int count, Py_ssize_t example, Py_ssize_t group,
+                 Py_ssize_t positions, float *panels, float *pixels, double *tiles)
+{
     for (const operand *one = operands; one < operands + count; one++) {
         const float *data = one->data + example * one->example + group * one->group;
-        for (Py_ssize_t start = 0; start < one->width; start += BLOCK) {
-            Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
-            for (Py_ssize_t p = 0; p < all; p++)
-                use->pack(data, one->rows + p * LANES, rows_of(p, positions), one->columns + start, depth,
-                          panels + p * LANES * depth);
-            double *total = tiles;
-            for (Py_ssize_t q = 0; q < all; q++)
-                for (Py_ssize_t p = q; p < all; p++, total += TILE) {
-                    ALIGNED float tile[TILE];
-                    int rows = rows_of(p, positions);
-                    use->tile(panels + p * LANES * depth, panels + q * LANES * depth, depth, rows, tile);
-                    use->add(tile, rows, first, total);
-                }
-            first = 0;
-        }
+        if (one->tap_count)
+            gram_of_windows(use, one, data, positions, panels, pixels, tiles);
+        else
+            gram_of_rows(use, one, data, positions, panels, tiles, one == operands);
     }
 }
 
@@ -322,22 +401,24 @@ typedef struct {
 static int gram_norm2(const problem *all, const spacings *errs, double *norm2)
 {
     const Py_ssize_t count = panels_of(all->positions), tiles = count * (count + 1) / 2;
+    const Py_ssize_t seen = Py_MAX(count, panels_of(all->inputs->pixels));
     double inputs = 0, outputs = 0;
     for (int i = 0; i < all->input_count; i++)
-        inputs += all->inputs[i].width;
+        inputs += (double)all->inputs[i].width * Py_MAX(1, all->inputs[i].tap_count);
     for (int i = 0; i < all->grad_count; i++)
         outputs += all->grads[i].width;
-    float *panels = aligned_alloc(LINE, count * BLOCK * LINE);
+    float *panels = aligned_alloc(LINE, seen * BLOCK * LINE);
+    float *pixels = aligned_alloc(LINE, all->inputs->tap_count ? seen * seen * TILE * sizeof(float) : LINE);
     double *input = aligned_alloc(LINE, (2 * tiles * TILE + 2 * count * LANES) * sizeof(double));
-    const int fits = panels && input;
+    const int fits = panels && pixels && input;
     double *grad = input + tiles * TILE, *input_length = grad + tiles * TILE;
     double *grad_length = input_length + count * LANES;
     for (Py_ssize_t example = all->start; fits && example < all->stop; example++) {
         lengths l = {0};
         double met[3] = {0};
         for (Py_ssize_t group = 0; group < all->groups; group++) {
-            gram(all->use, all->inputs, all->input_count, example, group, all->positions, panels, input);
-            gram(all->use, all->grads, all->grad_count, example, group, all->positions, panels, grad);
+            gram(all->use, all->inputs, all->input_count, example, group, all->positions, panels, pixels, input);
+            gram(all->use, all->grads, all->grad_count, example, group, all->positions, panels, pixels, grad);
             measure(input, all->positions, input_length);
             measure(grad, all->positions, grad_length);
             add_lengths(input_length, grad_length, all->positions, &l);
@@ -351,7 +432,7 @@ static int gram_norm2(const problem *all, const spacings *errs, double *norm2)
         double error = errs->input * met[1] + errs->grad * met[2];
         norm2[example] = rounded_up(met[0], error, &l, inputs, outputs, errs->sum);
     }
-    free(panels), free(input);
+    free(panels), free(pixels), free(input);
     return fits;
 }
 
@@ -393,8 +474,9 @@ static int products(const problem *all, float *out)
     return fits;
 }
 
-/* Operands come as (address, stride of examples, stride of groups, width, addresses of the places of rows and columns). */
-static int read_operands(PyObject *list, operand *to, int *count)
+/* Operands come as (address, stride of examples, stride of groups, width, addresses of the places of rows and columns,
+ * and of windows the number of pixels and taps and the addresses of where and taps). Windows come alone. */
+static int read_operands(PyObject *list, operand *to, int *count, int windows)
 {
     Py_ssize_t size = PyTuple_Check(list) ? PyTuple_GET_SIZE(list) : -1;
     if (size < 1 || size > MOST_OPERANDS) {
@@ -402,24 +484,30 @@ static int read_operands(PyObject *list, operand *to, int *count)
         return 0;
     }
     for (Py_ssize_t i = 0; i < size; i++) {
-        Py_ssize_t data, rows, columns;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "nnnnnn", &data, &to[i].example, &to[i].group, &to[i].width,
-                              &rows, &columns))
+        Py_ssize_t data, rows, columns, where, taps;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "nnnnnnnnnn", &data, &to[i].example, &to[i].group,
+                              &to[i].width, &rows, &columns, &to[i].pixels, &to[i].tap_count, &where, &taps))
             return 0;
+        if (to[i].tap_count && (size > 1 || !windows)) {
+            PyErr_SetString(PyExc_ValueError, "windows are the only operand of the inputs of a Gram matrix");
+            return 0;
+        }
+        to[i].where = (const int64_t *)where, to[i].taps = (const int64_t *)taps;
         to[i].data = (const float *)data, to[i].rows = (const int64_t *)rows, to[i].columns = (const int64_t *)columns;
     }
     *count = (int)size;
     return 1;
 }
 
-static int read_problem(PyObject *inputs, PyObject *grads, int narrow, problem *all)
+static int read_problem(PyObject *inputs, PyObject *grads, int narrow, int squared, problem *all)
 {
     all->use = narrow ? &NARROW : found();
     if (found() == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "this processor has no vectors of eight numbers: is_there() says so");
         return 0;
     }
-    return read_operands(inputs, all->inputs, &all->input_count) && read_operands(grads, all->grads, &all->grad_count);
+    return read_operands(inputs, all->inputs, &all->input_count, squared)
+           && read_operands(grads, all->grads, &all->grad_count, 0);
 }
 
 static PyObject *call(PyObject *arguments, int squared)
@@ -431,7 +519,7 @@ static PyObject *call(PyObject *arguments, int squared)
     int narrow, fits;
     if (!PyArg_ParseTuple(arguments, "OOnnnn(ddd)np", &inputs, &grads, &all.groups, &all.positions, &all.start,
                           &all.stop, &errs.input, &errs.grad, &errs.sum, &out, &narrow)
-        || !read_problem(inputs, grads, narrow, &all))
+        || !read_problem(inputs, grads, narrow, squared, &all))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     fits = squared ? gram_norm2(&all, &errs, (double *)out) : products(&all, (float *)out);
@@ -444,14 +532,14 @@ static PyObject *call(PyObject *arguments, int squared)
 
 static PyObject *is_there(PyObject *module, PyObject *none)
 {
-#if HAS_PANELS
+#if SEVERAL_PROCESSORS
     return PyBool_FromLong(found() != NULL);
 #else
     Py_RETURN_FALSE;
 #endif
 }
 
-#if HAS_PANELS
+#if SEVERAL_PROCESSORS
 static PyObject *call_gram(PyObject *module, PyObject *arguments)
 {
     return call(arguments, 1);
@@ -465,7 +553,7 @@ static PyObject *call_products(PyObject *module, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"is_there", is_there, METH_NOARGS, "Whether this processor has the vectors that the others need."},
-#if HAS_PANELS
+#if SEVERAL_PROCESSORS
     {"gram_norm2", call_gram, METH_VARARGS, "Squared norms by Gram matrices."},
     {"products", call_products, METH_VARARGS, "Products for each example."},
 #endif

@@ -18,7 +18,7 @@ from torch import Tensor
 from discreet.core.kernels import processor
 from discreet.core.kernels.processor import Spread
 from discreet.core.kernels.results import GramProducts, Squares
-from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, TENSOR_CORES, Prices
+from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, PANELS_OF_WINDOWS, TENSOR_CORES, Prices
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 _RUN = 16
@@ -32,9 +32,13 @@ def suit(*operands: Tensor) -> bool:
     return processor.suit(*operands) and operands[0].shape[2] <= processor.MOST_POSITIONS
 
 
-def suit_windows(input: Tensor, grad: Tensor) -> bool:
-    """Whether the windows of an image are multiplied by a kernel, and need not be unfolded."""
-    return not _on_accelerator(input) and processor.suit(input, grad)
+def suit_windows(input: Tensor, grad: Tensor, *, rows: int = 0) -> bool:
+    """Whether the windows of an image are multiplied by a kernel, and need not be unfolded.
+
+    Args:
+        rows: of the largest Gram matrix that is made of them.
+    """
+    return not _on_accelerator(input) and processor.suit(input, grad) and rows <= processor.MOST_POSITIONS
 
 
 def suit_sums(*operands: Tensor) -> bool:
@@ -56,9 +60,11 @@ def plain_prices(*operands: Tensor) -> Prices:
     return ACCELERATOR if any(_on_accelerator(value) for value in operands) else CPU
 
 
-def window_prices(input: Tensor, grad: Tensor, positions: int) -> Prices:
+def window_prices(input: Tensor, grad: Tensor, *, positions: int, pixels: int) -> Prices:
     """The same for the windows of an image."""
-    return PANELS if suit_windows(input, grad) and positions <= processor.MOST_POSITIONS else plain_prices(input)
+    if not suit_windows(input, grad, rows=positions):
+        return plain_prices(input)
+    return PANELS if suit_windows(input, grad, rows=pixels) else PANELS_OF_WINDOWS
 
 
 def draw(*values: Tensor) -> bool:
@@ -120,7 +126,7 @@ def rounded_direct(found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, input
 
 
 def windows_norm2(windows: Spread, grads: Spread) -> Tensor:
-    """`gram_norm2` of the windows of an image, which are not unfolded; (B,), float64."""
+    """`gram_norm2` of the windows of an image, read where they lie or told by its pixels; (B,), float64."""
     return processor.gram_norm2([windows], [grads])
 
 

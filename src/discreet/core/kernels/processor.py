@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,6 +54,14 @@ class Spread:
         """I or O."""
         return self._columns.numel()
 
+    @property
+    def spacings(self) -> float:
+        """Bound on the error of an entry of the Gram matrix, in spacings of the product of two lengths.
+
+        Half a spacing for each of the additions that follow one another, of a run and of the runs of a block.
+        """
+        return min(self.width, _RUN) / 2 + -(-min(self.width, _BLOCK) // _RUN) / 2
+
     @functools.cached_property  # kept here: the compiled code is told their addresses
     def _rows(self) -> Tensor:
         return _places(*self._axes(2, 2 + self.position_axes))
@@ -68,7 +76,53 @@ class Spread:
     def described(self) -> tuple[int, ...]:
         """What the compiled code reads; valid while this lives."""
         example, group, *_ = self.value.stride()
-        return (self.value.data_ptr(), example, group, self.width, self._rows.data_ptr(), self._columns.data_ptr())
+        places = (self._rows.data_ptr(), self._columns.data_ptr())
+        return (self.value.data_ptr(), example, group, self.width, *places, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Windows(Spread):
+    """Windows of an image, told by its pixels: two windows' product is the sum over taps of products of two pixels.
+
+    So pixels are multiplied once instead of once for each tap.
+
+    Attributes:
+        value: float32, (B, K, axes of pixels, axis of channels).
+        position_axes: how many axes are those of pixels.
+        where: int64, (S,), the pixel under the first tap of each window, in rising order.
+        taps: int64, (T,), how many pixels later each tap lies.
+    """
+
+    where: Tensor = field(kw_only=True)
+    taps: Tensor = field(kw_only=True)
+
+    @property
+    def pixels(self) -> int:
+        """P."""
+        return self._rows.numel()
+
+    @property
+    def positions(self) -> int:
+        return self.where.numel()
+
+    @property
+    def spacings(self) -> float:
+        """As of rows, and half a spacing for each block after the first: pixels' products are added up in float32."""
+        return super().spacings + (-(-self.width // _BLOCK) - 1) / 2
+
+    def described(self) -> tuple[int, ...]:
+        if not all(_rises(places) for places in (self.where, self.taps)):
+            raise AssertionError("windows or taps out of order: the compiled code would read past their ends")
+        if int(self.where[-1] + self.taps[-1]) >= self.pixels:
+            raise AssertionError("a window beyond its image: the compiled code would read past its end")
+        *first, _, _, _, _ = super().described()
+        return (*first, self.pixels, self.taps.numel(), self.where.data_ptr(), self.taps.data_ptr())
+
+
+def _rises(places: Tensor) -> bool:
+    """Whether these are whole numbers from zero on, one after another in memory, each larger than the last."""
+    suits = places.dtype is torch.int64 and places.is_contiguous() and places.device.type == "cpu" and places.numel()
+    return bool(suits) and int(places[0]) >= 0 and bool((places[1:] > places[:-1]).all())
 
 
 @functools.lru_cache(maxsize=256)
@@ -121,19 +175,11 @@ def gram_norm2(
     norm2_B = torch.empty(examples, dtype=torch.float64, device="cpu")
     widths = [sum(operand.width for operand in operands) for operands in (inputs, grads)]
     work = inputs[0].value.shape[1] * inputs[0].positions ** 2 * sum(widths) // 2
-    spacings = (*(gram_spacings(operands) for operands in (inputs, grads)), 4.0) if rounded else (0.0, 0.0, 0.0)
+    # Of several operands, whose lengths add up as squares do, the spacings of the worst.
+    errs = [max(operand.spacings for operand in operands) for operands in (inputs, grads)]
+    spacings = (*errs, 4.0) if rounded else (0.0, 0.0, 0.0)
     _shared_out(_compiled.gram_norm2, inputs, grads, out=norm2_B, work=work, spacings=spacings, narrow=narrow)
     return norm2_B
-
-
-def gram_spacings(operands: Sequence[Spread]) -> float:
-    """Bound on the error of an entry of the sum of their Gram matrices, in spacings of the product of two lengths.
-
-    Half a spacing for each of the additions that follow one another, of a run and of the runs of a block; of several
-    operands, whose lengths add up as squares do, that of the worst.
-    """
-    widest = max(operand.width for operand in operands)
-    return min(widest, _RUN) / 2 + -(-min(widest, _BLOCK) // _RUN) / 2
 
 
 def products(input: Spread, grad: Spread, *, narrow: bool = False) -> Tensor:

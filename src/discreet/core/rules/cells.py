@@ -1,7 +1,7 @@
 """The arithmetic of recurrent layers over all steps of time: LSTM, GRU, tanh and ReLU networks, in one direction.
 
-One product projects every input, and a loop carries the state. The backward loops over the state alone, with
-``d_gate_t = d_state_t * factor_t`` and all factors computed beforehand, or by one fused call a step where there is one.
+One product projects every input, and the state is carried from step to step: by compiled code where it suits, and else
+by a loop of PyTorch's operations, whose backward has all factors of ``d_gate_t = d_state_t * factor_t`` beforehand.
 
 Shape legend: T = time steps, B = examples (N = rows: B, or B folded), I = inputs, H = state width, P = output width (H,
 or that of an LSTM's projection), G = width of all gates (H times their number).
@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.kernels import gates
+from discreet.core.kernels import recurrence
 
 _aten = torch.ops.aten
+_DENSE = torch.contiguous_format
 
 
 class Weights(NamedTuple):
@@ -81,22 +82,19 @@ class Lstm(Cell):
         self, input_NTI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         assert cell_NH is not None
-        gate_TNG = F.linear(input_NTI.transpose(0, 1), weights.input, weights.bias)
-        (steps, rows, _), width = gate_TNG.shape, cell_NH.shape[1]
-        cell = gate_TNG.new_empty(steps + 1, rows, width)
+        is_fused, bias = recurrence.suit(input_NTI, state_NP, cell_NH, *weights), weights.bias
+        gate = _projected(input_NTI, weights.input, None if is_fused else bias)
+        (steps, rows, _), width = gate.shape, cell_NH.shape[1]
+        cell = gate.new_empty(steps + 1, rows, width)
         cell[0] = cell_NH
-        squashed, wide = (gate_TNG.new_empty(steps, rows, width) for _ in range(2))
-        output = wide if weights.projection is None else gate_TNG.new_empty(steps, rows, len(weights.projection))
-        advance = gates.forward if gates.suit(gate_TNG, cell) else _advanced
-        hidden = weights.hidden.mT
-        by_step = (value.transpose(0, 1) for value in (gate_TNG, cell[:-1], cell[1:], squashed, wide, output))
-        for gate, old, new, flat, state, result in _steps(*by_step):
-            gate.addmm_(state_NP, hidden)
-            advance(gate, old, new, flat, state)
-            if weights.projection is not None:
-                torch.mm(state, weights.projection.mT, out=result)
-            state_NP = result
-        return output, cell[-1].clone(), (gate_TNG, cell, squashed, wide)
+        squashed, wide = (gate.new_empty(steps, rows, width) for _ in range(2))
+        output = wide if weights.projection is None else gate.new_empty(steps, rows, len(weights.projection))
+        if is_fused:
+            first, matrices = state_NP.contiguous(), (weights.hidden, bias, weights.projection)
+            recurrence.Lstm(gate, cell, squashed, wide, output, first, *matrices).forward()
+        else:
+            _lstm_steps(gate, cell, squashed, wide, output, state_NP, weights)
+        return output, cell[-1].clone(), (gate, cell, squashed, wide)
 
     def backward(
         self, grad_NTP: Tensor, grad_cell_NH: Tensor | None, before_NTP: Tensor, output_NTP: Tensor, weights: Weights,
@@ -104,57 +102,71 @@ class Lstm(Cell):
     ) -> Gradients:  # fmt: skip
         assert grad_cell_NH is not None
         # What was saved may come back in another order of memory, from hooks that keep it elsewhere meanwhile.
-        gate_NTG, cell, squashed, wide = (value.contiguous().transpose(0, 1) for value in kept)
-        is_fused = gates.suit(gate_NTG, cell, squashed, grad_NTP, grad_cell_NH)
-        grad_NTG = torch.empty_like(gate_NTG) if is_fused else _factors(gate_NTG, cell[:, :-1], squashed)
-        projected = None if weights.projection is None else torch.empty_like(grad_NTP)
-        state = grad_NTP.new_zeros(grad_NTP.shape[0], grad_NTP.shape[2])
-        memory = grad_cell_NH.clone(memory_format=torch.contiguous_format)
-        retreat = gates.backward if is_fused else _retreated
-        for step, (grad, gate, old, flat, gate_grad) in _backwards(
-            grad_NTP, gate_NTG, cell[:, :-1], squashed, grad_NTG
-        ):
-            above = state.add_(grad)
-            if weights.projection is not None and projected is not None:
-                above = projected[:, step].copy_(state) @ weights.projection
-            retreat(gate, old, flat, above, memory, gate_grad)
-            torch.mm(gate_grad, weights.hidden, out=state)
-        return Gradients(grad_NTG, grad_NTG, state, memory, None if projected is None else (wide, projected))
+        gate, cell, squashed, wide = (value.contiguous() for value in kept)
+        grad, memory = _rows_together(grad_NTP), grad_cell_NH.clone(memory_format=torch.contiguous_format)
+        state = grad.new_zeros(grad.shape[1:])
+        projected = None if weights.projection is None else torch.empty_like(grad, memory_format=_DENSE)
+        if recurrence.suit(gate, cell, squashed, wide, grad, memory, *weights):
+            gate_grad, matrices = torch.empty_like(gate), (weights.hidden, None, weights.projection)
+            output = wide if projected is None else projected  # of the states, it needs only their sizes
+            layer = recurrence.Lstm(gate, cell, squashed, wide, output, state, *matrices)
+            layer.backward(grad, state, memory, gate_grad, projected)
+        else:
+            gate_grad = _factors(gate, cell[:-1], squashed)
+            _lstm_steps_back(gate, cell, squashed, grad, state, memory, gate_grad, projected, weights)
+        by_row = gate_grad.transpose(0, 1)
+        put_out = None if projected is None else (wide.transpose(0, 1), projected.transpose(0, 1))
+        return Gradients(by_row, by_row, state, memory, put_out)
 
 
-def _advanced(gate_N4H: Tensor, before_NH: Tensor, cell_NH: Tensor, squashed_NH: Tensor, state_NH: Tensor) -> None:
-    """`discreet.core.kernels.gates.forward` in PyTorch's operations."""
-    enter, forget, candidate, leave = gate_N4H.chunk(4, -1)
-    inner = candidate.contiguous().tanh()  # takes three times as long over rows that lie apart
-    gate_N4H.sigmoid_()
-    candidate.copy_(inner)
-    torch.mul(forget, before_NH, out=cell_NH).addcmul_(enter, inner)
-    torch.mul(leave, torch.tanh(cell_NH, out=squashed_NH), out=state_NH)
-
-
-def _factors(gate_NTG: Tensor, before_NTH: Tensor, squashed_NTH: Tensor) -> Tensor:
-    """What the gradient of the cell, or that of the state, is multiplied by at each gate; for all steps at once."""
-    enter, forget, candidate, leave = gate_NTG.chunk(4, -1)
-    grad_NTG = torch.empty_like(gate_NTG)
-    of_enter, of_forget, of_candidate, of_leave = grad_NTG.chunk(4, -1)
-    _aten.sigmoid_backward.grad_input(candidate, enter, grad_input=of_enter)
-    _aten.sigmoid_backward.grad_input(before_NTH, forget, grad_input=of_forget)
-    _aten.tanh_backward.grad_input(enter, candidate, grad_input=of_candidate)
-    _aten.sigmoid_backward.grad_input(squashed_NTH, leave, grad_input=of_leave)
-    return grad_NTG
-
-
-def _retreated(
-    gate_N4H: Tensor, before_NH: Tensor, squashed_NH: Tensor, state_grad_NH: Tensor, cell_grad_NH: Tensor,
-    gate_grad_N4H: Tensor,
+def _lstm_steps(
+    gate_TNG: Tensor, cell: Tensor, squashed_TNH: Tensor, wide_TNH: Tensor, output_TNP: Tensor, state_NP: Tensor,
+    weights: Weights,
 ) -> None:  # fmt: skip
-    """`discreet.core.kernels.gates.backward` in PyTorch's operations, with `_factors` in the gradient's place."""
-    _, forget, _, leave = gate_N4H.chunk(4, -1)
-    cell_grad_NH.addcmul_(state_grad_NH, _aten.tanh_backward(leave, squashed_NH))
-    inner, outer = gate_grad_N4H.unflatten(1, (4, -1)).split([3, 1], 1)
-    inner.mul_(cell_grad_NH.unsqueeze(1))
-    outer.mul_(state_grad_NH.unsqueeze(1))
-    cell_grad_NH.mul_(forget)
+    """`discreet.core.kernels.recurrence.Lstm.forward` in PyTorch's operations."""
+    for gate, old, new, flat, state, result in zip(
+        gate_TNG, cell[:-1], cell[1:], squashed_TNH, wide_TNH, output_TNP, strict=True
+    ):
+        gate.addmm_(state_NP, weights.hidden.mT)
+        enter, forget, candidate, leave = gate.chunk(4, -1)
+        inner = candidate.contiguous().tanh()  # takes three times as long over rows that lie apart
+        gate.sigmoid_()
+        candidate.copy_(inner)
+        torch.mul(forget, old, out=new).addcmul_(enter, inner)
+        torch.mul(leave, torch.tanh(new, out=flat), out=state)
+        if weights.projection is not None:
+            torch.mm(state, weights.projection.mT, out=result)
+        state_NP = result
+
+
+def _factors(gate_TNG: Tensor, before_TNH: Tensor, squashed_TNH: Tensor) -> Tensor:
+    """What the gradient of the cell, or that of the state, is multiplied by at each gate; for all steps at once."""
+    enter, forget, candidate, leave = gate_TNG.chunk(4, -1)
+    grad_TNG = torch.empty_like(gate_TNG)
+    of_enter, of_forget, of_candidate, of_leave = grad_TNG.chunk(4, -1)
+    _aten.sigmoid_backward.grad_input(candidate, enter, grad_input=of_enter)
+    _aten.sigmoid_backward.grad_input(before_TNH, forget, grad_input=of_forget)
+    _aten.tanh_backward.grad_input(enter, candidate, grad_input=of_candidate)
+    _aten.sigmoid_backward.grad_input(squashed_TNH, leave, grad_input=of_leave)
+    return grad_TNG
+
+
+def _lstm_steps_back(
+    gate_TNG: Tensor, cell: Tensor, squashed_TNH: Tensor, grad_TNP: Tensor, state_NP: Tensor, memory_NH: Tensor,
+    gate_grad_TNG: Tensor, projected_TNP: Tensor | None, weights: Weights,
+) -> None:  # fmt: skip
+    """`discreet.core.kernels.recurrence.Lstm.backward` in PyTorch's operations, over `_factors`."""
+    for step, (grad, gate, flat, gate_grad) in _backwards(grad_TNP, gate_TNG, squashed_TNH, gate_grad_TNG):
+        above = state_NP.add_(grad)
+        if weights.projection is not None and projected_TNP is not None:
+            above = projected_TNP[step].copy_(state_NP) @ weights.projection
+        _, forget, _, leave = gate.chunk(4, -1)
+        memory_NH.addcmul_(above, _aten.tanh_backward(leave, flat))
+        inner, outer = gate_grad.unflatten(1, (4, -1)).split([3, 1], 1)
+        inner.mul_(memory_NH.unsqueeze(1))
+        outer.mul_(above.unsqueeze(1))
+        memory_NH.mul_(forget)
+        torch.mm(gate_grad, weights.hidden, out=state_NP)
 
 
 class Gru(Cell):
@@ -163,40 +175,62 @@ class Gru(Cell):
     def forward(
         self, input_NTI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        width = state_NP.shape[1]
-        gate_NTG = F.linear(input_NTI, weights.input, weights.input_bias)
-        inner = gate_NTG.new_empty(*gate_NTG.shape[:2], width)
-        output = gate_NTG.new_empty(gate_NTG.shape[1], *state_NP.shape)
-        both, candidate = gate_NTG[:, :, : 2 * width], gate_NTG[:, :, 2 * width :]
-        for pair, n, kept, result in _steps(both, candidate, inner, output.transpose(0, 1)):
-            part = F.linear(state_NP, weights.hidden, weights.hidden_bias)
-            reset, update = pair.add_(part[:, : 2 * width]).sigmoid_().chunk(2, 1)
-            n.addcmul_(reset, kept.copy_(part[:, 2 * width :]))
-            n.copy_(n.contiguous().tanh_())
-            state_NP = torch.lerp(n, state_NP, update, out=result)
-        return output, None, (gate_NTG, inner)
+        is_fused = recurrence.suit(input_NTI, state_NP, *weights)
+        gate = _projected(input_NTI, weights.input, None if is_fused else weights.input_bias)
+        inner, output = (gate.new_empty(len(gate), *state_NP.shape) for _ in range(2))
+        if is_fused:
+            matrices = (weights.input_bias, weights.hidden, weights.hidden_bias)
+            recurrence.Gru(gate, inner, output, state_NP.contiguous(), *matrices).forward()
+        else:
+            _gru_steps(gate, inner, output, state_NP, weights)
+        return output, None, (gate, inner)
 
     def backward(
         self, grad_NTP: Tensor, grad_cell_NH: Tensor | None, before_NTP: Tensor, output_NTP: Tensor, weights: Weights,
         kept: tuple[Tensor, ...],
     ) -> Gradients:  # fmt: skip
-        gate, inner = kept
-        reset, update, candidate = gate.chunk(3, -1)
-        rows, steps, width = reset.shape
-        grad_NT4H = gate.new_empty(rows, steps, 4, width)  # reset, update, candidate behind and before the reset gate
-        reset_grad, update_grad, hidden_grad, input_grad = grad_NT4H.unbind(2)
-        _aten.tanh_backward.grad_input(1 - update, candidate, grad_input=input_grad)
-        torch.mul(input_grad, reset, out=hidden_grad)
-        _aten.sigmoid_backward.grad_input(input_grad * inner, reset, grad_input=reset_grad)
-        _aten.sigmoid_backward.grad_input(before_NTP - candidate, update, grad_input=update_grad)
-        flat = grad_NT4H.flatten(2)
-        hidden_NTG = flat[:, :, : 3 * width]
-        state = torch.zeros_like(grad_NTP[:, 0])
-        for _, (grad, each, hidden, carried) in _backwards(grad_NTP, grad_NT4H, hidden_NTG, update):
-            each.mul_(state.add_(grad).unsqueeze(1))
-            state.mul_(carried).addmm_(hidden, weights.hidden)
-        input_NTG = torch.cat([flat[:, :, : 2 * width], input_grad], -1)
-        return Gradients(input_NTG, hidden_NTG.contiguous(), state)
+        gate, inner = (value.contiguous() for value in kept)
+        grad, output = _rows_together(grad_NTP), output_NTP.transpose(0, 1).contiguous()
+        first, state = before_NTP[:, 0].contiguous(), grad.new_zeros(grad.shape[1:])
+        if recurrence.suit(gate, inner, output, first, grad, *weights):
+            input_grad, hidden_grad = torch.empty_like(gate), torch.empty_like(gate)
+            layer = recurrence.Gru(gate, inner, output, first, None, weights.hidden, None)
+            layer.backward(grad, state, input_grad, hidden_grad)
+        else:
+            input_grad, hidden_grad = _gru_steps_back(gate, inner, before_NTP.transpose(0, 1), grad, state, weights)
+        return Gradients(input_grad.transpose(0, 1), hidden_grad.transpose(0, 1), state)
+
+
+def _gru_steps(gate_TNG: Tensor, inner_TNH: Tensor, output_TNH: Tensor, state_NH: Tensor, weights: Weights) -> None:
+    """`discreet.core.kernels.recurrence.Gru.forward` in PyTorch's operations."""
+    width = state_NH.shape[1]
+    for gate, kept, result in zip(gate_TNG, inner_TNH, output_TNH, strict=True):
+        both, n = gate.split([2 * width, width], -1)
+        part = F.linear(state_NH, weights.hidden, weights.hidden_bias)
+        reset, update = both.add_(part[:, : 2 * width]).sigmoid_().chunk(2, 1)
+        n.addcmul_(reset, kept.copy_(part[:, 2 * width :]))
+        n.copy_(n.contiguous().tanh_())
+        state_NH = torch.lerp(n, state_NH, update, out=result)
+
+
+def _gru_steps_back(
+    gate_TNG: Tensor, inner_TNH: Tensor, before_TNH: Tensor, grad_TNH: Tensor, state_NH: Tensor, weights: Weights
+) -> tuple[Tensor, Tensor]:
+    """`discreet.core.kernels.recurrence.Gru.backward` in PyTorch's operations: by way of the input and of the state."""
+    reset, update, candidate = gate_TNG.chunk(3, -1)
+    steps, rows, width = inner_TNH.shape
+    grad = gate_TNG.new_empty(steps, rows, 4, width)  # reset, update, candidate behind and before the reset gate
+    of_reset, of_update, of_hidden, of_input = grad.unbind(2)
+    _aten.tanh_backward.grad_input(1 - update, candidate, grad_input=of_input)
+    torch.mul(of_input, reset, out=of_hidden)
+    _aten.sigmoid_backward.grad_input(of_input * inner_TNH, reset, grad_input=of_reset)
+    _aten.sigmoid_backward.grad_input(before_TNH - candidate, update, grad_input=of_update)
+    flat = grad.flatten(2)
+    hidden_TNG = flat[:, :, : 3 * width]
+    for _, (above, each, hidden, carried) in _backwards(grad_TNH, grad, hidden_TNG, update):
+        each.mul_(state_NH.add_(above).unsqueeze(1))
+        state_NH.mul_(carried).addmm_(hidden, weights.hidden)
+    return torch.cat([flat[:, :, : 2 * width], of_input], -1), hidden_TNG.contiguous()
 
 
 class Elman(Cell):
@@ -208,29 +242,44 @@ class Elman(Cell):
     def forward(
         self, input_NTI: Tensor, state_NP: Tensor, cell_NH: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        gate_NTG = F.linear(input_NTI, weights.input, weights.bias)
-        output_TNP = gate_NTG.new_empty(gate_NTG.shape[1], *state_NP.shape)
-        for gate, result in _steps(gate_NTG, output_TNP.transpose(0, 1)):
-            torch.addmm(gate, state_NP, weights.hidden.mT, out=result)
+        is_fused, bias = recurrence.suit(input_NTI, state_NP, *weights), weights.bias
+        output = _projected(input_NTI, weights.input, None if is_fused else bias)
+        if is_fused:
+            recurrence.Elman(output, state_NP.contiguous(), bias, weights.hidden, self.relu).forward()
+            return output, None, ()
+        for result in output:
+            result.addmm_(state_NP, weights.hidden.mT)
             state_NP = result.clamp_(min=0) if self.relu else result.tanh_()
-        return output_TNP, None, ()
+        return output, None, ()
 
     def backward(
         self, grad_NTP: Tensor, grad_cell_NH: Tensor | None, before_NTP: Tensor, output_NTP: Tensor, weights: Weights,
         kept: tuple[Tensor, ...],
     ) -> Gradients:  # fmt: skip
-        grad_NTG = (output_NTP > 0).to(output_NTP.dtype) if self.relu else 1 - output_NTP.square()
-        state = torch.zeros_like(grad_NTP[:, 0])
-        for _, (grad, gate) in _backwards(grad_NTP, grad_NTG):
-            torch.mm(gate.mul_(state.add_(grad)), weights.hidden, out=state)
-        return Gradients(grad_NTG, grad_NTG, state)
+        grad, output = _rows_together(grad_NTP), output_NTP.transpose(0, 1).contiguous()
+        state = grad.new_zeros(grad.shape[1:])
+        if recurrence.suit(output, grad, *weights):
+            gate_grad = torch.empty_like(output)  # of the first state, it needs only the size
+            recurrence.Elman(output, state, None, weights.hidden, self.relu).backward(grad, state, gate_grad)
+        else:
+            gate_grad = (output > 0).to(output.dtype) if self.relu else 1 - output.square()
+            for _, (above, gate) in _backwards(grad, gate_grad):
+                torch.mm(gate.mul_(state.add_(above)), weights.hidden, out=state)
+        by_row = gate_grad.transpose(0, 1)
+        return Gradients(by_row, by_row, state)
 
 
-def _steps(*values_NTX: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The slices of these tensors at each step. All views are made at once: singly they take as long as the work."""
-    return zip(*(value.unbind(1) for value in values_NTX), strict=True)
+def _projected(input_NTI: Tensor, weight_GI: Tensor, bias_G: Tensor | None) -> Tensor:
+    """What enters the gates from the input, (T, N, G): one product, as of rows that lie apart many would be made."""
+    return F.linear(input_NTI.transpose(0, 1).contiguous(), weight_GI, bias_G)
 
 
-def _backwards(*values_NTX: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def _rows_together(grad_NTP: Tensor) -> Tensor:
+    """Gradients of outputs as (T, N, P), the numbers of a row side by side."""
+    grad_TNP = grad_NTP.transpose(0, 1)
+    return grad_TNP if grad_TNP.stride(-1) == 1 else grad_TNP.contiguous()
+
+
+def _backwards(*values_TNX: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Each step and the slices at it, from the last to the first."""
-    return reversed(list(enumerate(_steps(*values_NTX))))
+    return reversed(list(enumerate(zip(*values_TNX, strict=True))))
