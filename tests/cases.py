@@ -6,169 +6,28 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-B, T, D, V = 5, 7, 6, 11
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: how to build it, and how to feed it."""
-
-    model: Callable[[], nn.Module]
-    batch: Callable[[], Any]
-    folded: bool = False
-
-    def build(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any]:
-        """Model and batch in a dtype, from a fixed seed. Starting values that are zero or one are shaken."""
-        torch.manual_seed(7)
-        model = self.model()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.3 * torch.randn_like(p))
-        batch = self.batch()
-        return model.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    """Per example: a curved function of everything that the model puts out, different for each example."""
-    out = model(**{k: v for k, v in batch.items() if k != "target"})
-    return (out.flatten(1) - batch["target"].unsqueeze(1)).square().mean(1) + out.flatten(1).tanh().sum(1)
-
-
-def features(*shape: int) -> Callable[[], Any]:
-    """Gaussian features (B, *shape) and a target."""
-    return lambda: {"x": torch.randn(B, *shape), "target": torch.randn(B)}
-
-
-def tokens(length: int = T, low: int = 0) -> Callable[[], Any]:
-    """Token ids (B, length), with repeats, and a target."""
-    return lambda: {"x": torch.randint(low, V, (B, length)), "target": torch.randn(B)}
-
-
-class Fn(nn.Module):
-    """A model made of named parameters, modules and a forward function ``f(self, x)``."""
-
-    def __init__(self, f: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.f = f
-        for name, part in parts.items():
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.f(self, x)
-
-
-def par(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
-
-
-def frozen(module: nn.Module, *names: str) -> nn.Module:
-    for name, p in module.named_parameters():
-        if name in names:
-            p.requires_grad_(False)
-    return module
-
-
-def _conv1d_gpt2(self: Any, x: Tensor) -> Tensor:
-    h = self.wte(x)
-    h = torch.addmm(self.b, h.view(-1, h.size(-1)), self.w).view(*x.shape, -1)
-    return torch.addmm(self.b2, h.tanh().view(-1, h.size(-1)), self.w2).view(*x.shape, -1)
-
-
-def _windows(self: Any, x: Tensor) -> Tensor:
-    h = self.a(x)  # (B, 8, D) -> (B * 2, 4, D)
-    w = h.view(-1, 2, 4, D).flatten(0, 1)
-    q = self.norm(w)
-    bias = self.table[self.index.view(-1)].view(4, 4, -1).permute(2, 0, 1).contiguous()
-    attention = (self.q(q) @ q.transpose(1, 2) + bias.unsqueeze(0).mean(1)).softmax(-1)
-    return (self.scale * (attention @ w) + self.o(w)).view(x.shape[0], -1)
-
-
-def _albert(self: Any, x: Tensor) -> Tensor:
-    h = self.e(x)
-    for _ in range(3):
-        h = self.norm(h + self.block(h))
-    return h
-
-
-def _siamese(self: Any, x: Tensor) -> Tensor:
-    both = self.net(torch.cat([x, x.roll(1, -1)], 1).view(x.shape[0], 2, D))
-    return both[:, 0] - both[:, 1]
-
-
-def _siamese_folded(self: Any, x: Tensor) -> Tensor:
-    h = self.first(x)
-    pair = torch.stack([h, h.roll(1, -1).tanh()], 1).flatten(0, 1)
-    both = self.net(pair).view(x.shape[0], 2, -1)
-    return both[:, 0] * both[:, 1]
-
-
-def _vit(self: Any, x: Tensor) -> Tensor:
-    h = self.patch(x).flatten(2).transpose(1, 2)
-    h = torch.cat([self.cls.expand(x.shape[0], -1, -1), h], 1) + self.pos
-    h = h + self.gamma * self.mlp(self.norm(h))
-    return h[:, 0]
-
-
-def _beit(self: Any, x: Tensor) -> Tensor:
-    bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-    return F.linear(x, self.qkv, bias)
-
-
-class WithParametrisation(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.utils.parametrizations.weight_norm(nn.Linear(D, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
-
-
-def _old_weight_norm() -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Seq(nn.utils.weight_norm(nn.Conv1d(3, 4, 3)), nn.Tanh())
-
-
-class Seq(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-class Rms(nn.Module):
-    """Gemma's norm: ``x_hat * (1 + w)``, computed in float32 or better, and cast back."""
-
-    def __init__(self, *, plus_one: bool) -> None:
-        super().__init__()
-        self.weight, self.plus_one = par(D), plus_one
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        h = x.to(wide)
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-        w = 1.0 + self.weight.to(wide) if self.plus_one else self.weight
-        return (w * h).type_as(x)
-
-
-def _tied(f: Callable[..., Tensor]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        model = Fn(f, e=nn.Embedding(V, D), mid=nn.Linear(D, D), head=nn.Linear(D, V, bias=False))
-        model.head.weight = model.e.weight
-        return model
-
-    return build
+from blocks import B, Case, D, Fn, Seq, T, V, features, frozen, par, tokens
+from case_models import (
+    Rms,
+    WithParametrisation,
+    albert,
+    beit,
+    ckpt_model,
+    conv1d_gpt2,
+    old_weight_norm,
+    siamese,
+    siamese_folded,
+    silently,
+    tied,
+    vit,
+    windows,
+)
 
 
 def _conv(kind: type[nn.Module], axes: int, **options: Any) -> Case:
@@ -176,22 +35,6 @@ def _conv(kind: type[nn.Module], axes: int, **options: Any) -> Case:
     kernel = options.pop("kernel", 3)
     shape = (inputs, *((9, 8, 7)[:axes]))
     return Case(lambda: Seq(kind(inputs, outputs, kernel, **options), nn.Tanh(), kind(outputs, 3, 1)), features(*shape))
-
-
-def _ckpt(self: Any, x: Tensor) -> Tensor:
-    h = self.a(x)
-    h = checkpoint(self.b, h, use_reentrant=self.reentrant)
-    return self.c(checkpoint(self.b, h, use_reentrant=self.reentrant))
-
-
-def _ckpt_model(reentrant: bool) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        block = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D))
-        model = Fn(_ckpt, a=nn.Linear(D, D), b=block, c=nn.Linear(D, 2))
-        model.reentrant = reentrant
-        return model
-
-    return build
 
 
 CASES: dict[str, Case] = {
@@ -214,7 +57,7 @@ CASES: dict[str, Case] = {
     ),
     "addmm": Case(lambda: Fn(lambda s, x: torch.addmm(s.b, x, s.w), w=par(D, 4), b=par(4)), features(D)),
     "addmm, flattened tokens (GPT-2)": Case(
-        lambda: Fn(_conv1d_gpt2, wte=nn.Embedding(V, D), w=par(D, 9), b=par(9), w2=par(9, D), b2=par(D)),
+        lambda: Fn(conv1d_gpt2, wte=nn.Embedding(V, D), w=par(D, 9), b=par(9), w2=par(9, D), b2=par(D)),
         tokens(),
         folded=True,
     ),
@@ -248,7 +91,7 @@ CASES: dict[str, Case] = {
         features(T, D),
     ),
     "merged low rank": Case(lambda: Fn(lambda s, x: F.linear(x, s.u @ s.v), u=par(4, 2), v=par(2, D)), features(T, D)),
-    "query bias (BEiT)": Case(lambda: Fn(_beit, qkv=par(24, D), q_bias=par(8), v_bias=par(8)), features(T, D)),
+    "query bias (BEiT)": Case(lambda: Fn(beit, qkv=par(24, D), q_bias=par(8), v_bias=par(8)), features(T, D)),
     # embedding
     "embedding": Case(lambda: Fn(lambda s, x: s.e(x), e=nn.Embedding(V, D)), tokens()),
     "embedding of one id": Case(lambda: Fn(lambda s, x: s.e(x[:, 0]), e=nn.Embedding(V, D)), tokens()),
@@ -352,7 +195,7 @@ CASES: dict[str, Case] = {
     "powers": Case(lambda: Fn(lambda s, x: (1 + x * x) ** s.w + torch.addcmul(x, x, s.w), w=par(D)), features(T, D)),
     "token and positions (ViT)": Case(
         lambda: Fn(
-            _vit,
+            vit,
             patch=nn.Conv2d(3, D, 2, stride=2),
             cls=par(1, 1, D),
             pos=par(1, 5, D),
@@ -399,10 +242,10 @@ CASES: dict[str, Case] = {
         features(D),
     ),
     # sharing
-    "tied head": Case(_tied(lambda s, x: s.head(s.mid(s.e(x)).tanh())), tokens()),
-    "tied head, functional": Case(_tied(lambda s, x: F.linear(s.mid(s.e(x)), s.e.weight)), tokens()),
-    "tied head, matmul": Case(_tied(lambda s, x: s.mid(s.e(x)) @ s.e.weight.t() * 0.1), tokens()),
-    "tied embeddings": Case(_tied(lambda s, x: s.mid(s.e(x)) + s.e(x.flip(1)).tanh()), tokens()),
+    "tied head": Case(tied(lambda s, x: s.head(s.mid(s.e(x)).tanh())), tokens()),
+    "tied head, functional": Case(tied(lambda s, x: F.linear(s.mid(s.e(x)), s.e.weight)), tokens()),
+    "tied head, matmul": Case(tied(lambda s, x: s.mid(s.e(x)) @ s.e.weight.t() * 0.1), tokens()),
+    "tied embeddings": Case(tied(lambda s, x: s.mid(s.e(x)) + s.e(x.flip(1)).tanh()), tokens()),
     "called twice": Case(lambda: Fn(lambda s, x: s.l(s.l(x).tanh()), l=nn.Linear(D, D)), features(T, D)),
     "called twice, 2-D": Case(lambda: Fn(lambda s, x: s.l(s.l(x).tanh()), l=nn.Linear(D, D)), features(D)),
     "called twice, other lengths": Case(
@@ -411,16 +254,16 @@ CASES: dict[str, Case] = {
     "conv called twice": Case(lambda: Fn(lambda s, x: s.c(s.c(x).tanh()), c=nn.Conv1d(3, 3, 3)), features(3, 9)),
     "ALBERT": Case(
         lambda: Fn(
-            _albert,
+            albert,
             e=nn.Embedding(V, D),
             norm=nn.LayerNorm(D),
             block=nn.Sequential(nn.Linear(D, 9), nn.GELU(), nn.Linear(9, D)),
         ),
         tokens(),
     ),
-    "siamese on a second axis": Case(lambda: Fn(_siamese, net=nn.Linear(D, 4)), features(D)),
+    "siamese on a second axis": Case(lambda: Fn(siamese, net=nn.Linear(D, 4)), features(D)),
     "siamese, folded": Case(
-        lambda: Fn(_siamese_folded, first=nn.Linear(D, D), net=nn.Sequential(nn.Linear(D, 4), nn.LayerNorm(4))),
+        lambda: Fn(siamese_folded, first=nn.Linear(D, D), net=nn.Sequential(nn.Linear(D, 4), nn.LayerNorm(4))),
         features(D),
         folded=True,
     ),
@@ -438,7 +281,7 @@ CASES: dict[str, Case] = {
     ),
     "windows (Swin)": Case(
         lambda: Fn(
-            _windows,
+            windows,
             a=nn.Linear(D, D),
             norm=nn.LayerNorm(D),
             q=nn.Linear(D, D),
@@ -475,10 +318,10 @@ CASES: dict[str, Case] = {
         lambda: Fn(lambda s, x: s.l(x), l=nn.Linear(D, 3), never=nn.Linear(D, 3), token=par(4)), features(D)
     ),
     "weight norm": Case(WithParametrisation, features(T, D)),
-    "weight norm, old": Case(_old_weight_norm, features(3, 8)),
-    "checkpoint": Case(_ckpt_model(False), features(T, D)),
+    "weight norm, old": Case(old_weight_norm, features(3, 8)),
+    "checkpoint": Case(ckpt_model(False), features(T, D)),
     "an eval forward inside": Case(
-        lambda: Fn(lambda s, x: s.l(x) * (1 + _silently(s.l, x).mean(-1, keepdim=True)), l=nn.Linear(D, 3)),
+        lambda: Fn(lambda s, x: s.l(x) * (1 + silently(s.l, x).mean(-1, keepdim=True)), l=nn.Linear(D, 3)),
         features(T, D),
     ),
     "detached and data copies": Case(
@@ -487,8 +330,3 @@ CASES: dict[str, Case] = {
     ),
     "one example tall": Case(lambda: Fn(lambda s, x: s.l(x), l=nn.Linear(1, 1)), features(1)),
 }
-
-
-def _silently(module: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return module(x)

@@ -12,19 +12,15 @@ from app.data_files import PREPROCESSING, prepare, table, table_rows, write
 from discreet.app.data import (
     IGNORED,
     Preprocessing,
-    SourceKind,
     TableInput,
-    TextInput,
     TextUnits,
     digits,
     input_from_json,
     open_source,
 )
-from discreet.app.data.columns import BUCKETS, EDGES, NumberEncoding, bucket_of, is_numeric, released_range
 from discreet.app.data.labels import public_classes
 from discreet.app.data.schema import parse_schema
 from discreet.app.data.split import TEST_FRACTION, is_test_row
-from discreet.app.data.text import TextEncoding
 from discreet.core.histogram import Counts, _bounded_counts
 from discreet.errors import ConfigError, DataError
 from discreet.privacy.accounting import Gaussian, Selection
@@ -69,15 +65,6 @@ def test_encoding_of_public_columns(tmp_path):
     assert prepared.train.targets.tolist() == [1, 0]
     assert prepared.test.targets.tolist() == [IGNORED]
     assert torch.equal(prepared.test.features[0], prepared.train.features[0])
-
-
-def test_every_feature_is_bounded_whatever_the_value():
-    encoding = NumberEncoding(low=-5.0, high=300.0, knots=((-5.0, 0.0), (2.0, 0.4), (300.0, 1.0)))
-    values = np.array([-1e300, -5, 0, 2.0, 1e300, np.nan, 5e-324])
-    features = encoding.encode(values, np.zeros(7, dtype=bool))
-    assert np.isfinite(features).all()
-    assert (np.abs(features) <= 1).all()
-    assert features[5].tolist() == [0, 0, 0, 0, 1]
 
 
 # ---- private statistics
@@ -206,61 +193,6 @@ def test_preprocessing_out_of_range(numbers):
         Preprocessing(**numbers)
 
 
-# ---- buckets and ranges
-
-
-def test_every_number_has_its_bucket():
-    values = np.array([0.0, 1e-9, 1.0, 1.24, 1.25, -1.0, 1e300, -1e300, 3.0, np.nan, 7.0])
-    missing = np.zeros(11, dtype=bool)
-    missing[10] = True
-    found = bucket_of(values, missing)
-    assert found[9] == 0
-    assert found[10] == -1
-    assert found[0] == found[1]
-    assert found[2] == found[3] != found[4]
-    assert found[:9].min() >= 1
-    assert found.max() == BUCKETS - 1
-    for value, bucket in zip(values[:6], found[:6], strict=True):
-        assert EDGES[bucket - 1] <= value < EDGES[bucket] or value < 0
-
-
-def test_range_and_ranks_follow_the_distribution():
-    values = np.random.default_rng(0).uniform(20, 80, size=20000)
-    counts = np.bincount(bucket_of(values, np.zeros(20000, dtype=bool)), minlength=BUCKETS).astype(float)
-    noisy = counts + np.random.default_rng(1).normal(scale=20.0, size=BUCKETS)
-    found = released_range(noisy, noise_std=20.0, least=1.0)
-    assert found.low == 20.0
-    assert found.high == 80.0
-    levels, ranks = zip(*found.knots, strict=True)
-    assert np.interp([35.0, 50.0, 65.0], levels, ranks) == pytest.approx([0.25, 0.5, 0.75], abs=0.03)
-    assert is_numeric(noisy, noise_std=20.0, least=1.0)
-
-
-def test_noise_alone_gives_no_range():
-    """Statistical: 300 columns of noise, each with a false alarm of 1.4e-4; more than one has probability 1e-3."""
-    draws = np.random.default_rng(0)
-    found = [released_range(draws.normal(scale=30.0, size=BUCKETS), noise_std=30.0, least=1.0) for _ in range(300)]
-    assert sum(encoding is not None for encoding in found) <= 1
-    loose = [released_range(draws.normal(scale=30.0, size=BUCKETS), noise_std=21.0, least=1.0) for _ in range(300)]
-    assert sum(encoding is not None for encoding in loose) > 5  # the control: 3.5 standard deviations
-
-
-def test_few_rows_are_joined_into_wider_buckets():
-    values = np.random.default_rng(0).uniform(20, 80, size=400)
-    counts = np.bincount(bucket_of(values, np.zeros(400, dtype=bool)), minlength=BUCKETS).astype(float)
-    found = released_range(
-        counts + np.random.default_rng(1).normal(scale=12.0, size=BUCKETS), noise_std=12.0, least=1.0
-    )
-    assert found.low <= 32
-    assert found.high >= 64
-
-
-def test_a_column_of_zeros_has_no_range():
-    counts = np.zeros(BUCKETS)
-    counts[bucket_of(np.zeros(1), np.zeros(1, dtype=bool))[0]] = 500
-    assert released_range(counts, noise_std=1.0, least=1.0) is None
-
-
 # ---- labels and split
 
 
@@ -289,68 +221,6 @@ def test_the_split_is_a_function_of_each_row(tmp_path):
 def test_fields_do_not_run_into_each_other():
     sides = {is_test_row(("ab" * i, "c")) == is_test_row(("ab" * i + "c", "")) for i in range(64)}
     assert sides == {True, False}
-
-
-# ---- text
-
-
-def _messages(path, count=300, sep="\t"):
-    lines = [
-        f"{'spam' if i % 3 == 0 else 'ham'}{sep}{'win cash now' if i % 3 == 0 else 'see you at home'} {i}"
-        for i in range(count)
-    ]
-    return write(path, "\n".join(lines) + "\n")
-
-
-def test_text_is_hashed_and_only_labels_are_asked(tmp_path):
-    source = open_source(_messages(tmp_path / "messages"), target="label", columns=["label", "text"])
-    assert source.kind is SourceKind.TEXT
-    assert source.statistics == ("label",)
-    prepared = prepare(source)
-    assert prepared.classes == ("ham", "spam")
-    assert isinstance(prepared.input, TextInput)
-    features, targets = prepared.train.batch(np.arange(5))
-    assert features.dtype == targets.dtype == torch.int64
-    assert features.shape == (5, prepared.input.length)
-    assert int(prepared.train.features.min()) >= 0
-    assert int(prepared.train.features.max()) < prepared.input.vocabulary
-
-
-def test_quotes_in_tab_separated_text_are_only_marks(tmp_path):
-    path = write(tmp_path / "m", 'ham\tshe said "no\nspam\t"cash" now\nham\t\'"\n' * 20)
-    source = open_source(path, target="label", columns=["label", "text"], classes=["ham", "spam"], test=path)
-    assert source.examples == 60
-
-
-def test_hashing_is_stable():
-    """Pinned: a saved model must meet the same ids for ever."""
-    ids = TextEncoding(units=TextUnits.NGRAMS, vocabulary=4096, length=12).encode(["Win £100 now!", ""])
-    assert ids[1].tolist() == [0] * 12
-    assert ids[0].tolist() == [2251, 767, 3785, 3627, 1842, 3855, 3304, 3827, 1730, 0, 0, 0]
-
-
-def test_words_keep_their_order():
-    encoding = TextEncoding(units=TextUnits.WORDS, vocabulary=4096, length=4)
-    first, second = encoding.encode(["a b c", "c b a b a"])
-    assert first[:3].tolist() == second[:3].flip(0).tolist()
-    assert int(first[3]) == 0
-
-
-@pytest.mark.parametrize("text", ["", " ", "\u2028", "😀" * 9000, "a" * 100000, "1" * 5000, "\x07"])
-def test_any_text_has_an_encoding(text):
-    assert TextEncoding.of(TextUnits.NGRAMS).encode([text]).shape == (1, 256)
-
-
-def test_schema_and_options_name_the_text(tmp_path):
-    path = write(tmp_path / "t.csv", "id,body2,y\n" + "".join(f"{i},word {i},{'ab'[i % 2]}\n" for i in range(50)))
-    assert open_source(path, target="y").kind is SourceKind.TABLE
-    assert open_source(path, target="y", text_column="body2").kind is SourceKind.TEXT
-    schema = parse_schema({"column": {"body2": {"type": "text"}}}, where="schema")
-    assert open_source(path, target="y", schema=schema).kind is SourceKind.TEXT
-    with pytest.raises(ConfigError, match="2 columns could be the text"):
-        open_source(path, target="y", kind=SourceKind.TEXT)
-    with pytest.raises(ConfigError, match="'bdy'"):
-        open_source(path, target="y", text_column="bdy")
 
 
 # ---- examples, digits, real data
@@ -414,9 +284,3 @@ def test_fingerprints_tell_data_and_settings_apart(tmp_path):
     }
     assert len(set(whole.values())) == len(whole)
     assert open_source(again, target="label").fingerprint() == whole["plain"]
-
-
-def test_the_input_is_known_before_any_count_where_it_is_public(tmp_path):
-    text = open_source(_messages(tmp_path / "messages"), target="label", columns=["label", "text"])
-    assert text.input == prepare(text).input
-    assert open_source(table(tmp_path / "a.csv"), target="label").input is None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from architecture.checkers import SOURCE
+from architecture.reading import SOURCE
 
 ROOT = SOURCE.parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

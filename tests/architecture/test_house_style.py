@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from architecture.checkers import (
-    Source,
-    broad_excepts,
-    calls_of,
-    findings,
-    keyword_sinks,
-    sources,
-    unannotated,
-    undocumented,
-)
+from architecture.reading import Source, calls_of, findings, sources
+from architecture.style_rules import broad_excepts, keyword_sinks, unannotated, undocumented
 
 CORE_LINES = 6_612
 RULE_LINES = 2200

@@ -7,18 +7,16 @@ import sys
 
 import pytest
 
-from architecture.checkers import (
+from architecture.import_rules import (
     MAY_IMPORT,
-    Source,
     cycles,
     executed_at_import,
     export_breaks,
-    findings,
     import_graph,
     imports_of,
     layer_breaks,
-    sources,
 )
+from architecture.reading import Source, findings, sources
 
 OPTIONAL = (
     "matplotlib",

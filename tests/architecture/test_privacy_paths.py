@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from architecture.checkers import (
-    Source,
-    calls_of,
-    constructions,
-    findings,
-    foreign_sets,
-    grad_writes,
-    random_draws,
-    sources,
-)
+from architecture.path_rules import constructions, foreign_sets, grad_writes, random_draws
+from architecture.reading import Source, calls_of, findings, sources
 
 MAY_DRAW = {
     "app/stand_ins.py": "random stand-ins for examples, so that checking and measuring read no private value",

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor, nn
 
 import discreet
-from cases import B, loss
+from blocks import B, loss
 from discreet.core import compiled
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cases import CASES, B, D, T, frozen, loss, par
+from blocks import B, D, T, frozen, loss, par
+from cases import CASES
 from core.unseen import CLIP, R, built, drawn, expect_exact, expect_refused, is_unguarded
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle

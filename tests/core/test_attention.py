@@ -1,8 +1,6 @@
-"""Multi-head attention and transformers: torch's function, brute force's per-example gradients, misuse refused."""
+"""Multi-head attention: torch's function, brute force's per-example gradients, misuse refused."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
@@ -10,56 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cases import Fn, frozen, loss, par
-from discreet.core.axes import Axis, Layout
-from discreet.core.clipping import ROUNDING_MARGIN, Clipping
+from blocks import frozen, loss, par
+from core.attended import A, B, E, S, T, gap, random_batch, shaken_model, verified
+from discreet.core.axes import Axis
+from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient, open_book
 from discreet.core.meeting import guard
 from discreet.core.rules.attention import packed_linear
 from discreet.errors import UnsupportedUse
 from discreet.train.check import check
-from oracles import abadi, alone, norms, relative_gap, rows, weighted
+from oracles import rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The PyTorch API of nested tensors:UserWarning"  # said by torch's own fast path, in an unguarded evaluation
 )
-
-B, T, S, E, A = 5, 7, 4, 8, 2
-
-
-def _model(forward, dtype=torch.float64, **parts) -> nn.Module:
-    torch.manual_seed(3)
-    model = Fn(forward, **parts)
-    with torch.no_grad():
-        for p in model.parameters():  # biases start at zero
-            p.add_(0.2 * torch.randn_like(p))
-    return model.to(dtype)
-
-
-def _batch(*shape: int, dtype=torch.float64):
-    torch.manual_seed(4)
-    return {
-        "x": torch.randn(B, *shape, dtype=torch.float64).to(dtype),
-        "target": torch.randn(B, dtype=torch.float64).to(dtype),
-    }
-
-
-def _gap(model, batch, *, size: int = B, layout=None) -> float:
-    """Distance of the clipped sum from brute force in float64, with a bound that clips some examples."""
-    found_from = next(model.parameters()).dtype
-    exact = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    gradients = alone(model.double(), loss, exact, size=size)
-    model.to(found_from)
-    bound = 0.8 * float(norms(gradients).median())
-    found = clipped_gradient(model, loss, batch, clipping=Clipping.abadi(bound), layout=layout)
-    factor = abadi(norms(gradients), bound)
-    return relative_gap(found.tensors, weighted(gradients, torch.where(factor == 1, factor, factor * ROUNDING_MARGIN)))
-
-
-def _verified(model, batch) -> Layout:
-    report = check(model, loss, batch)
-    assert report.passed, report.table()
-    return report.layout
 
 
 def _refused(model, batch, *words: str) -> None:
@@ -97,7 +59,7 @@ def _attn_mask(kind: str | None, dtype: torch.dtype, size: int, heads: int) -> t
 @pytest.mark.parametrize("weights", ["none", "mean", "each"])
 @pytest.mark.parametrize("masks", ["none", "padding", "2-D", "3-D", "padding and 3-D", "boolean"])
 def test_the_function_is_torchs_and_so_are_its_dropout_masks(masks, weights, extra, dropout):
-    model = _model(lambda s, x: None, a=nn.MultiheadAttention(E, A, dropout=dropout, **extra)).train()
+    model = shaken_model(lambda s, x: None, a=nn.MultiheadAttention(E, A, dropout=dropout, **extra)).train()
     query, key = (torch.randn(n, B, E, dtype=torch.float64, requires_grad=True) for n in (T, S))
     kind = torch.bool if masks == "boolean" else torch.float64
     named = {
@@ -128,7 +90,7 @@ def test_the_function_is_torchs_and_so_are_its_dropout_masks(masks, weights, ext
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_causal_hint_means_what_it_means_in_torch(need_weights, padded):
-    model = _model(lambda s, x: None, a=nn.MultiheadAttention(E, A, batch_first=True))
+    model = shaken_model(lambda s, x: None, a=nn.MultiheadAttention(E, A, batch_first=True))
     x = torch.randn(B, S, E, dtype=torch.float64)
     mask = nn.Transformer.generate_square_subsequent_mask(S, dtype=torch.float64)
     named = {
@@ -220,27 +182,27 @@ CASES = {
 @pytest.mark.parametrize("name", list(CASES))
 def test_clipped_sum_equals_brute_force(name, dtype, tolerance):
     forward, parts = CASES[name]
-    assert _gap(_model(forward, dtype, **parts()), _batch(T, E, dtype=dtype)) < tolerance
+    assert gap(shaken_model(forward, dtype, **parts()), random_batch(T, E, dtype=dtype)) < tolerance
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_self_check_passes(name):
     forward, parts = CASES[name]
-    model, batch = _model(forward, **parts()), _batch(T, E)
-    assert _gap(model, batch, layout=_verified(model, rows(batch, [0, 1, 2, 3], B))) < 1e-9
+    model, batch = shaken_model(forward, **parts()), random_batch(T, E)
+    assert gap(model, batch, layout=verified(model, rows(batch, [0, 1, 2, 3], B))) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["self", "another memory", "time major"])
 @pytest.mark.parametrize("length", [B - 1, B, B + 1, 2 * B])
 def test_no_length_is_taken_for_the_batch(name, length):
     forward, parts = CASES[name]
-    assert _gap(_model(forward, **parts()), _batch(length, E)) < 1e-9
+    assert gap(shaken_model(forward, **parts()), random_batch(length, E)) < 1e-9
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_one_example(name):
     forward, parts = CASES[name]
-    assert _gap(_model(forward, **parts()), rows(_batch(T, E), [1], B), size=1) < 1e-9
+    assert gap(shaken_model(forward, **parts()), rows(random_batch(T, E), [1], B), size=1) < 1e-9
 
 
 FROZEN = {
@@ -257,109 +219,13 @@ FROZEN = {
 @pytest.mark.parametrize("forward", [_same, _memory])
 def test_partly_frozen(forward, frozen_part):
     parts = _attention(add_bias_kv=True)()
-    assert _gap(frozen(_model(forward, **parts), *FROZEN[frozen_part]), _batch(T, E)) < 1e-9
+    assert gap(frozen(shaken_model(forward, **parts), *FROZEN[frozen_part]), random_batch(T, E)) < 1e-9
 
 
 def test_weights_of_other_widths_partly_frozen():
     for names in (("a.q_proj_weight",), ("a.k_proj_weight", "a.v_proj_weight"), ("a.in_proj_bias", "a.k_proj_weight")):
-        model = _model(_other_widths, **_attention(kdim=5, vdim=3)())
-        assert _gap(frozen(model, *names), _batch(T, E)) < 1e-9
-
-
-# -------------------------------------------------------------------------------------------------------- transformers
-
-
-def _encoder(norm_first: bool, batch_first: bool, dropout: float):
-    layer = nn.TransformerEncoderLayer(E, A, 9, dropout, batch_first=batch_first, norm_first=norm_first)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # enable_nested_tensor is True by default, and says when it is not used
-        return nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(E))
-
-
-def _decoder(norm_first: bool, batch_first: bool, dropout: float):
-    layer = nn.TransformerDecoderLayer(E, A, 9, dropout, "gelu", batch_first=batch_first, norm_first=norm_first)
-    return nn.TransformerDecoder(layer, 2)
-
-
-def _whole(norm_first: bool, batch_first: bool, dropout: float):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return nn.Transformer(E, A, 1, 1, 9, dropout, norm_first=norm_first, batch_first=batch_first)
-
-
-def _masks(x, batch_first):
-    causal = nn.Transformer.generate_square_subsequent_mask(T, dtype=x.dtype)
-    padding = torch.zeros(x.shape[0], T, dtype=x.dtype)
-    padding[:, -2:] = -torch.inf
-    return causal, padding
-
-
-def _turned(x, batch_first):
-    return x if batch_first else x.transpose(0, 1)
-
-
-def _encode(s, x):
-    causal, padding = _masks(x, s.bf)
-    return _turned(s.m(_turned(x, s.bf), mask=causal, src_key_padding_mask=padding), s.bf)
-
-
-def _encode_padded(s, x):
-    padding = (torch.arange(T) >= T - 2).expand(x.shape[0], -1)
-    return _turned(s.m(_turned(x, s.bf), src_key_padding_mask=padding), s.bf)[:, : T - 2]
-
-
-def _decode(s, x):
-    causal, _ = _masks(x, s.bf)
-    return _turned(s.m(_turned(x, s.bf), _turned(x[:, :S].cos(), s.bf), tgt_mask=causal), s.bf)
-
-
-def _translate(s, x):
-    return _turned(s.m(_turned(x[:, :S].sin(), s.bf), _turned(x, s.bf)), s.bf)
-
-
-TRANSFORMERS = {
-    "encoder": (_encode, _encoder),
-    "encoder, padded": (_encode_padded, _encoder),
-    "decoder": (_decode, _decoder),
-    "transformer": (_translate, _whole),
-}
-
-
-def _transformer(name, *, norm_first, batch_first, dropout, dtype=torch.float64):
-    forward, build = TRANSFORMERS[name]
-    torch.manual_seed(3)
-    model = _model(forward, dtype, m=build(norm_first, batch_first, dropout))
-    model.bf = batch_first
-    return model
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("name", list(TRANSFORMERS))
-def test_transformers(name, batch_first, norm_first, mode):
-    model = _transformer(name, norm_first=norm_first, batch_first=batch_first, dropout=0.0).train(mode == "train")
-    batch = _batch(T, E)
-    layout = None if batch_first else _verified(model, rows(batch, [0, 1, 2, 3], B))
-    assert _gap(model, batch, layout=layout) < 1e-9
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("name", list(TRANSFORMERS))
-def test_transformers_with_dropout_pass_the_self_check(name, batch_first, norm_first):
-    """Masks must be torch's own for that: brute force runs the model as it is, and draws them in torch's order."""
-    model = _transformer(name, norm_first=norm_first, batch_first=batch_first, dropout=0.2, dtype=torch.float32)
-    _verified(model, _batch(T, E, dtype=torch.float32))
-
-
-def test_the_fast_path_is_not_taken_under_guard_and_needs_no_rule_without_gradient():
-    model = _transformer("encoder, padded", norm_first=False, batch_first=True, dropout=0.0).eval()
-    x = _batch(T, E)["x"]
-    with torch.no_grad():
-        wanted = model(x)
-    with guard(open_book(model, examples=B)), torch.no_grad():
-        assert torch.allclose(model(x), wanted, rtol=0, atol=1e-12)
+        model = shaken_model(_other_widths, **_attention(kdim=5, vdim=3)())
+        assert gap(frozen(model, *names), random_batch(T, E)) < 1e-9
 
 
 # --------------------------------------------------------------------------------------------- the batch in dimension 1
@@ -380,8 +246,8 @@ def test_time_major_layers_are_exact_once_they_are_verified(length):
     torch.manual_seed(2)
     model = _TimeMajor().double()
     batch = {"x": torch.randint(0, 11, (B, length)), "target": torch.randn(B, dtype=torch.float64)}
-    layout = _verified(model, rows(batch, [0, 1, 2, 3], B))
-    assert _gap(model, batch, layout=layout) < 1e-9
+    layout = verified(model, rows(batch, [0, 1, 2, 3], B))
+    assert gap(model, batch, layout=layout) < 1e-9
     assert any(Axis.SECOND in axes for axes in layout.axes.values())
 
 
@@ -392,7 +258,7 @@ def test_a_reshape_that_scrambles_the_examples_fails_the_check():
         h = s.a(x)
         return s.l(h.reshape(x.shape[1], x.shape[0], E)).reshape(x.shape[0], x.shape[1], 2)
 
-    model, batch = _model(scrambled, a=nn.Linear(E, E), l=nn.Linear(E, 2)), _batch(T, E)
+    model, batch = shaken_model(scrambled, a=nn.Linear(E, E), l=nn.Linear(E, 2)), random_batch(T, E)
     _refused(model, batch, "l.weight")
     report = check(model, loss, batch)
     assert not report.passed
@@ -403,9 +269,13 @@ def test_a_reshape_that_scrambles_the_examples_fails_the_check():
 
 
 def test_what_attention_refuses():
-    _refused(_model(lambda s, x: s.a(x[:, 0], x[:, 0], x[:, 0])[0], **_attention()()), _batch(T, E), "no batch axis")
-    model = _model(lambda s, x: s.a(s.q, x, x)[0], q=par(T, 1, E), **_attention()())
-    _refused(model, _batch(T, E), "expand")
+    _refused(
+        shaken_model(lambda s, x: s.a(x[:, 0], x[:, 0], x[:, 0])[0], **_attention()()),
+        random_batch(T, E),
+        "no batch axis",
+    )
+    model = shaken_model(lambda s, x: s.a(s.q, x, x)[0], q=par(T, 1, E), **_attention()())
+    _refused(model, random_batch(T, E), "expand")
 
     def static(s, x):
         q, a = x.transpose(0, 1), s.a
@@ -413,10 +283,10 @@ def test_what_attention_refuses():
         given = (E, A, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0, a.out_proj.weight, a.out_proj.bias)
         return F.multi_head_attention_forward(q, q, q, *given, static_k=kept)[0].transpose(0, 1)
 
-    _refused(_model(static, **_attention()()), _batch(T, E), "static_k")
+    _refused(shaken_model(static, **_attention()()), random_batch(T, E), "static_k")
 
 
 def test_swapped_axes_fail_the_check():
-    model = _model(lambda s, x: s.a(x, x, x)[0], torch.float32, **_attention(batch_first=False)())
+    model = shaken_model(lambda s, x: s.a(x, x, x)[0], torch.float32, **_attention(batch_first=False)())
     for length in (B, T, 2 * B):
-        assert not check(model, loss, _batch(length, E, dtype=torch.float32)).passed
+        assert not check(model, loss, random_batch(length, E, dtype=torch.float32)).passed

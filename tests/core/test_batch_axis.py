@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import CASES, B, D, Fn, T, loss
+from blocks import B, D, Fn, T, loss
+from cases import CASES
 from core.unseen import CLIP, R, built, drawn, expect_exact, expect_refused
 from discreet.core.axes import Axis, Layout
 from discreet.core.gradient import clipped_gradient

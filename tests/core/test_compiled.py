@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import discreet
-from cases import CASES, B, D, Fn, T, V, loss, par
+from blocks import B, D, Fn, T, V, loss, par
+from cases import CASES
 from core.compiling import CALL_BY_CALL, MARKS, RULE, Deliveries, Wrapped, agrees, sum_agrees
 from discreet.core import compiled
 from discreet.core.clipping import Clipping

@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 from torch import fx, nn
 
-from cases import B, Fn, loss
+from blocks import B, Fn, loss
 from core.compiling import MARKS, RULE, Deliveries, agrees
 from discreet.core import compiled, lowering
 from discreet.core.gradient import clipped_gradient

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import discreet
-from cases import CASES, B, D, Fn, frozen, loss
+from blocks import B, D, Fn, frozen, loss
+from cases import CASES
 from core.compiling import MARKS, RULE, Deliveries, Wrapped, agrees
 from discreet.core.book import Book
 from discreet.core.gradient import backward, settle, trainable

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cases import CASES, B, Fn, loss
+from blocks import B, Fn, loss
+from cases import CASES
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.train.check import check

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from cases import CASES, B, D, T, loss, par
+from blocks import B, D, T, loss, par
+from cases import CASES
 from core.unseen import CLIP, built, drawn, expect_exact, is_unguarded
 from discreet.core.book import Book
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cases import CASES, Fn, loss, par
+from blocks import Fn, loss, par
+from cases import CASES
 from contracts.products import needs_triton
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient

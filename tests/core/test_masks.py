@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import B, D, Fn, T, loss, par
+from blocks import B, D, Fn, T, loss, par
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.errors import UnsupportedUse

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import Fn, loss
+from blocks import Fn, loss
 from discreet.core import rules
 from discreet.core.precision import computes_narrowly, in_float32, widened
 from discreet.train.check import check

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
-from cases import Fn, frozen, loss, par
+from blocks import Fn, frozen, loss, par
 from discreet.core.book import Book
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.forms import Dense

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import D, Fn, T, par, tokens
+from blocks import D, Fn, T, par, tokens
 from core.unseen import built, drawn, expect_refused
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
 import discreet
-from cases import B, D, Fn, T, loss, par
+from blocks import B, D, Fn, T, loss, par
 from discreet.core import parameter
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import B as B
-from cases import Case, D, Fn, Seq, T, V, features, frozen, loss, par, tokens
+from blocks import B as B
+from blocks import Case, D, Fn, Seq, T, V, features, frozen, loss, par, tokens
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.errors import UnsupportedUse

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import Fn, par
+from blocks import Fn, par
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.train.check import check

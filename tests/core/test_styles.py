@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cases import CASES, B, D, Fn, loss
+from blocks import B, D, Fn, loss
+from cases import CASES
 from discreet.core import book as books
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle

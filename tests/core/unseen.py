@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import B, Fn, loss
+from blocks import B, Fn, loss
 from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Fn, loss
+from blocks import Fn, loss
 from discreet.errors import CheckFailed
 from discreet.train.check import Status, check
 

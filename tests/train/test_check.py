@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import CASES, loss
+from blocks import loss
+from cases import CASES
 from discreet.core import rules
 from discreet.core.clipping import Clipping
 from discreet.core.kernels import processor

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import loss
+from blocks import loss
 from discreet.train.check import Status, check
 from discreet.train.stillness import Allowed
 from train.checking import D, RunningMean, built, drawn

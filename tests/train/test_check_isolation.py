@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cases import loss
+from blocks import loss
 from discreet.train.check import check
 from train.checking import B, D, T, V, built, drawn, expect_failed
 

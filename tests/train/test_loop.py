@@ -10,32 +10,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import discreet
 from discreet.core.clipping import Clipping
-from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
-from discreet.train.loop import Private, make_private, train
+from discreet.errors import BudgetExceeded
+from discreet.train.loop import Private, train
 from discreet.train.run import Run
 from discreet.train.setup import clipping_of
 from train import toys
-
-
-def _private(run_dir: Path, **changes: object) -> Private:
-    """A short run in test mode; ``changes`` replace arguments of `make_private`."""
-    network = changes.pop("model", None) or toys.model(changes.pop("dtype", torch.float32))
-    optimizer = changes.pop("optimizer", None) or torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
-    given = {
-        "loss": toys.loss,
-        "noise_multiplier": 1.0,
-        "batch_size": 20,
-        "steps": 12,
-        "learning_rate": None,
-        "run_dir": run_dir,
-        "seed": 7,
-    } | changes
-    dataset = given.pop("dataset", None) or toys.data()
-    return make_private(network, optimizer, dataset, **given)
+from train.short_run import short_run
 
 
 def _finish(private: Private) -> torch.Tensor:
@@ -47,7 +31,7 @@ def _finish(private: Private) -> torch.Tensor:
 def test_without_noise_and_clipping_it_is_sgd(tmp_path: Path) -> None:
     """sigma = 0 and R = infinity: the same weights as a plain loop over the same batches."""
     network = toys.model(torch.float64)
-    private = _private(
+    private = short_run(
         tmp_path, model=network, dataset=toys.data(torch.float64), epsilon=math.inf, noise_multiplier=None, steps=6
     )
     plain = toys.model(torch.float64)
@@ -68,7 +52,7 @@ def test_without_noise_and_clipping_it_is_sgd(tmp_path: Path) -> None:
 @pytest.mark.parametrize("microbatch", [1, 3, 64])
 def test_microbatch_never_changes_the_run(tmp_path: Path, microbatch: int) -> None:
     runs = [
-        _finish(_private(tmp_path / str(size), dtype=torch.float64, dataset=toys.data(torch.float64), microbatch=size))
+        _finish(short_run(tmp_path / str(size), dtype=torch.float64, dataset=toys.data(torch.float64), microbatch=size))
         for size in (microbatch, 20)
     ]
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-10, atol=1e-12)
@@ -78,27 +62,27 @@ def test_microbatch_never_changes_the_run(tmp_path: Path, microbatch: int) -> No
 def test_a_run_keeps_its_clipping_style(tmp_path: Path, style: discreet.Style) -> None:
     """Another style is another run of the same sensitivity; the plan records it, and a resumed run takes it up."""
     clipping = Clipping.automatic(style=style)
-    grouped = _finish(_private(tmp_path / "a", clipping=clipping))
-    assert not torch.equal(grouped, _finish(_private(tmp_path / "b")))
-    split = _finish(_private(tmp_path / "c", clipping=clipping, microbatch=7))
+    grouped = _finish(short_run(tmp_path / "a", clipping=clipping))
+    assert not torch.equal(grouped, _finish(short_run(tmp_path / "b")))
+    split = _finish(short_run(tmp_path / "c", clipping=clipping, microbatch=7))
     torch.testing.assert_close(split, grouped, rtol=1e-4, atol=1e-5)
     plan = discreet.Plan.load(tmp_path / "a" / "release" / "plan.json")
     assert plan.clipping["style"] == style.describe()
     assert clipping_of(plan) == clipping
     assert discreet.verify(tmp_path / "a").epsilon == discreet.verify(tmp_path / "b").epsilon
-    halfway = _private(tmp_path / "d", clipping=clipping, checkpoint_steps=4)
+    halfway = short_run(tmp_path / "d", clipping=clipping, checkpoint_steps=4)
     steps = iter(halfway)
     for _ in range(6):
         next(steps)
     halfway.close()
-    assert torch.equal(grouped, _finish(_private(tmp_path / "d", resume=True, checkpoint_steps=4)))
+    assert torch.equal(grouped, _finish(short_run(tmp_path / "d", resume=True, checkpoint_steps=4)))
 
 
 def test_unchanged_loop_equals_the_iterator(tmp_path: Path) -> None:
-    by_iterator = _finish(_private(tmp_path / "a", microbatch=8))
+    by_iterator = _finish(short_run(tmp_path / "a", microbatch=8))
     network = toys.model()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
-    private = _private(tmp_path / "b", model=network, optimizer=optimizer, microbatch=8)
+    private = short_run(tmp_path / "b", model=network, optimizer=optimizer, microbatch=8)
     microbatches = 0
     for features, targets in private.loader:
         microbatches += 1
@@ -116,7 +100,7 @@ def test_empty_batches_are_noised_and_counted(tmp_path: Path, style: str) -> Non
     """Expected batch 1 of 120: more than a third of the batches are empty, and each must still move every weight."""
     network = toys.model()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-    private = _private(tmp_path, model=network, optimizer=optimizer, batch_size=1, steps=40)
+    private = short_run(tmp_path, model=network, optimizer=optimizer, batch_size=1, steps=40)
     sizes = [len(private.plan.sampling.draw(key=private.run.sampling_key, step=step)) for step in range(40)]
     assert sizes.count(0) >= 5
     before = toys.weights(network)
@@ -137,7 +121,7 @@ def test_empty_batches_are_noised_and_counted(tmp_path: Path, style: str) -> Non
 
 def test_steps_show_public_values(tmp_path: Path) -> None:
     network = toys.model()
-    private = _private(
+    private = short_run(
         tmp_path,
         model=network,
         optimizer=torch.optim.Adam(network.parameters()),
@@ -157,7 +141,7 @@ def test_steps_show_public_values(tmp_path: Path) -> None:
 
 
 def test_ledger_is_never_below_the_steps_taken(tmp_path: Path) -> None:
-    private = _private(tmp_path, steps=40)
+    private = short_run(tmp_path, steps=40)
     for step in private:
         if step.index < 39:
             assert private.run.ledger.steps_reserved >= step.index + 1
@@ -172,7 +156,7 @@ def test_the_conclusion_comes_once_after_the_last_update_while_the_ledger_is_ope
         seen.append((run.ledger.steps_reserved, run.ledger.finished, weights))
         run.ledger.note("seen")
 
-    private = _private(tmp_path / "run", conclude=conclude)
+    private = short_run(tmp_path / "run", conclude=conclude)
     weights = _finish(private)
     assert len(seen) == 1
     assert seen[0][:2] == (private.steps, False)
@@ -182,7 +166,7 @@ def test_the_conclusion_comes_once_after_the_last_update_while_the_ledger_is_ope
 
 
 def test_no_step_beyond_the_plan(tmp_path: Path) -> None:
-    private = _private(tmp_path, steps=3)
+    private = short_run(tmp_path, steps=3)
     _finish(private)
     with pytest.raises(BudgetExceeded, match="ends after 3"):
         private._updates.draw()
@@ -209,8 +193,8 @@ def test_dataloader_gives_its_dataset_and_collate(tmp_path: Path) -> None:
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     loader = DataLoader(toys.data(), batch_size=3, shuffle=True, collate_fn=collate)
-    by_loader = _finish(_private(tmp_path / "a", dataset=loader))
-    assert torch.equal(by_loader, _finish(_private(tmp_path / "b")))
+    by_loader = _finish(short_run(tmp_path / "a", dataset=loader))
+    assert torch.equal(by_loader, _finish(short_run(tmp_path / "b")))
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
@@ -218,7 +202,7 @@ def test_any_optimizer_and_scheduler(tmp_path: Path, make: type[torch.optim.Opti
     network = toys.model()
     optimizer = make(network.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
-    private = _private(tmp_path, model=network, optimizer=optimizer, learning_rate=scheduler)
+    private = short_run(tmp_path, model=network, optimizer=optimizer, learning_rate=scheduler)
     rates = [step.learning_rate for step in private]
     assert rates[0] == 0.1
     assert rates[-1] < 0.01
@@ -227,7 +211,7 @@ def test_any_optimizer_and_scheduler(tmp_path: Path, make: type[torch.optim.Opti
 def test_ratios_between_groups_are_kept(tmp_path: Path) -> None:
     network = toys.model()
     groups = [{"params": network[0].parameters(), "lr": 0.1}, {"params": network[3].parameters(), "lr": 0.02}]
-    private = _private(tmp_path, model=network, optimizer=torch.optim.SGD(groups), learning_rate=1.0, steps=4)
+    private = short_run(tmp_path, model=network, optimizer=torch.optim.SGD(groups), learning_rate=1.0, steps=4)
     for step in private:
         first, second = (group["lr"] for group in private._updates.optimizer.param_groups)
         assert second == pytest.approx(first / 5)
@@ -239,17 +223,17 @@ def test_a_nan_row_changes_nothing_beyond_its_share(tmp_path: Path) -> None:
     features[17] = math.nan
     features[40] = math.inf
     features[63] = 1e38
-    assert torch.isfinite(_finish(_private(tmp_path, dataset=TensorDataset(features, targets)))).all()
+    assert torch.isfinite(_finish(short_run(tmp_path, dataset=TensorDataset(features, targets)))).all()
 
 
 def test_dropout_is_a_function_of_the_key_and_leaves_the_callers_generator_alone(tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    first = _finish(_private(tmp_path / "a", model=toys.model(dropout=0.5)))
+    first = _finish(short_run(tmp_path / "a", model=toys.model(dropout=0.5)))
     assert torch.equal(torch.rand(4), expected)
-    assert torch.equal(first, _finish(_private(tmp_path / "b", model=toys.model(dropout=0.5))))
-    assert not torch.equal(first, _finish(_private(tmp_path / "c", model=toys.model(dropout=0.1))))
+    assert torch.equal(first, _finish(short_run(tmp_path / "b", model=toys.model(dropout=0.5))))
+    assert not torch.equal(first, _finish(short_run(tmp_path / "c", model=toys.model(dropout=0.1))))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, 1e20])
@@ -257,150 +241,4 @@ def test_no_single_row_decides_whether_training_starts(tmp_path: Path, value: fl
     """The self-check sees the first rows: one of them must not be able to fail it."""
     features, targets = (tensor.clone() for tensor in toys.data().tensors)
     features[1] = value
-    assert torch.isfinite(_finish(_private(tmp_path, dataset=TensorDataset(features, targets)))).all()
-
-
-class TestRefused:
-    """Each of these must stop before anything is released, and mostly before anything is written."""
-
-    def test_batch_coupling(self, tmp_path: Path) -> None:
-        network = nn.Sequential(
-            nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False, track_running_stats=False), nn.Linear(8, 2)
-        )
-        with pytest.raises(CheckFailed, match="isolation"):
-            _private(tmp_path / "run", model=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
-        assert not (tmp_path / "run").exists()
-
-    def test_mean_loss(self, tmp_path: Path) -> None:
-        with pytest.raises((ConfigError, CheckFailed, IndexError)):
-            _private(tmp_path / "run", loss=lambda model, batch: toys.loss(model, batch).mean())
-        assert not (tmp_path / "run").exists()
-
-    def test_optimizer_of_another_model(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"0\.weight: is trainable but the optimizer does not hold it"):
-            _private(tmp_path / "run", optimizer=torch.optim.SGD(toys.model().parameters(), lr=0.1))
-
-    def test_foreign_parameter_in_the_optimizer(self, tmp_path: Path) -> None:
-        network = toys.model()
-        extra = nn.Parameter(torch.zeros(1))
-        with pytest.raises(ConfigError, match="not in the model"):
-            _private(tmp_path / "run", model=network, optimizer=torch.optim.SGD([*network.parameters(), extra], lr=0.1))
-
-    def test_closure(self, tmp_path: Path) -> None:
-        network = toys.model()
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-        _private(tmp_path, model=network, optimizer=optimizer)
-        with pytest.raises(ConfigError, match="closure"):
-            optimizer.step(lambda: None)
-
-    def test_step_without_a_batch(self, tmp_path: Path) -> None:
-        network = toys.model()
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-        private = _private(tmp_path, model=network, optimizer=optimizer)
-        toys.loss(network, toys.data()[:5]).mean().backward()
-        with pytest.raises(ConfigError, match="without a clipped gradient"):
-            optimizer.step()
-        with pytest.raises(ConfigError, match="without a batch"):
-            private.backward(torch.zeros(3))
-
-    def test_a_skipped_microbatch(self, tmp_path: Path) -> None:
-        private = _private(tmp_path, microbatch=4)
-        batches = iter(private.loader)
-        next(batches)
-        with pytest.raises(ConfigError, match="was skipped"):
-            next(batches)
-
-    def test_a_batch_without_step(self, tmp_path: Path) -> None:
-        private = _private(tmp_path, microbatch=64)
-        batches = iter(private.loader)
-        private.backward(toys.loss(private.model, next(batches)))
-        with pytest.raises(ConfigError, match=r"step\(\) was not called"):
-            next(batches)
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"noise_multiplier": None}, "exactly one"),
-            ({"epsilon": 1.0}, "exactly one"),
-            ({"batch_size": 121}, "at most the 120 examples"),
-            ({"steps": 0}, "steps=0"),
-            ({"microbatch": 0}, "microbatch=0"),
-            ({"learning_rate": "fast"}, '"fast"'),
-            ({"learning_rate": -1.0}, "-1.0"),
-            ({"checkpoint_steps": 0}, "checkpoint_steps=0"),
-            ({"noise_multiplier": -1.0}, "-1.0"),
-            ({"noise_multiplier": None, "epsilon": -3.0}, "-3.0"),
-            ({"delta": 2.0}, "2.0"),
-            ({"resume": True}, "no run to resume"),
-        ],
-    )
-    def test_arguments(self, tmp_path: Path, changes: dict[str, object], message: str) -> None:
-        with pytest.raises(ConfigError, match=message):
-            _private(tmp_path / "run", **changes)
-        assert not (tmp_path / "run").exists()
-
-    def test_iterable_dataset(self, tmp_path: Path) -> None:
-        class Stream(IterableDataset):
-            def __iter__(self):
-                return iter(())
-
-        with pytest.raises(ConfigError, match="map-style"):
-            _private(tmp_path / "run", dataset=Stream())
-
-    def test_empty_dataset(self, tmp_path: Path) -> None:
-        class Nothing(Dataset):
-            def __len__(self) -> int:
-                return 0
-
-        with pytest.raises(ConfigError, match="empty"):
-            make_private(
-                toys.model(),
-                torch.optim.SGD(toys.model().parameters()),
-                Nothing(),
-                loss=toys.loss,
-                epsilon=1.0,
-                run_dir=tmp_path,
-            )
-
-    def test_second_run_in_a_directory(self, tmp_path: Path) -> None:
-        _private(tmp_path).close()
-        with pytest.raises(ConfigError, match="holds a run already"):
-            _private(tmp_path)
-
-    def test_second_process_on_a_run(self, tmp_path: Path) -> None:
-        private = _private(tmp_path)
-        with pytest.raises(LedgerError):
-            _private(tmp_path, resume=True)
-        private.close()
-
-    def test_clipping_that_is_not_the_plans(self, tmp_path: Path) -> None:
-        _private(tmp_path).close()
-        with pytest.raises(ConfigError, match="clipping"):
-            _private(tmp_path, resume=True, clipping=Clipping.abadi(3.0))
-
-    def test_an_optimizer_that_needs_a_closure(self, tmp_path: Path) -> None:
-        network = toys.model()
-        with pytest.raises(ConfigError, match="LBFGS: its step needs a closure"):
-            _private(tmp_path / "run", model=network, optimizer=torch.optim.LBFGS(network.parameters()))
-        assert not (tmp_path / "run").exists()
-
-    def test_a_scheduler_that_needs_a_metric(self, tmp_path: Path) -> None:
-        network = toys.model()
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-        with pytest.raises(ConfigError, match="needs a metric"):
-            _private(tmp_path / "run", model=network, optimizer=optimizer, learning_rate=scheduler)
-        assert not (tmp_path / "run").exists()
-
-    @pytest.mark.parametrize("fused", [False, True])
-    def test_a_gradient_scaler(self, tmp_path: Path, fused: bool) -> None:
-        network = toys.model()
-        optimizer = torch.optim.Adam(network.parameters(), fused=fused)
-        private = _private(tmp_path, model=network, optimizer=optimizer, microbatch=64)
-        scaler = torch.amp.GradScaler("cpu")
-        before = toys.weights(network)
-        batches = iter(private.loader)
-        private.backward(scaler.scale(toys.loss(network, next(batches))))
-        with pytest.raises((ConfigError, AssertionError), match=r"GradScaler|No inf checks"):
-            scaler.step(optimizer)
-        assert torch.equal(toys.weights(network), before)
+    assert torch.isfinite(_finish(short_run(tmp_path, dataset=TensorDataset(features, targets)))).all()

@@ -1,0 +1,175 @@
+"""What make_private and its loops refuse: before anything is released, and mostly before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from discreet.core.clipping import Clipping
+from discreet.errors import CheckFailed, ConfigError, LedgerError
+from discreet.train.loop import make_private
+from train import toys
+from train.short_run import short_run
+
+
+def test_batch_coupling(tmp_path: Path) -> None:
+    network = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False, track_running_stats=False), nn.Linear(8, 2)
+    )
+    with pytest.raises(CheckFailed, match="isolation"):
+        short_run(tmp_path / "run", model=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mean_loss(tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, CheckFailed, IndexError)):
+        short_run(tmp_path / "run", loss=lambda model, batch: toys.loss(model, batch).mean())
+    assert not (tmp_path / "run").exists()
+
+
+def test_optimizer_of_another_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"0\.weight: is trainable but the optimizer does not hold it"):
+        short_run(tmp_path / "run", optimizer=torch.optim.SGD(toys.model().parameters(), lr=0.1))
+
+
+def test_foreign_parameter_in_the_optimizer(tmp_path: Path) -> None:
+    network = toys.model()
+    extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ConfigError, match="not in the model"):
+        short_run(tmp_path / "run", model=network, optimizer=torch.optim.SGD([*network.parameters(), extra], lr=0.1))
+
+
+def test_closure(tmp_path: Path) -> None:
+    network = toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    short_run(tmp_path, model=network, optimizer=optimizer)
+    with pytest.raises(ConfigError, match="closure"):
+        optimizer.step(lambda: None)
+
+
+def test_step_without_a_batch(tmp_path: Path) -> None:
+    network = toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    private = short_run(tmp_path, model=network, optimizer=optimizer)
+    toys.loss(network, toys.data()[:5]).mean().backward()
+    with pytest.raises(ConfigError, match="without a clipped gradient"):
+        optimizer.step()
+    with pytest.raises(ConfigError, match="without a batch"):
+        private.backward(torch.zeros(3))
+
+
+def test_a_skipped_microbatch(tmp_path: Path) -> None:
+    private = short_run(tmp_path, microbatch=4)
+    batches = iter(private.loader)
+    next(batches)
+    with pytest.raises(ConfigError, match="was skipped"):
+        next(batches)
+
+
+def test_a_batch_without_step(tmp_path: Path) -> None:
+    private = short_run(tmp_path, microbatch=64)
+    batches = iter(private.loader)
+    private.backward(toys.loss(private.model, next(batches)))
+    with pytest.raises(ConfigError, match=r"step\(\) was not called"):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise_multiplier": None}, "exactly one"),
+        ({"epsilon": 1.0}, "exactly one"),
+        ({"batch_size": 121}, "at most the 120 examples"),
+        ({"steps": 0}, "steps=0"),
+        ({"microbatch": 0}, "microbatch=0"),
+        ({"learning_rate": "fast"}, '"fast"'),
+        ({"learning_rate": -1.0}, "-1.0"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps=0"),
+        ({"noise_multiplier": -1.0}, "-1.0"),
+        ({"noise_multiplier": None, "epsilon": -3.0}, "-3.0"),
+        ({"delta": 2.0}, "2.0"),
+        ({"resume": True}, "no run to resume"),
+    ],
+)
+def test_arguments(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        short_run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_iterable_dataset(tmp_path: Path) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ConfigError, match="map-style"):
+        short_run(tmp_path / "run", dataset=Stream())
+
+
+def test_empty_dataset(tmp_path: Path) -> None:
+    class Nothing(Dataset):
+        def __len__(self) -> int:
+            return 0
+
+    with pytest.raises(ConfigError, match="empty"):
+        make_private(
+            toys.model(),
+            torch.optim.SGD(toys.model().parameters()),
+            Nothing(),
+            loss=toys.loss,
+            epsilon=1.0,
+            run_dir=tmp_path,
+        )
+
+
+def test_second_run_in_a_directory(tmp_path: Path) -> None:
+    short_run(tmp_path).close()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        short_run(tmp_path)
+
+
+def test_second_process_on_a_run(tmp_path: Path) -> None:
+    private = short_run(tmp_path)
+    with pytest.raises(LedgerError):
+        short_run(tmp_path, resume=True)
+    private.close()
+
+
+def test_clipping_that_is_not_the_plans(tmp_path: Path) -> None:
+    short_run(tmp_path).close()
+    with pytest.raises(ConfigError, match="clipping"):
+        short_run(tmp_path, resume=True, clipping=Clipping.abadi(3.0))
+
+
+def test_an_optimizer_that_needs_a_closure(tmp_path: Path) -> None:
+    network = toys.model()
+    with pytest.raises(ConfigError, match="LBFGS: its step needs a closure"):
+        short_run(tmp_path / "run", model=network, optimizer=torch.optim.LBFGS(network.parameters()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scheduler_that_needs_a_metric(tmp_path: Path) -> None:
+    network = toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(ConfigError, match="needs a metric"):
+        short_run(tmp_path / "run", model=network, optimizer=optimizer, learning_rate=scheduler)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler(tmp_path: Path, fused: bool) -> None:
+    network = toys.model()
+    optimizer = torch.optim.Adam(network.parameters(), fused=fused)
+    private = short_run(tmp_path, model=network, optimizer=optimizer, microbatch=64)
+    scaler = torch.amp.GradScaler("cpu")
+    before = toys.weights(network)
+    batches = iter(private.loader)
+    private.backward(scaler.scale(toys.loss(network, next(batches))))
+    with pytest.raises((ConfigError, AssertionError), match=r"GradScaler|No inf checks"):
+        scaler.step(optimizer)
+    assert torch.equal(toys.weights(network), before)
