@@ -45,7 +45,7 @@ from discreet.core.lowering import (
 )
 from discreet.core.meeting import active, compiled_through, hide_from_compiler, instead
 from discreet.core.parameter import DerivedParameter, Guarded, PrivateParameter, plain
-from discreet.core.traced import KIND, TracedBook, TracedParameter, mapped
+from discreet.core.traced import KIND, TracedBook, TracedParameter
 from discreet.core.uses import Derivation
 from discreet.errors import UnsupportedUse
 
@@ -224,8 +224,8 @@ class Region:
         call = _calls.get(int(results[places[0]]))
         if call is None:
             return  # its book is gone: a backward that trains nothing
-        for derivation, form in self._books[serial].templates:
-            derivation, form = mapped((derivation, form), lambda at: results[places[at.index]])
+        for template in self._books[serial].templates:
+            derivation, form = template(lambda at: results[places[at.index]])
             call.book.record(_sourced(derivation, call), form)
 
 

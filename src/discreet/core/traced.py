@@ -97,7 +97,7 @@ class TracedBook(Book):
     Attributes:
         uses: all meetings, in order.
         expected: for each record to come, the parameters it belongs to.
-        templates: the records, with an `At` for every tensor and size.
+        templates: the records (origin, form), to be filled with what stands for every tensor and size.
     """
 
     def __init__(self, real: Book, values: Mapping[str, Tensor], *, examples: int, ticket: Tensor, serial: int) -> None:
@@ -108,7 +108,7 @@ class TracedBook(Book):
         self._meetings.update(real._meetings)
         self.uses: list[TracedUse] = []
         self.expected: list[tuple[str, ...]] = []
-        self.templates: list[tuple[Derivation, Form]] = []
+        self.templates: list[Filler] = []
         self._tensors: list[Tensor] = [ticket]
         self._sizes: list[int | torch.SymInt] = [serial]
 
@@ -146,7 +146,7 @@ class TracedBook(Book):
         return constant.detach().clone() if isinstance(constant, Tensor) else constant
 
     def record(self, derivation: Derivation, form: Form) -> None:
-        self.templates.append(mapped((replace(derivation, sources=()), form.detached()), self._placed))
+        self.templates.append(filler(mapped((replace(derivation, sources=()), form.detached()), self._placed)))
 
     def close(self) -> Tensor:
         """All that was recorded, handed to the compiler."""
@@ -189,3 +189,30 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, (Derivation, Form)) and is_dataclass(value):
         return replace(value, **{field.name: mapped(getattr(value, field.name), change) for field in fields(value)})
     return value
+
+
+Fill = Callable[[At], Any]
+Filler = Callable[[Fill], Any]
+"""Makes a record anew, asking for what stands in each place."""
+
+
+def filler(template: Any) -> Filler:
+    """As `mapped`, for a template that is filled again and again: what has no place in it is looked at once."""
+    if isinstance(template, At):
+        return lambda fill: fill(template)
+    if type(template) in (tuple, list) and _has_place(template):
+        kind, parts = type(template), [filler(part) for part in template]
+        return lambda fill: kind(part(fill) for part in parts)
+    if isinstance(template, Replay) and _has_place(template):
+        return lambda fill: mapped(template, fill)
+    if isinstance(template, (Derivation, Form)) and _has_place(template):
+        values = {field.name: getattr(template, field.name) for field in fields(template)}
+        changing = {name: filler(value) for name, value in values.items() if _has_place(value)}
+        return lambda fill: replace(template, **{name: part(fill) for name, part in changing.items()})
+    return lambda fill: template
+
+
+def _has_place(template: Any) -> bool:
+    found: list[At] = []
+    mapped(template, found.append)
+    return bool(found)
