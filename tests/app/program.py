@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from app.data_files import idx as idx_bytes
 from discreet.app.cli import main
 
 ROWS = 2000
@@ -25,9 +25,7 @@ def table(path: Path, *, rows: int = ROWS, header: str = "age,job,income") -> Pa
 
 
 def idx(path: Path, array: np.ndarray) -> None:
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">I", size) for size in array.shape)
-    with gzip.open(path, "wb") as stream:
-        stream.write(header + array.astype(np.uint8).tobytes())
+    path.write_bytes(gzip.compress(idx_bytes(array)))
 
 
 def run_program(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app.data_files import write
 from app.program import CANARY, idx, must_refuse, run_program, table
 
 
@@ -38,7 +39,7 @@ def test_budget_spent_by_statistics_exits_3(workplace: Path, capsys: pytest.Capt
     assert not (workplace / "run").exists()
 
 
-MALFORMED_FILES = {
+MALFORMED_FILES: dict[str, str | bytes] = {
     "empty file": "",
     "header only": "age,job,income\n",
     "ragged row": "age,job,income\n1,clerk,low\n2,smith\n3,clerk,high\n",
@@ -47,33 +48,24 @@ MALFORMED_FILES = {
     "no label anywhere": "age,job,income\n" + "".join(f"{age},clerk,\n" for age in range(50)),
     "NUL byte": "age,job,income\n1,cl\x00erk,low\n2,smith,high\n",
     "only the target": "income\nlow\nhigh\nlow\n",
+    "not UTF-8": b"age,job,income\n1,\xff\xfe,low\n2,smith,high\n",
 }
 
 
 @pytest.mark.parametrize("name", MALFORMED_FILES)
 def test_malformed_file(workplace: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    (workplace / "bad.csv").write_text(MALFORMED_FILES[name])
+    write(workplace / "bad.csv", MALFORMED_FILES[name])
     must_refuse(workplace, capsys, "train", "bad.csv", "--target", "income", "--epsilon", 3, "--out", "run")
 
 
-def test_not_utf8(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (workplace / "bad.csv").write_bytes(b"age,job,income\n1,\xff\xfe,low\n2,smith,high\n")
-    must_refuse(workplace, capsys, "train", "bad.csv", "--target", "income", "--epsilon", 3, "--out", "run")
-
-
-def test_truncated_gzip(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("labels", "cut"), [(9, 9), (8, 0)], ids=["truncated gzip", "fewer labels than images"])
+def test_malformed_images(workplace: Path, capsys: pytest.CaptureFixture[str], labels: int, cut: int) -> None:
     (workplace / "images").mkdir()
-    idx(workplace / "images" / "train-images-idx3-ubyte.gz", np.zeros((9, 4, 4)))
-    idx(workplace / "images" / "train-labels-idx1-ubyte.gz", np.arange(9))
     path = workplace / "images" / "train-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:-9])
-    must_refuse(workplace, capsys, "train", "images", "--epsilon", 3, "--out", "run")
-
-
-def test_fewer_labels_than_images(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (workplace / "images").mkdir()
-    idx(workplace / "images" / "train-images-idx3-ubyte.gz", np.zeros((9, 4, 4)))
-    idx(workplace / "images" / "train-labels-idx1-ubyte.gz", np.arange(8))
+    idx(path, np.zeros((9, 4, 4)))
+    idx(workplace / "images" / "train-labels-idx1-ubyte.gz", np.arange(labels))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
     must_refuse(workplace, capsys, "train", "images", "--epsilon", 3, "--out", "run")
 
 

@@ -30,17 +30,14 @@ def _child(run_dir: Path, result: Path, *, resume: bool, arm: Callable[[], None]
     torch.set_num_threads(1)
     arm()
     network = toys.model(dropout=0.2)
-    private = loop.make_private(
-        network,
-        torch.optim.Adam(network.parameters(), lr=0.05),
-        toys.data(),
-        loss=toys.loss,
+    private = toys.private_run(
+        run_dir,
+        network=network,
         noise_multiplier=0.8,
         batch_size=20,
         steps=STEPS,
         learning_rate=0.05,
         microbatch=8,
-        run_dir=run_dir,
         resume=resume,
         checkpoint_steps=EVERY,
         seed=3,
@@ -159,17 +156,13 @@ def _finish_and_compare(folder: Path, result: Path, undisturbed: torch.Tensor) -
 
 
 def _private(run_dir: Path, *, dataset: Any, resume: bool) -> loop.Private:
-    network = toys.model()
-    return loop.make_private(
-        network,
-        torch.optim.Adam(network.parameters(), lr=0.05),
-        dataset,
-        loss=toys.loss,
+    return toys.private_run(
+        run_dir,
+        dataset=dataset,
         epsilon=2.0,
         batch_size=20,
         steps=60,
         learning_rate=0.05,
-        run_dir=run_dir,
         resume=resume,
         checkpoint_steps=10,
     )

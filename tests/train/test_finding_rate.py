@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,14 @@ def _private(
     momentum: bool = False,
     updates: int = STEPS,
 ) -> Private:
-    network = network if network is not None else toys.model()
-    make = torch.optim.SGD if momentum else torch.optim.Adam
-    options: dict[str, Any] = {"momentum": 0.9} if momentum else {}
-    return make_private(
-        network,
-        make(network.parameters(), lr=123.0, **options),
-        toys.data(),
-        loss=toys.loss,
+    return toys.private_run(
+        run_dir,
+        network=network,
+        optimizer=partial(torch.optim.SGD, momentum=0.9, lr=123.0) if momentum else partial(torch.optim.Adam, lr=123.0),
         noise_multiplier=1.5,
         batch_size=60,
         steps=updates,
         learning_rate=rate,
-        run_dir=run_dir,
         resume=resume,
         microbatch=microbatch,
         checkpoint_steps=checkpoint_steps,
@@ -232,15 +228,13 @@ def test_an_unchanged_loop_gets_the_same_rate_and_weights(tmp_path):
     list(iterated)
     network = toys.model()
     optimizer = torch.optim.Adam(network.parameters(), lr=9.0)
-    private = make_private(
-        network,
-        optimizer,
-        toys.data(),
-        loss=toys.loss,
+    private = toys.private_run(
+        tmp_path / "loop",
+        network=network,
+        optimizer=lambda _parameters: optimizer,
         noise_multiplier=1.5,
         batch_size=60,
         steps=LONG,
-        run_dir=tmp_path / "loop",
         seed=7,
     )
     for batch in private.loader:
@@ -266,15 +260,13 @@ def test_a_probe_that_is_repeated_on_other_data_gets_another_key_and_another_cha
     network = toys.model()
 
     def private(data: TensorDataset, *, resume: bool = False) -> Private:
-        return make_private(
-            network,
-            torch.optim.Adam(network.parameters()),
-            data,
-            loss=toys.loss,
+        return toys.private_run(
+            tmp_path,
+            network=network,
+            dataset=data,
             noise_multiplier=1.5,
             batch_size=60,
             steps=STEPS,
-            run_dir=tmp_path,
             resume=resume,
         )
 
@@ -291,17 +283,7 @@ def test_a_probe_that_is_repeated_on_other_data_gets_another_key_and_another_cha
 
 
 def test_without_noise_the_rate_is_found_all_the_same(tmp_path):
-    network = toys.model()
-    private = make_private(
-        network,
-        torch.optim.Adam(network.parameters()),
-        toys.data(),
-        loss=toys.loss,
-        epsilon=math.inf,
-        batch_size=60,
-        steps=STEPS,
-        run_dir=tmp_path,
-    )
+    private = toys.private_run(tmp_path, epsilon=math.inf, batch_size=60, steps=STEPS)
     step = next(iter(private))
     assert step.verdict is not None
     assert step.verdict.accepted

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from discreet.train.loop import make_private
 from train import toys
 
 KEYED = {"key_ids", "head", "model_sha256"}
@@ -23,19 +21,8 @@ def _without(value: Any, names: set[str]) -> Any:
 
 
 def _published(run_dir: Path, *, seed: int, microbatch: int) -> tuple[dict[str, Any], list[int]]:
-    network = toys.model()
-    private = make_private(
-        network,
-        torch.optim.Adam(network.parameters()),
-        toys.data(),
-        loss=toys.loss,
-        epsilon=3.0,
-        batch_size=6,
-        steps=20,
-        learning_rate=0.01,
-        microbatch=microbatch,
-        run_dir=run_dir,
-        seed=seed,
+    private = toys.private_run(
+        run_dir, epsilon=3.0, batch_size=6, steps=20, learning_rate=0.01, microbatch=microbatch, seed=seed
     )
     key = private._updates.run.sampling_key
     sizes = [len(private.plan.sampling.draw(key=key, step=step)) for step in range(20)]

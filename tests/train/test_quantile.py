@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import discreet
 from discreet.core.clipping import BELOW, Clipping
 from discreet.privacy.accounting import SampledGaussian
 from discreet.privacy.plan import Plan
-from discreet.train.loop import Private, make_private
+from discreet.train.loop import Private
 from discreet.train.setup import clipping_of
 from train import toys
 
@@ -24,11 +25,16 @@ RULES = [
 
 
 def _private(run_dir: Path, **changes: object) -> Private:
-    network = toys.model(torch.float64)
     given = {"clipping": RULES[0], "noise_multiplier": 1.0, "batch_size": 20, "steps": 12, "microbatch": 8} | changes
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
-    data = toys.data(torch.float64)
-    return make_private(network, optimizer, data, loss=toys.loss, learning_rate=None, run_dir=run_dir, seed=7, **given)
+    return toys.private_run(
+        run_dir,
+        network=toys.model(torch.float64),
+        optimizer=partial(torch.optim.Adam, lr=0.05),
+        dataset=toys.data(torch.float64),
+        learning_rate=None,
+        seed=7,
+        **given,
+    )
 
 
 def _finish(private: Private) -> tuple[torch.Tensor, float]:

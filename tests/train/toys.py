@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+
+from discreet.train.loop import Data, Private, make_private
 
 EXAMPLES = 120
 
@@ -33,3 +38,19 @@ def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def weights(network: nn.Module) -> Tensor:
     """All parameters as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def private_run(
+    run_dir: Path,
+    *,
+    network: nn.Module | None = None,
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = torch.optim.Adam,
+    dataset: Data | None = None,
+    **given: object,
+) -> Private:
+    """A private run of these toys; ``given`` are further arguments of `make_private`."""
+    network = model() if network is None else network
+    moved = optimizer(network.parameters())
+    return make_private(
+        network, moved, data() if dataset is None else dataset, run_dir=run_dir, **{"loss": loss, **given}
+    )

@@ -32,7 +32,7 @@ from discreet.privacy.accounting import (
 from discreet.privacy.answers import Budget, Step, largest_batch, most_steps
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.plan import default_delta
-from discreet.privacy.records import parse_json
+from discreet.privacy.records import json_number, parse_json
 from discreet.privacy.sampling import PoissonSampling
 from discreet.privacy.search import Largest
 from discreet.privacy.tradeoff import in_words, tradeoff
@@ -267,11 +267,6 @@ def _facts(given: _Given, step: Step, *, epsilon: float, delta: float) -> dict[s
         "steps": step.count,
         "examples": given.examples,
     }
-
-
-def json_number(value: float) -> float | str:
-    """Infinity has no JSON number."""
-    return "inf" if math.isinf(value) else value
 
 
 def _read_queries(path: Path) -> tuple[tuple[Query, ...], dict[str, object]]:

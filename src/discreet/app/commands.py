@@ -25,6 +25,7 @@ from discreet.app.tuning import TuneOptions, tune_file
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
 from discreet.privacy.plan import Plan
+from discreet.privacy.records import json_number
 from discreet.privacy.repetitions import Stopping
 from discreet.privacy.verification import verify
 from discreet.train.auto_lr import AutoLR
@@ -128,26 +129,12 @@ def account(options: argparse.Namespace) -> None:
 
 def verify_run(options: argparse.Namespace) -> None:
     """`discreet verify`."""
-    found = verify(_run_dir(options.run))
-    facts = {
-        "epsilon": _number(found.epsilon),
-        "delta": found.delta,
-        "private": found.private,
-        "steps": found.steps,
-        "examples": found.examples,
-        "batch_size": found.batch_size,
-        "noise_multiplier": found.noise_multiplier,
-        "ledger_records": found.records,
-        "ledger_head": found.head,
-        "finished": found.finished,
-    }
-    if found.temperature is not None:
-        facts["temperature"] = found.temperature
+    record = verify(_run_dir(options.run)).to_json()
     if options.json:
-        _print_json({**facts, "statement": found.statement})
+        _print_json(record)
         return
-    _print_table(facts)
-    print(f"\n{found.statement}")
+    _print_table({name: value for name, value in record.items() if name != "statement"})
+    print(f"\n{record['statement']}")
 
 
 def calibrate_predictions(options: argparse.Namespace) -> None:
@@ -346,7 +333,7 @@ def _say(outcome: Outcome, *, as_json: bool) -> None:
 
 def _print_outcome(outcome: Outcome) -> None:
     facts: dict[str, object] = {
-        "epsilon": _number(outcome.epsilon),
+        "epsilon": json_number(outcome.epsilon),
         "delta": outcome.plan.delta,
         "examples": outcome.plan.examples,
         "batch size": outcome.plan.batch_size,
@@ -388,8 +375,3 @@ def _print_table(facts: Mapping[str, object]) -> None:
 
 def _print_json(record: Mapping[str, object]) -> None:
     print(json.dumps(record, allow_nan=False, sort_keys=True))
-
-
-def _number(value: float) -> float | str:
-    """Infinity has no JSON number."""
-    return "inf" if math.isinf(value) else value

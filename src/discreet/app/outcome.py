@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from discreet.app.results import Written
 from discreet.app.runs import sizes
 from discreet.insight.calibration import CalibrationReport
 from discreet.privacy.plan import Plan
+from discreet.privacy.records import json_number
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Outcome:
         return {
             "run_dir": str(self.run_dir),
             "report": None if self.written.page is None else str(self.written.page),
-            "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
+            "epsilon": json_number(self.epsilon),
             **sizes(self.plan),
             "steps": self.updates,
             # No finer: how long an update takes follows from how many examples were drawn.

@@ -17,6 +17,7 @@ from discreet.privacy.accounting import epsilon as compose_epsilon
 from discreet.privacy.files import write_atomically
 from discreet.privacy.ledger import Ledger, LedgerView
 from discreet.privacy.plan import Plan
+from discreet.privacy.records import json_number
 
 FORMAT = 1
 LEDGER_NAME = "ledger.jsonl"
@@ -114,8 +115,8 @@ def certificate(plan: Plan, ledger: LedgerView) -> dict[str, object]:
         "stamp": "" if is_private(plan, ledger) else NOT_PRIVATE_STAMP,
         "private": is_private(plan, ledger),
         "statement": statement_of(plan, ledger),
-        "epsilon": _json_number(ledger.epsilon()),
-        "epsilon_target": _json_number(plan.epsilon),
+        "epsilon": json_number(ledger.epsilon()),
+        "epsilon_target": json_number(plan.epsilon),
         "delta": plan.delta,
         "unit": "one example (one row, image or text)",
         "relation": {"name": plan.relation.value, "meaning": _RELATIONS[plan.relation]},
@@ -189,8 +190,8 @@ def _parts_record(plan: Plan, ledger: LedgerView) -> dict[str, object]:
             "charged": bool(apart),
             "temperature": temperature_of(ledger),
         },
-        "epsilon_calibration": _json_number(_composed(plan, apart)),
-        "epsilon_training": _json_number(_composed(plan, rest)),
+        "epsilon_calibration": json_number(_composed(plan, apart)),
+        "epsilon_training": json_number(_composed(plan, rest)),
     }
 
 
@@ -259,10 +260,6 @@ def _is_report(plan: Plan) -> bool:
 def is_private(plan: Plan, ledger: LedgerView) -> bool:
     """Whether there is a guarantee: no seed, noise, and a finite epsilon."""
     return not ledger.test_mode and plan.noise_multiplier > 0 and math.isfinite(ledger.epsilon())
-
-
-def _json_number(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value
 
 
 def read_run(run_dir: Path) -> tuple[Plan, LedgerView]:

@@ -30,7 +30,7 @@ from discreet.privacy.accounting import (
     epsilon as compose_epsilon,
 )
 from discreet.privacy.files import write_atomically
-from discreet.privacy.records import Fields, canonical_json, parse_json
+from discreet.privacy.records import Fields, canonical_json, json_number, parse_json
 from discreet.privacy.repetitions import Repetitions
 from discreet.privacy.sampling import PoissonSampling
 
@@ -296,7 +296,7 @@ class Plan:
         if self.search is not None:
             whole = SampledGaussian(self.sample_rate, self.noise_multiplier, self.steps)
             record["search"] = query_to_json(self.search.query(whole))
-        record["epsilon"] = "inf" if math.isinf(self.epsilon) else self.epsilon
+        record["epsilon"] = json_number(self.epsilon)
         record["relation"] = self.relation.value
         record["accountant"] = self.accountant.value
         record["clipping"] = dict(self.clipping)

@@ -36,6 +36,11 @@ def parse_json(text: str, *, where: str) -> object:
         raise ConfigError(f"{where}: not valid JSON ({error}); restore the file from a copy.") from None
 
 
+def json_number(value: float) -> float | str:
+    """A number as a JSON value: infinity, which has none, is the word that `Fields` reads back."""
+    return "inf" if math.isinf(value) else value
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) != len(pairs):

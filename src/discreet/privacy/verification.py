@@ -24,7 +24,7 @@ from discreet.privacy.certificate import (
 )
 from discreet.privacy.files import file_digest
 from discreet.privacy.ledger import LedgerView
-from discreet.privacy.records import Fields, parse_json
+from discreet.privacy.records import Fields, json_number, parse_json
 
 UNFINISHED = "NOT FINISHED, what is reserved so far"
 EPSILON_TOLERANCE = 1e-6
@@ -59,6 +59,25 @@ class Verification:
     finished: bool
     statement: str
     temperature: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """JSON values, as `discreet verify` prints them; infinity, which JSON does not have, is a word."""
+        record: dict[str, object] = {
+            "epsilon": json_number(self.epsilon),
+            "delta": self.delta,
+            "private": self.private,
+            "steps": self.steps,
+            "examples": self.examples,
+            "batch_size": self.batch_size,
+            "noise_multiplier": self.noise_multiplier,
+            "ledger_records": self.records,
+            "ledger_head": self.head,
+            "finished": self.finished,
+            "statement": self.statement,
+        }
+        if self.temperature is not None:
+            record["temperature"] = self.temperature
+        return record
 
 
 def verify(run_dir: Path | str) -> Verification:
