@@ -156,7 +156,7 @@ def test_answers_that_leave_it_open_may_lower_a_rate_and_not_raise_it(displaceme
     ("before", "level", "unit"), [(None, 1.5, 1.5), (6.0, 1.5, 1.5), (2.0, 1.5, 0.5), (1.0, 1.5, LEAST_LEARNED * 1.5)]
 )
 def test_the_rise_that_is_asked_for_is_what_was_learned(before, level, unit):
-    """No more than the level, which is what the first search asks for, and no less than a quarter of it."""
+    """No more than the level, which is what the first search asks for, and no less than a tenth of it."""
     search = ToleranceSearch(noise=0.01, updates=UPDATES, before=before, level=level, asked=1)
     assert search.unit == pytest.approx(unit)
     question = search.question()

@@ -49,7 +49,7 @@ ENOUGH = 0.35
 OPEN = 1.0
 """With more octaves of standard deviation than this, the answers leave the tolerance open."""
 
-LEAST_LEARNED = 0.25
+LEAST_LEARNED = 0.1
 """What a model has learned counts as this share of its loss, at least."""
 
 _STEEPNESS = 2.5
