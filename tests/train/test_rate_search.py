@@ -84,11 +84,13 @@ def test_where_it_begins_does_not_matter(prior):
     assert search.verdict().movement == pytest.approx(0.2 * per_update(UPDATES), rel=0.2)
 
 
-def test_with_few_updates_it_asks_once_and_believes_it():
+@pytest.mark.parametrize("tolerance", [0.6, 0.05])
+def test_with_few_updates_it_asks_once_and_is_no_larger_than_usual(tolerance):
     search = _search(updates=120)
-    _answer(search, 0, level=3.0, tolerance=0.6)
+    _answer(search, 0, level=3.0, tolerance=tolerance)
     assert search.question(60) is None
-    assert search.verdict().movement == pytest.approx(0.6 * per_update(120), rel=0.15)
+    usual = PRIOR * math.sqrt(USUAL_UPDATES / 120)
+    assert search.verdict().movement == pytest.approx(min(usual, tolerance * per_update(120)), rel=0.15)
 
 
 def test_nothing_is_asked_again_where_nothing_was_told():

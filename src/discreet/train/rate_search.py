@@ -4,7 +4,8 @@ What noise destroys is what a model knows. A fresh network knows nothing, so its
 carry, and not how much of what will be learned they bear: where units saturate, a fresh loss hardly rises although the
 network is scrambled by a sixth of the noise (docs/lab-notes.md). A model that begins trained has most to lose at the
 start. So both are asked, and the smaller of the two tolerances rules. Until the second is known, the rate is no larger
-than `discreet.train.tolerance.PRIOR` for the usual number of updates, at which DP-Adam learns something everywhere.
+than `discreet.train.tolerance.PRIOR` for the usual number of updates, at which DP-Adam learns something everywhere; a
+run too short to ask again keeps to that.
 
 The second search asks for a rise by what was learned so far, and no more than the level; a loss that cannot fall far
 (a language model's) is then no licence to scramble. It begins at the tolerance of the rate in force, not at the first
@@ -97,7 +98,7 @@ class RateSearch:
 
     def _verdict(self) -> Verdict:
         first = self.first.verdict()
-        if not first.accepted or self._updates < FEWEST * SECOND_SHARE:
+        if not first.accepted:
             return first
         safe = min(first.movement, PRIOR * math.sqrt(USUAL_UPDATES / self._updates))
         if self.second is None:
