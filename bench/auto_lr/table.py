@@ -3,128 +3,128 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-Rows = Sequence[dict[str, Any]]
+from bench.auto_lr.gaps import Cell, Gap, Rows, cells, gap, gap_without_luck, mean, oracle, over_tasks
 
-
-def seeds(rows: Rows, task: str, epsilon: float, contestant: str) -> frozenset[int]:
-    """Seeds with which a contestant was run."""
-    cell = (task, epsilon, contestant)
-    return frozenset(row["seed"] for row in rows if (row["task"], row["epsilon"], row["contestant"]) == cell)
-
-
-def mean(
-    rows: Rows, task: str, epsilon: float, contestant: str, *, among: frozenset[int] | None = None
-) -> float | None:
-    """Mean accuracy over seeds, all or those ``among`` these, in points; None when there is none."""
-    found = [
-        100 * row["accuracy"]
-        for row in rows
-        if (row["task"], row["epsilon"], row["contestant"]) == (task, epsilon, contestant)
-        and (among is None or row["seed"] in among)
-    ]
-    return statistics.fmean(found) if found else None
+COLUMNS = ("auto", "auto-sgdm", "fixed", "fixed-root", "prodigy", "dadapt", "search")
+TITLES = ("task", "epsilon", "best of the grid", "sets itself", "gap", "without luck", "with momentum", "0.02, linear")
+FOREIGN = ("0.02, root", "Prodigy", "D-Adaptation", "grid, search paid", "seeds")
+AGAINST = {
+    "fixed": "0.02, linear",
+    "fixed-root": "0.02, root",
+    "prodigy": "Prodigy",
+    "dadapt": "D-Adaptation",
+    "search": "the grid, its search paid",
+}
 
 
-def oracle(rows: Rows, task: str, epsilon: float) -> tuple[str, float] | None:
-    """The best setting of the grid by its mean over seeds, chosen on the test rows; None without a grid.
-
-    Settings with fewer seeds than others are out: they were left behind (`bench.auto_lr.pruning`).
-    """
-    counts = Counter(
-        row["contestant"]
-        for row in rows
-        if (row["task"], row["epsilon"]) == (task, epsilon) and row["contestant"].startswith("grid:")
-    )
-    most = max(counts.values(), default=0)
-    found = [
-        (setting, value)
-        for setting, count in counts.items()
-        if count == most and (value := mean(rows, task, epsilon, setting)) is not None
-    ]
-    return max(found, key=lambda pair: (pair[1], pair[0])) if found else None
-
-
-def gap(rows: Rows, task: str, epsilon: float, contestant: str = "auto") -> float | None:
-    """Points that a contestant stays behind the oracle; negative when it is ahead.
-
-    Over the seeds that both were run with: batches, noise and first weights are those of the seed, and move both.
-    """
-    best = oracle(rows, task, epsilon)
-    if best is None:
-        return None
-    both = seeds(rows, task, epsilon, best[0]) & seeds(rows, task, epsilon, contestant)
-    ceiling, own = (mean(rows, task, epsilon, name, among=both) for name in (best[0], contestant))
-    return None if ceiling is None or own is None else ceiling - own
-
-
-def spread(rows: Rows, task: str, epsilon: float) -> float | None:
+def spread(cell: Cell) -> float | None:
     """Points between the best and the worst start of the search."""
-    starts = {row["contestant"] for row in rows if row["contestant"].startswith("auto-from-")}
-    found = [value for start in starts if (value := mean(rows, task, epsilon, start)) is not None]
+    found = [value for start in cell if start.startswith("auto-from-") and (value := mean(cell, start)) is not None]
     return max(found) - min(found) if len(found) > 1 else None
 
 
-COLUMNS = ("auto", "auto-sgdm", "fixed", "fixed-root", "prodigy", "dadapt", "search")
-
-
-TITLES = ("task", "epsilon", "best of the grid", "sets itself", "gap", "with momentum", "0.02, linear", "0.02, root")
-FOREIGN = ("Prodigy", "D-Adaptation", "grid, search paid", "seeds")
-
-
 def markdown(rows: Rows, names: Mapping[str, str]) -> str:
-    """The table of docs/learning-rate.md: tasks in the order of ``names`` (task -> its name there).
+    """The tables of docs/learning-rate.md: cells, gaps and rivals; ``names``: task -> its name there, in their order.
 
     Seeds are those of what sets itself, of the grid's best, and of the paid search, where they differ.
     """
-    titles = (*TITLES, *FOREIGN)
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    by = {(task, epsilon): cell for (task, epsilon), cell in sorted(cells(rows).items()) if task in names}
+    lines = _rule((*TITLES, *FOREIGN))
     for task, told in names.items():
-        for epsilon in sorted({row["epsilon"] for row in rows if row["task"] == task}):
-            best, behind = oracle(rows, task, epsilon), gap(rows, task, epsilon)
-            found = {name: mean(rows, task, epsilon, name) for name in COLUMNS}
-            counts = [
-                len(seeds(rows, task, epsilon, name)) for name in ("auto", "" if best is None else best[0], "search")
-            ]
-            cells = [
-                told,
-                f"{epsilon:g}",
-                "—" if best is None else f"{best[1]:.1f} ({best[0][5:].replace(':', ' ').replace('sgdm', 'momentum')})",
-                _point(found["auto"]),
-                "—" if behind is None else f"{behind:+.1f}",
-                *(_point(found[name]) for name in COLUMNS[1:]),
-                "/".join(str(count) for count in counts) if len(set(counts)) > 1 else str(counts[0]),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines += [_line(_cells_of(by[at], told, at[1])) for at in by if at[0] == task]
+    return "\n".join([*lines, "", *_gaps(by), "", *_rivals(by)])
+
+
+def _cells_of(cell: Cell, told: str, epsilon: float) -> list[str]:
+    best = oracle(cell)
+    of_best = None if best is None else mean(cell, best)
+    setting = "" if best is None else best.removeprefix("grid:").replace(":", " ").replace("sgdm", "momentum")
+    found = {name: mean(cell, name) for name in COLUMNS}
+    counts = [len(cell.get(name, ())) for name in ("auto", best or "", "search")]
+    return [
+        told,
+        f"{epsilon:g}",
+        "—" if of_best is None else f"{of_best:.1f} ({setting})",
+        _point(found["auto"]),
+        _with_error(gap(cell)),
+        _with_error(gap_without_luck(cell)),
+        *(_point(found[name]) for name in COLUMNS[1:]),
+        "/".join(str(count) for count in counts) if len(set(counts)) > 1 else str(counts[0]),
+    ]
+
+
+def _gaps(by: Mapping[tuple[str, float], Cell]) -> list[str]:
+    """Mean gaps to the oracle by epsilon, of what sets itself with either optimizer."""
+    lines = _rule(("epsilon", "optimizer", "tasks", "mean gap", "without luck", "worst cell", "worst without luck"))
+    for epsilon in sorted({epsilon for _, epsilon in by}):
+        for name, told in (("auto", "DP-Adam"), ("auto-sgdm", "momentum")):
+            tasks = {task: cell for (task, at), cell in by.items() if at == epsilon}
+            lucky = {task: found for task, cell in tasks.items() if (found := gap(cell, name)) is not None}
+            fair = {task: found for task, cell in tasks.items() if (found := gap_without_luck(cell, name)) is not None}
+            means = (_with_error(over_tasks(list(found.values()))) for found in (lucky, fair))
+            lines.append(_line([f"{epsilon:g}", told, str(len(lucky)), *means, _worst(lucky), _worst(fair)]))
+    return lines
+
+
+def _worst(gaps: Mapping[str, Gap]) -> str:
+    task = max(gaps, key=lambda task: gaps[task].points, default=None)
+    return "—" if task is None else f"{_with_error(gaps[task])} ({task})"
+
+
+def _rivals(by: Mapping[tuple[str, float], Cell]) -> list[str]:
+    """How far others are behind what sets itself, by epsilon, and where they are ahead of it."""
+    lines = _rule(("epsilon", "against", "cells", "mean lead", "behind in", "where it is ahead"))
+    for epsilon in sorted({epsilon for _, epsilon in by}):
+        for name, told in AGAINST.items():
+            tasks = {task: cell for (task, at), cell in by.items() if at == epsilon}
+            leads = {task: found for task, cell in tasks.items() if (found := gap(cell, name, to="auto")) is not None}
+            ahead = ", ".join(f"{task} {_with_error(lead)}" for task, lead in leads.items() if lead.points < 0)
+            behind = sum(lead.points > 0 for lead in leads.values())
+            means = _with_error(over_tasks(list(leads.values())))
+            lines.append(_line([f"{epsilon:g}", told, str(len(leads)), means, f"{behind}", ahead or "nowhere"]))
+    return lines
+
+
+def _rule(titles: tuple[str, ...]) -> list[str]:
+    return [_line(list(titles)), "|" + "---|" * len(titles)]
+
+
+def _line(found: list[str]) -> str:
+    return "| " + " | ".join(found) + " |"
 
 
 def _point(value: float | None) -> str:
     return "—" if value is None else f"{value:.1f}"
 
 
+def _with_error(found: Gap | None) -> str:
+    if found is None:
+        return "—"
+    return f"{found.points:+.2f}" + ("" if found.error is None else f" ± {found.error:.2f}")
+
+
 def render(rows: Rows) -> str:
     """The table as text, one line per task and epsilon, then means over tasks."""
-    cells = sorted({(row["task"], row["epsilon"]) for row in rows})
+    by = cells(rows)
     lines = [f"{'task':14}{'eps':>5}{'oracle':>8}  {'setting':24}" + "".join(f"{name:>11}" for name in COLUMNS)]
     lines[0] += f"{'gap':>7}{'starts':>8}{'rate':>8}{'seeds':>7}"
-    for task, epsilon in cells:
-        best = oracle(rows, task, epsilon)
-        shown = f"{task:14}{epsilon:5g}" + (f"{best[1]:8.2f}  {best[0][5:]:24}" if best else f"{'-':>8}  {'-':24}")
-        shown += "".join(_number(mean(rows, task, epsilon, name), width=11) for name in COLUMNS)
-        shown += _number(gap(rows, task, epsilon), width=7) + _number(spread(rows, task, epsilon), width=8)
-        own = [r for r in rows if (r["task"], r["epsilon"], r["contestant"]) == (task, epsilon, "auto")]
-        shown += f"{statistics.fmean(r['rate'] for r in own):8.4f}" if own else f"{'-':>8}"
-        lines.append(shown + f"{len(own):7d}")
-    for epsilon in sorted({epsilon for _, epsilon in cells}):
-        gaps = {
-            name: [g for task, e in cells if e == epsilon and (g := gap(rows, task, e, name)) is not None]
-            for name in COLUMNS
-        }
-        told = ", ".join(f"{name} {statistics.fmean(found):+.2f}" for name, found in gaps.items() if found)
+    for (task, epsilon), cell in sorted(by.items()):
+        best, behind = oracle(cell), gap(cell)
+        shown = f"{task:14}{epsilon:5g}" + (
+            f"{'-':>8}  {'-':24}" if best is None else f"{mean(cell, best):8.2f}  {best.removeprefix('grid:'):24}"
+        )
+        shown += "".join(_number(mean(cell, name), width=11) for name in COLUMNS)
+        shown += _number(None if behind is None else behind.points, width=7) + _number(spread(cell), width=8)
+        own = (task, epsilon, "auto")
+        rates = [row["rate"] for row in rows if (row["task"], row["epsilon"], row["contestant"]) == own]
+        shown += f"{statistics.fmean(rates):8.4f}" if rates else f"{'-':>8}"
+        lines.append(shown + f"{len(rates):7d}")
+    for epsilon in sorted({epsilon for _, epsilon in by}):
+        tasks = [cell for (_, at), cell in by.items() if at == epsilon]
+        gaps = {name: [found for cell in tasks if (found := gap(cell, name)) is not None] for name in COLUMNS}
+        told = ", ".join(f"{name} {_with_error(over_tasks(found))}" for name, found in gaps.items() if found)
         if told:
             lines.append(f"mean gap to the oracle at epsilon {epsilon:g}, over {len(gaps['auto'])} tasks: {told}")
     seconds = sum(row["cpu_seconds"] for row in rows)

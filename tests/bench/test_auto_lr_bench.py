@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bench.auto_lr import __main__ as program
-from bench.auto_lr import contestants, overhead, pruning, simulated, table
+from bench.auto_lr import contestants, gaps, overhead, pruning, simulated, table
 from bench.auto_lr.tasks import NameModel, Task, load, name_loss
 from torch import nn
 
@@ -38,35 +39,88 @@ ROWS = [
 ]
 
 
+def _cell(rows: list[dict[str, Any]]) -> gaps.Cell:
+    return gaps.cells(rows)["toy", 1.0]
+
+
 def test_the_oracle_is_one_setting_for_all_seeds():
-    assert table.oracle(ROWS, "toy", 1.0) == ("grid:adam:0.02:linear", pytest.approx(87.0))
-    assert table.gap(ROWS, "toy", 1.0) == pytest.approx(2.0)
-    assert table.spread(ROWS, "toy", 1.0) == pytest.approx(1.0)
+    """Seeds differ by 6 points behind and 2 ahead: 2 on average, 4 of error."""
+    cell = _cell(ROWS)
+    assert gaps.oracle(cell) == "grid:adam:0.02:linear"
+    assert gaps.gap(cell) == gaps.Gap(pytest.approx(2.0), pytest.approx(4.0), 2)
+    assert table.spread(cell) == pytest.approx(1.0)
 
 
 def test_a_gap_is_over_seeds_that_both_have():
-    """A third seed of one of them, better or worse, is no part of it."""
-    rows = [*ROWS, _row("auto", 0.10, seed=2), _row("fixed", 0.85, seed=1)]
-    assert table.gap(rows, "toy", 1.0) == pytest.approx(2.0)
-    assert table.gap(rows, "toy", 1.0, "fixed") == pytest.approx(3.0)
-    assert table.gap([*ROWS, _row("prodigy", 0.5, seed=7)], "toy", 1.0, "prodigy") is None
+    """A third seed of one of them, better or worse, is no part of it; one seed has no error."""
+    cell = _cell([*ROWS, _row("auto", 0.10, seed=2), _row("fixed", 0.85, seed=1), _row("prodigy", 0.5, seed=7)])
+    assert gaps.gap(cell) == gaps.Gap(pytest.approx(2.0), pytest.approx(4.0), 2)
+    assert gaps.gap(cell, "fixed") == gaps.Gap(pytest.approx(3.0), None, 1)
+    assert gaps.gap(cell, "auto", to="fixed") == gaps.Gap(pytest.approx(-5.0), None, 1)
+    assert gaps.gap(cell, "prodigy") is None
+    assert gaps.gap(cell, "dadapt") is None
+    assert gaps.gap(_cell([_row("auto", 0.8)])) is None
 
 
-def test_the_table_of_the_documentation():
-    rows = [*ROWS, {**_row("auto", 0.5), "epsilon": 3.0}]
-    lines = table.markdown(rows, {"toy": "the toy", "never run": "none"}).splitlines()
+def test_the_luck_of_the_oracle_is_not_scored():
+    """The first seed chooses 0.1, .51 with the second, which chooses 0.02, .86 with the first."""
+    assert gaps.gap_without_luck(_cell(ROWS)) == gaps.Gap(
+        pytest.approx((86 - 80 + 51 - 90) / 2), pytest.approx(22.5), 2
+    )
+    assert gaps.gap_without_luck(_cell(ROWS), "auto-from-1") is None
+    assert gaps.gap_without_luck(_cell([_row("auto", 0.8)])) is None
+
+
+def test_settings_that_are_level_share_the_choice():
+    rows = [_row("auto", 0.0, seed=seed) for seed in (0, 1)]
+    for rate, accuracies in ((0.01, (0.9, 0.5)), (0.02, (0.9, 0.7)), (0.03, (0.2, 0.9))):
+        rows += [_row(f"grid:adam:{rate}:linear", value, seed=seed) for seed, value in enumerate(accuracies)]
+    found = gaps.gap_without_luck(_cell(rows))
+    assert found == gaps.Gap(pytest.approx((20 + 60) / 2), pytest.approx(20.0), 2)
+
+
+def test_pure_luck_is_a_gap_only_to_those_who_look():
+    """Settings that are what sets itself, but for noise: the oracle is ahead, a choice with other seeds is not."""
+    draw = random.Random(0)
+    lucky, fair = [], []
+    for _ in range(60):
+        names = ["auto", *contestants.grid()]
+        cell = {name: {seed: draw.gauss(90.0, 1.0) for seed in range(3)} for name in names}
+        lucky.append(gaps.gap(cell))
+        fair.append(gaps.gap_without_luck(cell))
+    seen, unseen = (gaps.over_tasks([gap for gap in found if gap is not None]) for found in (lucky, fair))
+    assert seen is not None
+    assert unseen is not None
+    assert seen.points > 0.9
+    assert abs(unseen.points) < 0.35
+
+
+def test_the_mean_over_tasks_has_the_error_of_its_parts():
+    both = [gaps.Gap(1.0, 0.3, 3), gaps.Gap(2.0, 0.4, 2)]
+    assert gaps.over_tasks(both) == gaps.Gap(pytest.approx(1.5), pytest.approx(0.25), 2)
+    assert gaps.over_tasks([*both, gaps.Gap(3.0, None, 1)]) == gaps.Gap(pytest.approx(2.0), None, 1)
+    assert gaps.over_tasks([]) is None
+
+
+def test_the_tables_of_the_documentation():
+    rows = [*ROWS, {**_row("auto", 0.5), "epsilon": 3.0}, _row("fixed", 0.95, seed=1)]
+    first, second, third = table.markdown(rows, {"toy": "the toy", "never run": "none"}).split("\n\n")
+    lines = first.splitlines()
     assert len(lines) == 4
-    assert lines[2].startswith("| the toy | 1 | 87.0 (adam 0.02 linear) | 85.0 | +2.0 | — |")
+    assert lines[2].startswith("| the toy | 1 | 87.0 (adam 0.02 linear) | 85.0 | +2.00 ± 4.00 | -16.50 ± 22.50 | — |")
     assert lines[2].endswith("| 2/2/0 |")
     assert lines[3].startswith("| the toy | 3 | — | 50.0 | — |")
-    assert len({line.count("|") for line in lines}) == 1
+    assert "| 1 | DP-Adam | 1 | +2.00 ± 4.00 | -16.50 ± 22.50 | +2.00 ± 4.00 (toy) | -16.50 ± 22.50 (toy) |" in second
+    assert "| 1 | 0.02, linear | 1 | -5.00 | 0 | toy -5.00 |" in third
+    for part in (first, second, third):
+        assert len({line.count("|") for line in part.splitlines()}) == 1
 
 
 def test_what_is_missing_is_a_dash():
-    assert table.gap([_row("auto", 0.8)], "toy", 1.0) is None
     text = table.render(ROWS)
     assert "adam:0.02:linear" in text
-    assert "mean gap to the oracle at epsilon 1, over 1 tasks: auto +2.00" in text
+    assert "mean gap to the oracle at epsilon 1, over 1 tasks: auto +2.00 ± 4.00" in text
+    assert " - " in table.render([_row("fixed", 0.8)])
 
 
 def test_the_grid_is_that_of_the_issue():
@@ -184,7 +238,7 @@ def test_the_grid_is_walked_outward_and_left_where_it_is_lost():
 
 def test_a_setting_left_behind_is_no_oracle():
     rows = [*ROWS, _row("grid:adam:0.06:linear", 0.98)]
-    assert table.oracle(rows, "toy", 1.0) == ("grid:adam:0.02:linear", pytest.approx(87.0))
+    assert gaps.oracle(_cell(rows)) == "grid:adam:0.02:linear"
 
 
 def test_seeds_are_outermost_and_searches_last(tmp_path):

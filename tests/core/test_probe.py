@@ -24,7 +24,7 @@ class _Table(nn.Module):
 
     def forward(self, rows_B2: Tensor) -> Tensor:
         self.seen += 1
-        return torch.where(self.shift > 0, rows_B2[:, 1], rows_B2[:, 0])
+        return torch.where(self.shift.abs() > 0.5, rows_B2[:, 1], rows_B2[:, 0])
 
 
 SHIFT = {"shift": torch.ones(1, dtype=torch.float64)}
@@ -49,6 +49,34 @@ def _levels(losses: list[float]) -> Tensor:
 
 def test_rises_are_clipped_one_by_one_and_summed():
     assert _rises([(1.0, 1.5), (1.0, 9.0), (5.0, 1.0), (0.0, 0.0)]) == 0.5 + 2.0 - 2.0
+
+
+def test_a_slope_is_no_rise():
+    """To and fro: what a slope adds on one side it takes on the other, and half of the sum of both is the curvature."""
+    model = nn.Linear(2, 1, bias=False).double()
+    rows = torch.tensor([[3.0, -1.0], [0.5, 2.0]], dtype=torch.float64)
+    shift = {"weight": torch.tensor([[0.25, 0.5]], dtype=torch.float64)}
+
+    def summed(curved: float) -> float:
+        def loss(network: nn.Module, batch: Tensor) -> Tensor:
+            output_B = network(batch).squeeze(1)
+            return output_B + curved * output_B.square()
+
+        return float(summed_rises(model, loss, lambda: iter([(rows, 2)]), shift=shift, bound=9.0).tensors[RISES])
+
+    assert summed(0.0) == pytest.approx(0.0, abs=1e-12)
+    assert summed(1.0) == pytest.approx(float((rows @ shift["weight"].T).square().sum()))
+
+
+def test_one_side_that_is_lost_counts_half():
+    """Each sign is clipped by itself: a loss that is lost on one side outweighs the other by no more than the bound."""
+
+    def loss(network: nn.Module, batch: Tensor) -> Tensor:
+        return torch.where(network.shift > 0, math.inf, 0.0) * torch.ones(len(batch), dtype=torch.float64)
+
+    rows = torch.zeros(3, 2, dtype=torch.float64)
+    total = summed_rises(_Table(), loss, lambda: iter([(rows, 3)]), shift=SHIFT, bound=2.0)
+    assert float(total.tensors[RISES]) == 3.0
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 7])

@@ -21,14 +21,14 @@ def test_a_probe_that_does_not_fit_is_done_again_in_halves():
     """Nothing is dropped or counted twice: the sum is that of the whole batch."""
     sizes: list[int] = []
 
-    class Hungry(_Linear):
+    class Hungry(_Curved):
         def forward(self, rows: Tensor) -> Tensor:
             sizes.append(len(rows))
             if len(rows) > 5:
                 raise MemoryError
             return super().forward(rows)
 
-    assert _asked(Hungry(), microbatch=20) == pytest.approx(_asked(_Linear(), microbatch=20), rel=1e-12)
+    assert _asked(Hungry(), microbatch=20) == pytest.approx(_asked(_Curved(), microbatch=20), rel=1e-12)
     assert sizes[:2] == [20, 10]
     assert max(sizes[2:]) == 5
 
@@ -79,23 +79,25 @@ def test_passes_of_a_probe_share_their_dropout_masks():
     assert _asked(_Dropped().train()) == 0.0
 
 
-class _Linear(nn.Module):
+class _Curved(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
 
     def forward(self, rows: Tensor) -> Tensor:
-        return rows @ self.weight
+        return rows @ self.weight.square()
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 8, 100])
 def test_microbatches_never_change_a_probe(microbatch):
     """F10: losses are summed over all microbatches before one draw of noise."""
-    assert _asked(_Linear(), microbatch=microbatch) == pytest.approx(_asked(_Linear(), microbatch=20), rel=1e-12)
+    whole = _asked(_Curved(), microbatch=20)
+    assert abs(whole) > 0.1
+    assert _asked(_Curved(), microbatch=microbatch) == pytest.approx(whole, rel=1e-12)
 
 
 def test_a_probe_of_no_example_is_zero():
-    assert _asked(_Linear(), rows=0) == 0.0
+    assert _asked(_Curved(), rows=0) == 0.0
 
 
 def test_an_example_of_the_worst_kind_moves_what_is_released_by_no_more_than_the_sensitivity(tmp_path):
@@ -106,7 +108,7 @@ def test_an_example_of_the_worst_kind_moves_what_is_released_by_no_more_than_the
         rows[-1] = canary
         sums = []
         for count in (19, 20):
-            network = _Linear()
+            network = _Curved()
             total = probe_sum(
                 Question(Asked.RISE, displacement=0.5, bound=4.0),
                 step=_step(network, rows, microbatch=8),

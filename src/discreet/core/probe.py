@@ -52,17 +52,18 @@ def counted_levels(model: nn.Module, loss: LossFunction, batches: Batches) -> Cl
 def summed_rises(
     model: nn.Module, loss: LossFunction, batches: Batches, *, shift: Mapping[str, Tensor], bound: float
 ) -> ClippedSum:
-    """Sum, over a batch, how much each example's loss rises when the weights are displaced.
+    """Sum, over a batch, how much each example's loss rises when the weights are displaced, to and fro.
 
-    ``sum_i clip(L_i(w + shift) - L_i(w), -bound, bound)``: one query for the difference, which is less noisy than two
-    for the losses. Weights and buffers are put back bit by bit.
+    ``sum_i (r_i(shift) + r_i(-shift)) / 2`` with ``r_i(s) = clip(L_i(w + s) - L_i(w), -bound, bound)``: one query for
+    the difference, which is less noisy than two for the losses. Of the two signs, what a slope adds is what it takes
+    away: the loss of a convex model rises, whatever the direction. Weights and buffers are put back bit by bit.
 
     **Guarantees.** Adding or removing one example changes the sum by at most ``bound``, provided that no example's loss
     depends on another. A loss that is not finite at the displaced weights rises by ``bound``; one that was not finite
     before, by nothing. The sum is taken in float64, whatever the model computes in.
 
     Args:
-        shift: name of a trainable parameter -> displacement, same shape.
+        shift: name of a trainable parameter -> displacement, same shape; taken with both signs.
         bound: finite and above 0, public or released.
 
     Raises:
@@ -71,13 +72,14 @@ def summed_rises(
     if not 0 < bound < float("inf"):
         raise ConfigError(f"bound={bound} of a rise: must be finite and above 0; take a released level of the loss.")
     before = list(_passes(model, loss, batches))
-    with _displaced(model, shift):
-        after = list(_passes(model, loss, batches))
     total = torch.zeros(1, dtype=torch.float64)
-    for old_B, new_B in zip(before, after, strict=True):
-        rise_B = (new_B - old_B).nan_to_num(nan=bound).clamp(-bound, bound)
-        rise_B = torch.where(new_B.isfinite(), rise_B, bound)
-        total += torch.where(old_B.isfinite(), rise_B, 0.0).sum()
+    for sign in (1, -1):
+        with _displaced(model, shift, sign=sign):
+            after = list(_passes(model, loss, batches))
+        for old_B, new_B in zip(before, after, strict=True):
+            rise_B = (new_B - old_B).nan_to_num(nan=bound).clamp(-bound, bound)
+            rise_B = torch.where(new_B.isfinite(), rise_B, bound)
+            total += 0.5 * torch.where(old_B.isfinite(), rise_B, 0.0).sum()
     return ClippedSum(tensors={RISES: total}, sensitivity=float(bound))
 
 
@@ -95,13 +97,13 @@ def _passes(model: nn.Module, loss: LossFunction, batches: Batches) -> Iterator[
 
 
 @contextmanager
-def _displaced(model: nn.Module, shift: Mapping[str, Tensor]) -> Iterator[None]:
+def _displaced(model: nn.Module, shift: Mapping[str, Tensor], *, sign: int) -> Iterator[None]:
     parameters = trainable(model)
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.add_(shift[name].to(parameter.device, parameter.dtype))
+                parameter.add_(shift[name].to(parameter.device, parameter.dtype), alpha=sign)
         yield
     finally:
         with torch.no_grad():

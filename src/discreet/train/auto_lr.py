@@ -3,7 +3,7 @@
 The best rate of DP-SGD grows linearly with epsilon, but that of sign-like methods, DP-Adam among them, is nearly
 independent of it (arXiv:2603.03226): Adam divides by the size of what it sees, and under DP that is mostly the noise.
 So a movement per update is known beforehand to a factor of a few, for every budget. A few private probes before the
-first update, and a few more when one in ten is made, find the rest (`discreet.train.tolerance`,
+first update, and a few more when an eighth is made, find the rest (`discreet.train.tolerance`,
 `discreet.train.rate_search`), and the optimizer's response to noise turns the movement into its rate
 (`discreet.train.response`).
 """

@@ -4,10 +4,13 @@ What noise destroys is what a model knows. A fresh network knows nothing, so its
 carry, and not how much of what will be learned they bear: where units saturate, a fresh loss hardly rises although the
 network is scrambled by a sixth of the noise (docs/lab-notes.md). A model that begins trained has most to lose at the
 start. So both are asked, and the smaller of the two tolerances rules. Until the second is known, the rate is no larger
-than `discreet.train.tolerance.PRIOR` for the usual number of updates, at which DP-Adam learns something everywhere.
+than `discreet.train.tolerance.PRIOR` for the usual number of updates, at which DP-Adam learns something everywhere; a
+run too short to ask again keeps to that.
 
 The second search asks for a rise by what was learned so far, and no more than the level; a loss that cannot fall far
-(a language model's) is then no licence to scramble.
+(a language model's) is then no licence to scramble. It begins at the tolerance of the rate in force, not at the first
+answer, which may be any number where a loss levels off. Answers that leave it open may lower the rate, by as much as
+their upper end is below, and never raise it above what is usual.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 from discreet.train.tolerance import (
     FEWEST,
+    OPEN,
     PRIOR,
     USUAL_UPDATES,
     Answer,
@@ -67,12 +71,10 @@ class RateSearch:
         if self._second_over or not self._is_due(done):
             return None
         if self.second is None:
-            found = self.first.verdict()
-            assert found.tolerance is not None
             self.second = ToleranceSearch(
                 noise=self.first.noise,
                 updates=self._updates,
-                prior=found.movement,
+                prior=self.verdict().movement,
                 share=SECOND_SHARE,
                 before=self.first.level,
             )
@@ -96,17 +98,22 @@ class RateSearch:
 
     def _verdict(self) -> Verdict:
         first = self.first.verdict()
-        if not first.accepted or first.tolerance is None or self._updates < FEWEST * SECOND_SHARE:
+        if not first.accepted:
             return first
-        if self.second is None or not (second := self.second.verdict()).accepted:
-            safe = min(first.movement, PRIOR * math.sqrt(USUAL_UPDATES / self._updates))
-            if self.second is None:
-                return dataclasses.replace(first, movement=safe)
+        safe = min(first.movement, PRIOR * math.sqrt(USUAL_UPDATES / self._updates))
+        if self.second is None:
+            return dataclasses.replace(first, movement=safe)
+        second = self.second.verdict()
+        if not second.accepted:
             return dataclasses.replace(first, movement=safe, reason=f"{first.reason}; asked again: {second.reason}")
-        assert second.tolerance is not None
-        smaller = min((first, second), key=lambda verdict: verdict.tolerance or math.inf)
         told = f"{first.tolerance:.3g} at the start, {second.tolerance:.3g} after one update in {AGAIN}"
-        return dataclasses.replace(smaller, reason=f"tolerance {told}, by {self.asked} probes")
+        reason = f"tolerance {told}, by {self.asked} probes"
+        if second.octaves is not None and second.octaves > OPEN:
+            likely = second.movement * 2.0**second.octaves
+            reason = f"{reason}, which leave {second.octaves:.1f} octaves open: no more than is usual"
+            return dataclasses.replace(second, movement=min(safe, likely), reason=reason)
+        smaller = min((first, second), key=lambda verdict: verdict.movement)
+        return dataclasses.replace(smaller, reason=reason)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep."""

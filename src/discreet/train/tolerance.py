@@ -46,7 +46,10 @@ MOST, FEWEST = 8, 3
 ENOUGH = 0.35
 """Octaves of standard deviation at which the tolerance is known well enough."""
 
-LEAST_LEARNED = 0.25
+OPEN = 1.0
+"""With more octaves of standard deviation than this, the answers leave the tolerance open."""
+
+LEAST_LEARNED = 0.1
 """What a model has learned counts as this share of its loss, at least."""
 
 _STEEPNESS = 2.5
@@ -125,7 +128,8 @@ class ToleranceSearch:
         noise: noise multiplier over expected batch: standard deviation of the released mean of a number in [-1, 1].
         updates: S, of the whole run.
         prior: movement of a weight by an update, before anything is asked.
-        share: one update in so many may be spent. enough: octaves of standard deviation at which to stop.
+        share: one update in so many may be spent, and one in `SHARE` while the answers leave the tolerance open.
+        enough: octaves of standard deviation at which to stop.
         before: the released mean loss before training; None when nothing has been trained yet.
         level: the released mean loss, once known. answers: all so far. asked: probes made.
     """
@@ -142,7 +146,7 @@ class ToleranceSearch:
 
     @property
     def most(self) -> int:
-        """Probes that may be made; public."""
+        """Probes that may be made, if the tolerance is not left open; public."""
         return min(MOST, self.updates // self.share)
 
     @property
@@ -164,12 +168,15 @@ class ToleranceSearch:
 
     def question(self) -> Question | None:
         """What to ask next; None when the answer is known well enough, or will not be."""
-        if self.refusal is not None or self.asked >= self.most:
+        if self.refusal is not None:
             return None
         if self.level is None:
             return None if self.asked else Question(Asked.LEVEL)
         mean, spread = self._posterior()
         if spread < self.enough and self._rose:
+            return None
+        limit = self.most if self._rose and spread <= OPEN else min(MOST, self.updates // SHARE)
+        if self.asked >= limit:
             return None
         if len(self.answers) >= _PATIENCE and not self._rose:
             mean += spread
