@@ -127,6 +127,17 @@ def test_without_noise_only_scale_free_optimizers_have_a_rate() -> None:
             _control(_sgd(), noise=noise)
 
 
+def test_noise_of_several_sizes_needs_an_optimizer_to_which_sizes_are_nothing() -> None:
+    """Descent moved the temperature of a model by its own, larger noise: seven runs of twelve ended at chance."""
+    uneven = GradientNoise(1.0, 200, 1.0, even=False)
+    assert _control(_adam(), noise=uneven).before_update(0) == pytest.approx(
+        _control(_adam(), noise=NOISE).before_update(0), rel=0.01
+    )
+    with pytest.raises(ConfigError, match="SGD and noise of several sizes"):
+        _control(_sgd(), noise=uneven)
+    assert RateControl(_sgd(), 0.1, steps=10, noise=uneven).before_update(0) == 0.1
+
+
 def test_auto_outside_a_private_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="outside a private run"):
         RateControl(_adam(), "auto", steps=10)

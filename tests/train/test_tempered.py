@@ -236,6 +236,24 @@ def test_a_loss_that_knows_nothing_of_the_temperature_is_refused(case: str, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rate_that_sets_itself_needs_an_optimizer_to_which_sizes_of_noise_are_nothing(tmp_path: Path) -> None:
+    """Before anything is charged: a temperature has more noise than the weights that a rate is found for."""
+    model = _model().float()
+    with pytest.raises(ConfigError, match=r"SGD and noise of several sizes.*use Adam"):
+        make_private(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
+            TensorDataset(_batch(60)[0].float(), _batch(60)[1]),
+            loss=lambda model, batch: tempered_cross_entropy(model, *batch),
+            epsilon=3.0,
+            learning_rate="auto",
+            batch_size=20,
+            steps=4,
+            run_dir=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def _ignored(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return tempered_cross_entropy(model, batch[0], torch.full_like(batch[1], -100))
 

@@ -60,11 +60,13 @@ class GradientNoise:
 
     Attributes:
         multiplier: sigma. batch_size: the expected batch. sensitivity: of the clipped sum; infinite without clipping.
+        even: whether every parameter has noise of one size; groups with noise weights of their own have not.
     """
 
     multiplier: float
     batch_size: int
     sensitivity: float
+    even: bool = True
 
     @property
     def share(self) -> float:
@@ -258,10 +260,11 @@ class RateControl:
                 f'learning_rate="auto" with {name}: a scheduler was made for it, which also writes lr; pass it as '
                 "AutoLR(scheduler=...), or alone as learning_rate."
             )
-        known = 0 < noise.std < math.inf
+        known = 0 < noise.std < math.inf and noise.even
         if not known and not is_scale_free(self._optimizer, noise_std=_UNIT):
+            sizes = "no noise: no" if noise.even else "noise of several sizes (a temperature has its own): no one"
             raise ConfigError(
-                f'learning_rate="auto" with {name} and no noise: no known size of gradients gives its rate a unit, '
+                f'learning_rate="auto" with {name} and {sizes} known size of gradients gives its rate a unit, '
                 "so none follows; pass a number, or use Adam."
             )
         self._auto = auto
