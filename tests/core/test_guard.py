@@ -14,11 +14,12 @@ from blocks import B, D, T, loss, par
 from cases import CASES
 from core.unseen import CLIP, built, drawn, expect_exact, is_unguarded
 from discreet.core.book import Book
+from discreet.core.clipping import Clipping
 from discreet.core.gradient import backward, clipped_gradient, open_book, settle
 from discreet.core.meeting import guard
 from discreet.core.parameter import DerivedParameter, PrivateParameter
 from discreet.errors import ConfigError, UnsupportedUse
-from oracles import relative_gap
+from oracles import abadi, alone, norms, relative_gap, weighted
 
 
 def test_an_error_in_the_forward_leaves_the_model_unguarded():
@@ -165,3 +166,64 @@ def test_a_hook_that_would_never_run_is_refused(kind):
         clipped_gradient(model, loss, drawn(D), clipping=CLIP)
     removed.remove()
     expect_exact(model, drawn(D))
+
+
+# ------------------------------------------------------------------------------ memory that is exchanged under a book
+
+
+def _exponential(model, batch):
+    return (batch["x"].to(model.w.dtype) @ model.w.exp()).square().sum(1)
+
+
+def _expect_step(book, model, batch):
+    gradients = alone(model, _exponential, batch, size=B)
+    bound = float(norms(gradients).median())
+    with guard(book):
+        backward(book, _exponential(model, batch))
+    found = settle(book, Clipping.abadi(bound))
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), bound))) < 1e-4
+    return found
+
+
+def test_a_book_that_is_used_again_pulls_back_to_the_values_of_now():
+    model, batch = built(None, w=par(D, 2)), drawn(D)
+    book = open_book(model, examples=B)
+    _expect_step(book, model, batch)
+    model.w.data = 0.3 * torch.randn(D, 2, dtype=torch.float64)
+    _expect_step(book, model, batch)
+    model.w.data = model.w.data.t().contiguous().t()
+    _expect_step(book, model, batch)
+    model.w.data.mul_(0.5)
+    _expect_step(book, model, batch)
+
+
+def test_data_exchanged_between_two_uses_is_seen():
+    """Where no gradient is tracked nothing is met, so nobody is told of it."""
+
+    def exchanged(model, batch):
+        first, old = batch["x"] @ model.w.exp(), model.w.data
+        with torch.no_grad():
+            model.w.data = 0.1 * old
+        second = batch["x"] @ model.w.exp()
+        with torch.no_grad():
+            model.w.data = old
+        return (first.sin() + second).square().sum(1)
+
+    model, batch = built(None, w=par(D, 2)), drawn(D)
+    gradients = alone(model, exchanged, batch, size=B)
+    book = open_book(model, examples=B)
+    with guard(book):
+        backward(book, exchanged(model, batch))
+    bound = float(norms(gradients).median())
+    found = settle(book, Clipping.abadi(bound))
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), bound))) < 4e-5
+
+
+def test_a_book_opened_in_float64_leaves_room_for_the_rounding_of_float32():
+    model, batch = built(None, w=par(D, 2)), drawn(D)
+    book = open_book(model, examples=B)
+    assert book._summing_margin(CLIP) == 1.0
+    model.float()
+    found = _expect_step(book, model, {name: value.float() for name, value in batch.items()})
+    assert found.tensors["w"].dtype is torch.float32
+    assert book._summing_margin(CLIP) < 1.0

@@ -24,7 +24,7 @@ from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.route import Route
 from discreet.core.routing import Picking, Trail
-from discreet.core.uses import Derivation, Part, Record, Uses, arranged, sum_dtype, zeros_like_sums
+from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identity_of, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
 
 
@@ -69,7 +69,7 @@ class Book:
         self._group_of = {name: group for group in groups for name in group} if len(groups) > 1 else {}
         # Asked for now: of a guarded parameter every attribute is a call that is met.
         self._dtypes = {name: sum_dtype(parameter) for name, parameter in self.parameters.items()}
-        self._derivations: dict[int, Derivation] = {}
+        self._derivations: dict[str, tuple[object, Derivation]] = {}
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
 
@@ -84,11 +84,18 @@ class Book:
             ) from None
 
     def derivation_of(self, parameter: Tensor) -> Derivation:
-        """A guarded parameter as the origin of itself."""
-        found = self._derivations.get(id(parameter))
-        if found is None:
-            found = self._derivations[id(parameter)] = Derivation.of(self.name_of(parameter), parameter)
-        return found
+        """A guarded parameter as the origin of itself, with the values that it has now.
+
+        Its memory may be exchanged between two uses (``p.data = ...``, a book that is used again): what was known of it
+        is then known anew. Where float32 met a sum, rounding is that of float32, so a wider dtype is not believed.
+        """
+        name, memory = self.name_of(parameter), identity_of(parameter)
+        known = self._derivations.get(name)
+        if known is None or known[0] != memory:
+            known = self._derivations[name] = (memory, Derivation.of(name, parameter))
+            if sum_dtype(parameter) is torch.float32:
+                self._dtypes[name] = torch.float32
+        return known[1]
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:

@@ -122,21 +122,22 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
         elif (outer := use.by_product) is not None:
             products[wide_dtype(outer.grad)].append(use)
         elif (outer := use.by_gram) is not None:
-            by_input[_identity_of(outer.input)].append(use)
+            by_input[identity_of(outer.input)].append(use)
         else:
             rest.append(use)
     for group in [group for group in by_input.values() if len(group) == 1]:
         outer = group[0].by_gram
         assert outer is not None
-        del by_input[_identity_of(outer.input)]
-        by_grad[_identity_of(outer.grad)] += group
+        del by_input[identity_of(outer.input)]
+        by_grad[identity_of(outer.grad)] += group
     shared = [*by_input.values(), *by_grad.values()]
     rest += [Crossed(tuple(group)) if len(group) > 1 else group[0] for group in shared]
     rest += [ProductUses(tuple(group)) for group in products.values()]
     return [*rest, *(SmallUses(tuple(group)) for group in small.values())]
 
 
-def _identity_of(operand: Tensor) -> tuple[object, ...]:
+def identity_of(operand: Tensor) -> tuple[object, ...]:
+    """Where the numbers of a tensor lie, and how: equal for two tensors that are the same numbers while both live."""
     return (operand.data_ptr(), operand.shape, operand.stride(), operand.dtype)
 
 
@@ -295,9 +296,9 @@ class Crossed(Part):
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
         outers = [outer for use in self.uses if (outer := use.by_gram) is not None]
-        if len({_identity_of(outer.input) for outer in outers}) == 1:
+        if len({identity_of(outer.input) for outer in outers}) == 1:
             return [outers[0].input], [outer.grad for outer in outers]  # one for each use: two may share both operands
-        assert len({_identity_of(outer.grad) for outer in outers}) == 1
+        assert len({identity_of(outer.grad) for outer in outers}) == 1
         return [outer.input for outer in outers], [outers[0].grad]
 
     def quick_norm2(self) -> Tensor:
