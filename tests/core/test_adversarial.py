@@ -128,9 +128,51 @@ def test_a_gradient_penalty_is_refused():
         return g.square().sum(1)
 
     model, batch = CASES["linear 2-D"].build()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UnsupportedUse, match="a gradient was taken of a gradient"):
         clipped_gradient(model, penalised, batch, clipping=CLIP)
     assert is_unguarded(model)
+
+
+LAYERS = {
+    "linear": (nn.Linear(D, 2), (D,)),
+    "convolution": (nn.Conv1d(D, 2, 2), (D, T)),
+    "lstm": (nn.LSTM(D, 2, batch_first=True), (T, D)),
+    "gru": (nn.GRU(D, 2, batch_first=True), (T, D)),
+    "layer norm": (nn.LayerNorm(D), (D,)),
+    "group norm": (nn.GroupNorm(1, D), (D, T)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("weights", [False, True], ids=["sum", "weighted"])
+def test_a_penalty_on_the_gradient_of_a_sum_is_refused(layer, weights):
+    """Its incoming gradient is all ones and needs none itself: the penalty trained nothing, and nobody was told."""
+
+    def penalised(model, batch):
+        z = batch["x"].clone().requires_grad_()
+        y = model(z)
+        first = (y * torch.arange(1.0, y[0].numel() + 1).reshape(y.shape[1:]) if weights else y).sum()
+        (g,) = torch.autograd.grad(first, z, create_graph=True)
+        return y.flatten(1).sum(1) + g.square().flatten(1).sum(1)
+
+    module, shape = LAYERS[layer]
+    recurrent = isinstance(module, nn.RNNBase)
+    model = built(lambda s, x: s.l(x)[0] if recurrent else s.l(x), l=module)
+    with pytest.raises(UnsupportedUse, match="a gradient was taken of a gradient"):
+        clipped_gradient(model, penalised, drawn(*shape), clipping=CLIP)
+    assert is_unguarded(model)
+
+
+def test_an_inner_gradient_may_keep_its_graph_if_nothing_goes_back_through_it():
+    def attacked(model, batch):
+        z = batch["x"].clone().requires_grad_()
+        (g,) = torch.autograd.grad(model(z).tanh().sum(), z, create_graph=True)
+        return model(batch["x"] + 0.1 * g.detach()).square().sum(1)
+
+    model, batch = CASES["linear 2-D"].build()
+    gradients = alone(model, attacked, batch, size=B)
+    found = clipped_gradient(model, attacked, batch, clipping=CLIP)
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 4e-5
 
 
 def test_two_backward_passes_into_one_book_add_up():  # [27]

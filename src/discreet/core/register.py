@@ -25,6 +25,7 @@ from discreet.core import parameter, rules
 from discreet.core.book import Book
 from discreet.core.forms import Dense
 from discreet.core.parameter import Guarded, Use, function_name, is_known, plain
+from discreet.core.rules.once import differentiable_once
 from discreet.core.uses import Derivation
 from discreet.errors import ConfigError
 
@@ -170,7 +171,7 @@ class _Alone(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         output, *tensors = ctx.saved_tensors
@@ -232,7 +233,7 @@ class _Formula(torch.autograd.Function):
         return ctx.output.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         args, named = call.arguments([tensor.detach() for tensor in ctx.inputs])

@@ -16,6 +16,7 @@ from torch import Tensor
 from discreet.core.book import Book
 from discreet.core.forms import Form
 from discreet.core.parameter import Guarded, Use, plain
+from discreet.core.rules.once import differentiable_once
 from discreet.core.uses import Derivation
 
 
@@ -76,7 +77,7 @@ class _Contract(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         operation, where = ctx.operation, ctx.where

@@ -23,6 +23,7 @@ from discreet.core.book import Book
 from discreet.core.forms import Dense, wide_dtype
 from discreet.core.parameter import Guarded, Use, plain, rule
 from discreet.core.precision import NARROW
+from discreet.core.rules.once import differentiable_once
 from discreet.core.uses import Derivation
 
 
@@ -107,7 +108,7 @@ class _LayerNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, rstd = ctx.saved_tensors
         weight_grad = bias_grad = None
@@ -152,7 +153,7 @@ class _GroupNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, rstd = ctx.saved_tensors
         rows, channels, *image = input.shape

@@ -24,6 +24,7 @@ from discreet.core.forms import Dense, Form
 from discreet.core.outer import Outer
 from discreet.core.parameter import Guarded, Use, decomposition, plain, rule
 from discreet.core.rules.cells import Cell, Elman, Gradients, Gru, Lstm, Weights
+from discreet.core.rules.once import differentiable_once
 from discreet.core.uses import Derivation
 from discreet.errors import UnsupportedUse
 
@@ -67,7 +68,7 @@ class _Unroll(torch.autograd.Function):
         return output, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         input, state, output, *rest = ctx.saved_tensors
         count = len(Weights._fields)
