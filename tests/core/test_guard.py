@@ -227,3 +227,21 @@ def test_a_book_opened_in_float64_leaves_room_for_the_rounding_of_float32():
     found = _expect_step(book, model, {name: value.float() for name, value in batch.items()})
     assert found.tensors["w"].dtype is torch.float32
     assert book._summing_margin(CLIP) < 1.0
+
+
+def test_a_parameter_changed_in_place_after_its_use_is_refused():
+    """What was made of it would be pulled back to the new values."""
+
+    def changed(model, batch):
+        y = batch["x"] @ model.w.exp()
+        with torch.no_grad():
+            model.w.mul_(0.1)
+        return y.square().sum(1)
+
+    model, batch = built(None, w=par(D, 2)), drawn(D)
+    book = open_book(model, examples=B)
+    with guard(book):
+        backward(book, changed(model, batch))
+    with pytest.raises(UnsupportedUse, match="changed in place since"):
+        settle(book, CLIP)
+    assert is_unguarded(model)

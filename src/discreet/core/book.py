@@ -84,16 +84,12 @@ class Book:
             ) from None
 
     def derivation_of(self, parameter: Tensor) -> Derivation:
-        """A guarded parameter as the origin of itself, with the values that it has now.
-
-        Its memory may be exchanged between two uses (``p.data = ...``, a book that is used again): what was known of it
-        is then known anew. Where float32 met a sum, rounding is that of float32, so a wider dtype is not believed.
-        """
+        """A guarded parameter as the origin of itself; known anew where its memory was exchanged (``p.data = ...``)."""
         name, memory = self.name_of(parameter), identity_of(parameter)
         known = self._derivations.get(name)
         if known is None or known[0] != memory:
             known = self._derivations[name] = (memory, Derivation.of(name, parameter))
-            if sum_dtype(parameter) is torch.float32:
+            if sum_dtype(parameter) is torch.float32:  # so is the rounding, whatever the book was opened with
                 self._dtypes[name] = torch.float32
         return known[1]
 

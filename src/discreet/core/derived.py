@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from discreet.core.parameter import DerivedParameter, Guarded, Use, derivation_of, plain
+from discreet.core.parameter import DerivedParameter, Guarded, PrivateParameter, Use, derivation_of, plain
 from discreet.core.uses import Derivation
 from discreet.errors import UnsupportedUse
 
@@ -26,7 +26,7 @@ class Replay:
         use: the meeting at which it ran first.
         names: the parameters whose values a call takes, in order.
         parts: for each argument, how it is made from parameters, or None.
-        constants: for each argument, itself where it is no such value, with the version that a tensor had.
+        constants: for each argument, itself or the parameter's memory, with the version that a tensor had.
         piece: of a result in pieces, which one.
     """
 
@@ -57,7 +57,10 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
     origins = [part for part in parts if part is not None]
     names = tuple(dict.fromkeys(name for part in origins for name in part.names))
     values = {name: source for part in origins for name, source in zip(part.names, part.sources, strict=True)}
-    kept = [None if part is not None else use.book.kept(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+    kept = [
+        use.book.kept(leaf) if part is None else leaf.detach() if isinstance(leaf, PrivateParameter) else None
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
     constants = tuple((leaf, leaf._version if isinstance(leaf, Tensor) else 0) for leaf in kept)
     call = Replay(use, names, parts, constants, spec)
     keeps_norm = isometric and len(origins) == 1 and origins[0].isometric
