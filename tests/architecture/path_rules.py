@@ -90,16 +90,11 @@ def foreign_sets(source: Source) -> list[str]:
     """Attributes written on somebody else's object (not ``self``, ``cls`` or ``ctx``), also through setattr."""
     lines = []
     for node in ast.walk(source.tree):
-        targets: list[ast.expr] = []
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
-            targets = [node.target]
-        elif isinstance(node, ast.Call) and last_name(node.func) in {"setattr", "__setattr__"}:
+        if isinstance(node, ast.Call) and last_name(node.func) in {"setattr", "__setattr__"}:
             owner = node.args[0] if node.args else node
             if not (isinstance(owner, ast.Name) and owner.id in {"self", "cls"}):
                 lines.append(f"{node.lineno}: writes by setattr")
-        for target in (leaf for item in targets for leaf in _leaves(item)):
+        for target in _written(node):
             if isinstance(target, ast.Attribute) and dotted(target)[0] not in {"self", "cls", "ctx"}:
                 lines.append(f"{node.lineno}: writes .{target.attr} on {'.'.join(dotted(target)[:-1])}")
     return lines
@@ -109,16 +104,11 @@ def grad_writes(source: Source) -> list[str]:
     """Writes to an attribute called ``grad``, on any object."""
     lines = []
     for node in ast.walk(source.tree):
-        targets: list[ast.expr] = []
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
-            targets = [node.target]
-        elif isinstance(node, ast.Call) and last_name(node.func) == "setattr" and len(node.args) > 1:
+        if isinstance(node, ast.Call) and last_name(node.func) == "setattr" and len(node.args) > 1:
             name = node.args[1]
             if isinstance(name, ast.Constant) and name.value == "grad":
                 lines.append(f"{node.lineno}: sets grad by setattr")
-        for target in (leaf for item in targets for leaf in _leaves(item)):
+        for target in _written(node):
             if isinstance(target, ast.Attribute) and target.attr == "grad":
                 lines.append(f"{node.lineno}: writes .grad")
     return lines
@@ -127,6 +117,16 @@ def grad_writes(source: Source) -> list[str]:
 def _is_random_module(name: str) -> bool:
     parts = name.split(".")
     return any(".".join(parts[: k + 1]) in RANDOM_MODULES for k in range(len(parts))) or name == "os.urandom"
+
+
+def _written(node: ast.AST) -> Iterator[ast.expr]:
+    """What an assignment writes to, one by one; nothing for any other node."""
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        targets = [node.target]
+    return (leaf for item in targets for leaf in _leaves(item))
 
 
 def _leaves(target: ast.expr) -> Iterator[ast.expr]:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from blocks import frozen, loss, par
-from core.attended import A, B, E, S, T, gap, random_batch, shaken_model, verified
+from core.attended import A, E, S, T, shaken_model, verified
+from core.brute_force import B, gap, random_batch
 from discreet.core.axes import Axis
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient, open_book

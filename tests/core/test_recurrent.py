@@ -11,16 +11,17 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from blocks import Fn, frozen, loss, par
+from core.brute_force import B, gap, random_batch
 from discreet.core.book import Book
-from discreet.core.clipping import ROUNDING_MARGIN, Clipping
+from discreet.core.clipping import Clipping
 from discreet.core.forms import Dense
 from discreet.core.gradient import backward, clipped_gradient, open_book
 from discreet.core.meeting import guard
 from discreet.errors import UnsupportedUse
 from discreet.train.check import check
-from oracles import abadi, alone, norms, relative_gap, weighted
+from oracles import relative_gap
 
-B, T, D, H = 5, 7, 6, 4
+T, D, H = 7, 6, 4
 KINDS = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
@@ -45,26 +46,6 @@ OPTIONS = {
 def _model(forward, dtype=torch.float64, **parts) -> nn.Module:
     torch.manual_seed(3)
     return Fn(forward, **parts).to(dtype)
-
-
-def _batch(*shape: int, size: int = B, dtype=torch.float64):
-    torch.manual_seed(4)
-    return {
-        "x": torch.randn(size, *shape, dtype=torch.float64).to(dtype),
-        "target": torch.randn(size, dtype=torch.float64).to(dtype),
-    }
-
-
-def _gap(model, batch, *, size: int = B, layout=None) -> float:
-    """Distance of the clipped sum from brute force in float64, with a bound that clips some examples."""
-    found_from = next(model.parameters()).dtype
-    exact = {name: value.double() for name, value in batch.items()}
-    gradients = alone(model.double(), loss, exact, size=size)
-    model.to(found_from)
-    bound = 0.8 * float(norms(gradients).median())
-    found = clipped_gradient(model, loss, batch, clipping=Clipping.abadi(bound), layout=layout)
-    factor = abadi(norms(gradients), bound)
-    return relative_gap(found.tensors, weighted(gradients, torch.where(factor == 1, factor, factor * ROUNDING_MARGIN)))
 
 
 def _all_of(self, x):
@@ -128,7 +109,7 @@ def test_gradients_of_given_states_and_inputs_are_torchs():
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_dropout_draws_torchs_own_masks(kind):
     model = _model(_all_of, r=KINDS[kind](D, H, 3, dropout=0.4, bidirectional=True, batch_first=True))
-    x = _batch(T, D)["x"]
+    x = random_batch(T, D)["x"]
     torch.manual_seed(9)
     wanted = model(x)
     with guard(open_book(model, examples=B)):
@@ -146,22 +127,22 @@ def test_dropout_draws_torchs_own_masks(kind):
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_clipped_sum_equals_brute_force(kind, options, dtype, tolerance):
     model = _model(_all_of, dtype, r=KINDS[kind](D, H, batch_first=True, **OPTIONS[options]))
-    assert _gap(model, _batch(T, D, dtype=dtype)) < tolerance
+    assert gap(model, random_batch(T, D, dtype=dtype)) < tolerance
 
 
 @pytest.mark.parametrize("length", [B - 1, B, B + 1, 1])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_time_major_whatever_the_length(kind, length):
     model = _model(_all_of_time_major, r=KINDS[kind](D, H, bidirectional=True))
-    assert _gap(model, _batch(length, D)) < 1e-9
+    assert gap(model, random_batch(length, D)) < 1e-9
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_projected_lstm(batch_first):
     forward = _all_of if batch_first else _all_of_time_major
     options = {"num_layers": 2, "bidirectional": True, "proj_size": 3, "batch_first": batch_first}
-    assert _gap(_model(forward, r=nn.LSTM(D, H, **options)), _batch(T, D)) < 1e-9
-    assert _gap(_model(forward, r=nn.LSTM(D, H, bias=False, **options)), _batch(T, D)) < 1e-9
+    assert gap(_model(forward, r=nn.LSTM(D, H, **options)), random_batch(T, D)) < 1e-9
+    assert gap(_model(forward, r=nn.LSTM(D, H, bias=False, **options)), random_batch(T, D)) < 1e-9
 
 
 @pytest.mark.parametrize("kind", list(CELLS))
@@ -174,7 +155,7 @@ def test_cells(kind, bias):
             outputs.append(state[0] if kind == "lstm" else state)
         return torch.cat([*outputs, state[1]] if kind == "lstm" else outputs, 1)
 
-    assert _gap(_model(unrolled, r=CELLS[kind](D, H, bias=bias)), _batch(T, D)) < 1e-9
+    assert gap(_model(unrolled, r=CELLS[kind](D, H, bias=bias)), random_batch(T, D)) < 1e-9
 
 
 FROZEN = {
@@ -192,7 +173,7 @@ FROZEN = {
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_partly_frozen(kind, names):
     model = frozen(_model(_all_of, r=KINDS[kind](D, H, 2, batch_first=True)), *FROZEN[names])
-    assert _gap(model, _batch(T, D)) < 1e-9
+    assert gap(model, random_batch(T, D)) < 1e-9
 
 
 def _tied_pair():
@@ -220,7 +201,7 @@ SHARED = {
 @pytest.mark.parametrize("name", list(SHARED))
 def test_shared_weights(name):
     forward, parts = SHARED[name]
-    assert _gap(_model(forward, **parts()), _batch(T, H)) < 1e-9
+    assert gap(_model(forward, **parts()), random_batch(T, H)) < 1e-9
 
 
 STATES = {
@@ -240,7 +221,7 @@ STATES = {
 @pytest.mark.parametrize("name", list(STATES))
 def test_first_states(name):
     forward, parts = STATES[name]
-    assert _gap(_model(forward, r=nn.GRU(D, H, batch_first=True), **parts()), _batch(T, D)) < 1e-9
+    assert gap(_model(forward, r=nn.GRU(D, H, batch_first=True), **parts()), random_batch(T, D)) < 1e-9
 
 
 def test_a_trained_first_state_of_a_frozen_layer():
@@ -252,19 +233,19 @@ def test_a_trained_first_state_of_a_frozen_layer():
         scale=par(H),
     )
     frozen(model, *(f"r.{name}" for name, _ in model.r.named_parameters()))
-    assert _gap(model, _batch(T, D)) < 1e-9
+    assert gap(model, random_batch(T, D)) < 1e-9
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_one_example(kind):
     model = _model(_all_of, r=KINDS[kind](D, H, batch_first=True))
-    assert _gap(model, _batch(T, D, size=1), size=1) < 1e-9
+    assert gap(model, random_batch(T, D, size=1), size=1) < 1e-9
 
 
 def test_unbatched_input_is_one_example_or_refused():
     model = _model(lambda s, x: s.r(x[0])[0].unsqueeze(0), r=nn.LSTM(D, H))
-    assert _gap(model, _batch(T, D, size=1), size=1) < 1e-9
-    _refused(_model(lambda s, x: s.r(x[:, 0])[0], r=nn.LSTM(D, H)), _batch(T, D), "r.")
+    assert gap(model, random_batch(T, D, size=1), size=1) < 1e-9
+    _refused(_model(lambda s, x: s.r(x[:, 0])[0], r=nn.LSTM(D, H)), random_batch(T, D), "r.")
 
 
 def test_folded_rows():
@@ -272,11 +253,11 @@ def test_folded_rows():
         inner = self.a(x).flatten(0, 1)  # (B, 3, T, D) -> (B * 3, T, D)
         return self.r(inner)[1].squeeze(0).unflatten(0, (x.shape[0], -1))
 
-    model, batch = _model(words, a=nn.Linear(D, D), r=nn.GRU(D, H, batch_first=True)), _batch(3, T, D)
+    model, batch = _model(words, a=nn.Linear(D, D), r=nn.GRU(D, H, batch_first=True)), random_batch(3, T, D)
     _refused(model, batch, "batch of")
     report = check(model, loss, batch)
     assert report.passed, report.table()
-    assert _gap(model, batch, layout=report.layout) < 1e-9
+    assert gap(model, batch, layout=report.layout) < 1e-9
 
 
 def test_activation_checkpoint():
@@ -286,7 +267,7 @@ def test_activation_checkpoint():
         r=nn.LSTM(D, H, 2, batch_first=True),
         o=nn.Linear(H, 2),
     )
-    assert _gap(model, _batch(T, D)) < 1e-9
+    assert gap(model, random_batch(T, D)) < 1e-9
 
 
 def test_reparametrised_weight():
@@ -294,7 +275,7 @@ def test_reparametrised_weight():
     nn.utils.parametrizations.weight_norm(model.r, "weight_hh_l0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vmap of _weight_norm falls back to a loop, and says so
-        assert _gap(model, _batch(T, D)) < 1e-9
+        assert gap(model, random_batch(T, D)) < 1e-9
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -308,13 +289,13 @@ def test_the_self_check_passes_with_dropout(kind, mode):
         d=nn.Dropout(0.2),
         o=nn.Linear(2 * H, 2),
     )
-    report = check(model.train(mode == "train"), loss, _batch(T, D, dtype=torch.float32))
+    report = check(model.train(mode == "train"), loss, random_batch(T, D, dtype=torch.float32))
     assert report.passed, report.table()
 
 
 def test_autocast_leaves_the_layer_in_its_own_precision():
     model = _model(_all_of, torch.float32, r=nn.LSTM(D, H, 2, batch_first=True))
-    batch = _batch(T, D, dtype=torch.float32)
+    batch = random_batch(T, D, dtype=torch.float32)
     wanted = clipped_gradient(model, loss, batch, clipping=Clipping.automatic())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = clipped_gradient(model, loss, batch, clipping=Clipping.automatic())
@@ -323,7 +304,7 @@ def test_autocast_leaves_the_layer_in_its_own_precision():
 
 def test_a_second_backward_is_the_same():
     """Nothing that the backward needs is overwritten by it."""
-    model, batch = _model(_all_of, r=nn.GRU(D, H, batch_first=True)), _batch(T, D)
+    model, batch = _model(_all_of, r=nn.GRU(D, H, batch_first=True)), random_batch(T, D)
     batch["x"].requires_grad_()
     with guard(open_book(model, examples=B)):
         value = loss(model, batch).sum()
@@ -335,7 +316,7 @@ def test_a_second_backward_is_the_same():
 def test_one_record_per_weight_and_not_per_step(kind, monkeypatch):
     booked = []
     monkeypatch.setattr(Book, "record", lambda book, derivation, form: booked.append((derivation.names[0], form)))
-    model, batch = _model(_all_of, r=KINDS[kind](D, H, batch_first=True)), _batch(T, D)
+    model, batch = _model(_all_of, r=KINDS[kind](D, H, batch_first=True)), random_batch(T, D)
     book = open_book(model, examples=B)
     with guard(book):
         backward(book, loss(model, batch))
@@ -349,14 +330,14 @@ def test_one_record_per_weight_and_not_per_step(kind, monkeypatch):
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_what_was_saved_may_come_back_in_another_order_of_memory(kind):
     """Hooks that keep saved tensors elsewhere give no word on strides."""
-    model, batch = _model(_all_of, torch.float32, r=KINDS[kind](D, H, batch_first=True)), _batch(T, D)
+    model, batch = _model(_all_of, torch.float32, r=KINDS[kind](D, H, batch_first=True)), random_batch(T, D)
     batch = {name: value.float() for name, value in batch.items()}
     layout = check(model, loss, batch).layout
     hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda value: value, lambda value: value.mT.contiguous().mT if value.dim() > 1 else value
     )
     with hooks:
-        assert _gap(model, batch, layout=layout) < 1e-4
+        assert gap(model, batch, layout=layout) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -368,12 +349,14 @@ def test_packed_sequences_are_refused_by_name():
             lambda s, x: s.r(pack_padded_sequence(x, [T] * x.shape[0], batch_first=True))[1],
             r=kind(D, H, batch_first=True),
         )
-        _refused(model, _batch(T, D), "packed", "padded")
+        _refused(model, random_batch(T, D), "packed", "padded")
 
 
 def test_a_parameter_as_the_sequence_is_refused():
     _refused(
-        _model(lambda s, x: x + s.r(s.w)[0], r=nn.LSTM(D, D), w=par(T, 1, D)), _batch(T, D), "input is a parameter"
+        _model(lambda s, x: x + s.r(s.w)[0], r=nn.LSTM(D, D), w=par(T, 1, D)),
+        random_batch(T, D),
+        "input is a parameter",
     )
 
 
@@ -383,13 +366,13 @@ def test_weights_that_depend_on_the_examples_are_refused():
         w = self.a(x).mean((0, 1)).reshape(H, D)
         return torch.rnn_tanh(x, h, [w, self.u], False, 1, 0.0, True, False, True)[0]
 
-    _refused(_model(hyper, a=nn.Linear(D, H * D), u=par(H, H)), _batch(T, D), "recurrent_layer")
+    _refused(_model(hyper, a=nn.Linear(D, H * D), u=par(H, H)), random_batch(T, D), "recurrent_layer")
 
 
 def test_swapped_axes_fail_the_check():
     """A batch-first sequence in a time-major layer mixes the examples: refused, or isolation fails."""
     model = _model(lambda s, x: s.r(s.a(x))[0], torch.float32, a=nn.Linear(D, D), r=nn.LSTM(D, H))
     for length in (B, T, 2 * B):
-        batch = _batch(length, D, dtype=torch.float32)
+        batch = random_batch(length, D, dtype=torch.float32)
         _refused(model, batch, "r.")
         assert not check(model, loss, batch).passed

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.attended import A, B, E, S, T, gap, random_batch, shaken_model, verified
+from core.attended import A, E, S, T, shaken_model, verified
+from core.brute_force import B, gap, random_batch
 from discreet.core.gradient import open_book
 from discreet.core.meeting import guard
 from oracles import rows
