@@ -276,3 +276,57 @@ def test_a_batch_in_another_order_is_refused(name):
     model = Fn(REORDERED[name], a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
     with pytest.raises(UnsupportedUse, match="picked from the batch"):
         clipped_gradient(model, loss, _x(T, D), clipping=Clipping.automatic())
+
+
+# ------------------------------------------------------------------------- rows put in another order, all of them
+
+
+class _Sorted(nn.Module):
+    """Puts the marked examples first, in one of several ways, and all of them back before the end."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.way, self.frozen = way, torch.randn(D, D, dtype=torch.float64)
+        self.a, self.b, self.c = (nn.Linear(D, D) for _ in range(3))
+        self.double()
+
+    def forward(self, x: Tensor, mark: Tensor) -> Tensor:
+        h, first = self.a(x), mark > 0
+        order = torch.cat([first.nonzero()[:, 0], (~first).nonzero()[:, 0]])
+        placed = {
+            "joined": lambda: torch.cat([h[first], 2 * h[~first]]),
+            "with one more axis": lambda: h[order].unsqueeze(1),
+            "through a frozen layer": lambda: F.linear(h[order], self.frozen),
+            "through a frozen layer with a bias": lambda: F.linear(h[order], self.frozen, self.frozen[0]),
+            "through a product": lambda: h[order] @ self.frozen,
+        }[self.way]()
+        y = self.b(placed).reshape(len(x), D).tanh()
+        return self.c(y[order.argsort()]) + h
+
+
+WAYS = {
+    "joined": False,
+    "with one more axis": False,
+    "through a frozen layer": True,
+    "through a frozen layer with a bias": True,
+    "through a product": True,
+}
+"""Way -> whether it is exact; the others are refused."""
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_an_order_that_the_check_did_not_see_is_seen_when_it_comes(way):
+    """All examples of the check are marked, so that they stay in their order: the layout cannot know of another."""
+    model = _Sorted(way)
+    layout = check(model, loss, {**_x(D), "mark": torch.ones(B)}).layout
+    batch = {**_x(D), "mark": torch.tensor([0.0, 1, 0, 1, 1])}
+    if not WAYS[way]:
+        with pytest.raises(UnsupportedUse, match="picked from the batch"):
+            clipped_gradient(model, loss, batch, clipping=Clipping.abadi(1.0), layout=layout)
+        return
+    assert layout is not None
+    gradients = alone(model, loss, batch, size=B)
+    bound = 0.7 * float(norms(gradients).median())
+    found = clipped_gradient(model, loss, batch, clipping=Clipping.abadi(bound), layout=layout)
+    assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), bound))) < 4e-5

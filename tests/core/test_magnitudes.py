@@ -66,9 +66,10 @@ def _settled(forms: list[Form], clipping: Clipping) -> Tensor:
     """The clipped sum of one parameter with these uses, float64."""
     parameter = nn.Parameter(torch.zeros(forms[-1].shape))
     book = Book({"w": parameter}, examples=forms[-1].examples)
+    ending = book.sink.sum()
+    ending.register_hook(lambda _: [book.record(Derivation.of("w", parameter), form) for form in forms] and None)
     with book.collecting():
-        for form in forms:
-            book.record(Derivation.of("w", parameter), form)
+        ending.backward()
     return book.settle(clipping)["w"].double()
 
 

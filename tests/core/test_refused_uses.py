@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import D, Fn, T, par, tokens
-from core.unseen import built, drawn, expect_refused
+from blocks import D, Fn, T, loss, par, tokens
+from core.unseen import CLIP, built, drawn, expect_refused
+from discreet.core.gradient import clipped_gradient
+from discreet.errors import ConfigError
 
 
 class _Scale(torch.autograd.Function):
@@ -121,3 +123,38 @@ def test_embedding_options_that_break_the_bound_are_refused(options, word):
 def test_a_position_table_that_renormalises_itself_is_refused():
     model = Fn(lambda s, x: s.e(x) + s.p(torch.arange(T)), e=nn.Embedding(11, D), p=nn.Embedding(T, D, max_norm=0.1))
     expect_refused(model, tokens()(), "p.weight", "in place")
+
+
+class _Tripled(nn.Parameter):
+    """Acts as three times its values wherever torch asks its class."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            args = [3 * a.as_subclass(Tensor) if isinstance(a, cls) and func is F.linear else a for a in args]
+            return func(*args, **(kwargs or {}))
+
+
+class _Exponential(nn.Parameter):
+    @property
+    def T(self):
+        return torch.t(self.exp())
+
+
+@pytest.mark.parametrize("kind", [_Tripled, _Exponential])
+def test_a_parameter_with_ways_of_its_own_is_refused(kind):
+    """Its class makes room for that of guarded parameters, and the model would compute something else unseen."""
+    model = built(lambda s, x: F.linear(x, s.w) if kind is _Tripled else x @ s.w.T, w=par(3, D))
+    model.w = kind(model.w.data)
+    with pytest.raises(ConfigError, match=f"w: of class {kind.__name__}"):
+        clipped_gradient(model, loss, drawn(T, D), clipping=CLIP)
+    assert type(model.w) is kind
+
+
+def test_a_lazy_layer_is_refused_until_it_has_met_a_batch():
+    model = built(lambda s, x: s.l(x), l=nn.Linear(D, 2))
+    model.l = nn.LazyLinear(2, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="run one batch first"):
+        clipped_gradient(model, loss, drawn(D), clipping=CLIP)
+    model(drawn(D)["x"])
+    clipped_gradient(model, loss, drawn(D), clipping=CLIP)

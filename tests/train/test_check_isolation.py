@@ -142,3 +142,35 @@ def test_a_hook_that_couples_gradients_is_caught():
         return self.b(h)
 
     assert not check(built(forward, a=nn.Linear(D, D), b=nn.Linear(D, 2)), loss, drawn(D)).passed
+
+
+def _straight_through(model: nn.Module, batch) -> Tensor:
+    h, scale = model(batch["x"]), batch["x"].abs().mean()
+    return (h + (scale * h - (scale * h).detach())).square().sum(1)
+
+
+def _hooked(model: nn.Module, batch) -> Tensor:
+    h, scale = model(batch["x"]), batch["x"].abs().amax()
+    if h.requires_grad:
+        h.register_hook(lambda grad: grad * scale)
+    return h.square().sum(1)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("loss_function", [_straight_through, _hooked])
+def test_a_gradient_that_depends_on_others_is_caught_though_no_loss_does(loss_function, dropout):
+    """One example out of the batch moves the gradients of all others, by as much as a clipped one can."""
+    model = built(
+        lambda s, x: s.b(s.d(s.a(x).tanh())), a=nn.Linear(D, D), d=nn.Dropout(0.3 * dropout), b=nn.Linear(D, 2)
+    )
+    expect_failed(model, drawn(D), "gradients when the others are replaced", loss_function=loss_function)
+
+
+def test_a_gradient_that_is_scaled_within_each_example_passes():
+    def reversed_by_its_own_size(model, batch):
+        h, scale = model(batch["x"]), batch["x"].abs().amax(1, keepdim=True)
+        h.requires_grad and h.register_hook(lambda grad: -grad * scale)
+        return h.square().sum(1)
+
+    model = built(lambda s, x: s.b(s.a(x).tanh()), a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    assert check(model, reversed_by_its_own_size, drawn(D)).passed

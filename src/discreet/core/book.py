@@ -24,7 +24,17 @@ from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.route import Route
 from discreet.core.routing import Picking, Trail
-from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identity_of, sum_dtype, zeros_like_sums
+from discreet.core.uses import (
+    Derivation,
+    Part,
+    Record,
+    Uses,
+    arranged,
+    identity_of,
+    sum_dtype,
+    versions_of,
+    zeros_like_sums,
+)
 from discreet.errors import UnsupportedUse
 
 
@@ -72,6 +82,7 @@ class Book:
         self._derivations: dict[str, tuple[object, Derivation]] = {}
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
+        self._end = torch.autograd.graph.get_gradient_edge(self.sink).node
 
     def name_of(self, parameter: Tensor) -> str:
         """The name under which a parameter is guarded."""
@@ -118,8 +129,8 @@ class Book:
             UnsupportedUse: its group has been settled, so that its norm did not know of this use; or the gradients are
                 of another shape than the parameter.
         """
-        if not self._collecting:
-            return
+        if not self._collecting or not torch._C._will_engine_execute_node(self._end):
+            return  # asked for other gradients than the parameters', maybe from inside the backward that trains
         if derivation.identity and form.shape != derivation.sources[0].shape:
             raise UnsupportedUse(
                 f"{', '.join(derivation.names)}: its shape {tuple(derivation.sources[0].shape)} is spread over "
@@ -136,7 +147,7 @@ class Book:
         if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
             with full_precision():
                 form = form.reduced()
-        record = Record(derivation, form, choice)
+        record = Record(derivation, form, choice, versions_of(form))
         for position, name in enumerate(derivation.names):
             self._expected[name] -= 1
             self._records[name].append((position, record))
@@ -272,8 +283,7 @@ class Book:
         key = (names, function, self._meetings[names, function] - 1)
         known = self.verified.of(key, examples=self.examples) if self.verified is not None else None
         is_batch = size == self.examples and (known is None or known[0] is Axis.BATCH)
-        found = Axis.BATCH if is_batch else Axis.SHARED
-        self.axes[key] = (found,)
+        self.axes[key] = (Axis.BATCH if is_batch else Axis.SHARED,)
         return is_batch
 
     def settle(self, clipping: Clipping) -> dict[str, Tensor]:
@@ -317,6 +327,17 @@ class Book:
 
     def parts(self, names: tuple[str, ...]) -> list[Part]:
         """What these parameters' norms are taken from; asked for once, as joining uses may overwrite them."""
+        changed = [
+            name
+            for name in names
+            for _, record in self._records.get(name, ())
+            if record.versions not in ((), versions_of(record.form))
+        ]
+        if changed:
+            raise UnsupportedUse(
+                f"{', '.join(changed)}: a gradient or an activation was changed in place after it was booked (by a "
+                "hook or a custom Function); change a copy of it."
+            )
         return arranged(names, self._records, self.examples)
 
     def _summing_margin(self, rule: Clipping) -> float:

@@ -5,7 +5,6 @@ Shape legend: B = examples of the batch.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +16,12 @@ from discreet.core import compiled, rules
 from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
-from discreet.core.layout import nodes, observed_layout
+from discreet.core.layout import observed_layout
 from discreet.core.meeting import guard
-from discreet.core.parameter import Guarded
+from discreet.core.parameter import Guarded, PrivateParameter
+from discreet.core.strays import run_backward
 from discreet.core.uses import zeros_like_sums
-from discreet.errors import ConfigError, UnsupportedUse
+from discreet.errors import ConfigError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> Tensor`` of shape (B,): one loss per example."""
@@ -79,7 +79,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training moves: name -> parameter, each object once.
 
     Raises:
-        ConfigError: there are none, or one is complex, sparse or integer.
+        ConfigError: there are none, or one is complex, sparse, integer, or of a class of its own.
     """
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
@@ -87,6 +87,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in found.items():
         if not parameter.is_floating_point() or parameter.layout is not torch.strided:
             raise ConfigError(f"{name}: dtype {parameter.dtype}, layout {parameter.layout}; must be dense and real.")
+        if type(parameter) not in (nn.Parameter, PrivateParameter):
+            raise ConfigError(
+                f"{name}: of class {type(parameter).__name__}, whose own ways would be lost while it is guarded; make "
+                "it an nn.Parameter (of a lazy layer: run one batch first)."
+            )
     return found
 
 
@@ -106,11 +111,8 @@ def backward(book: Book, losses_B: Tensor) -> None:
     check_losses(losses_B, examples=book.examples)
     if isinstance(losses_B, Guarded) or not losses_B.requires_grad:
         raise ConfigError("the losses depend on no trainable parameter and example together; use the model's output.")
-    with contextlib.ExitStack() as stack:
-        for leaf in _strays(book, losses_B):
-            stack.callback(leaf.register_hook(torch.zeros_like).remove)
-        stack.enter_context(book.collecting())
-        losses_B.sum().backward()
+    with book.collecting():
+        run_backward(book, losses_B)
 
 
 def check_losses(losses: object, *, examples: int) -> None:
@@ -121,27 +123,6 @@ def check_losses(losses: object, *, examples: int) -> None:
             f"losses of {shape}: must be a tensor with one per example, ({examples},); "
             'use reduction="none" and sum or average within each example.'
         )
-
-
-def _strays(book: Book, losses_B: Tensor) -> list[Tensor]:
-    """What else the backward would give a gradient, raw, without clipping or noise: activations, which get zeros.
-
-    Raises:
-        UnsupportedUse: a parameter, or a tensor that is no activation by its shape.
-    """
-    found = []
-    known = {id(book.sink), *(id(parameter) for parameter in book.parameters.values())}
-    for node in nodes(losses_B):
-        leaf = getattr(node, "variable", None)
-        if leaf is None or id(leaf) in known or isinstance(leaf, Guarded):
-            continue
-        if isinstance(leaf, nn.Parameter) or leaf.dim() == 0 or leaf.shape[0] % book.examples:
-            raise UnsupportedUse(
-                f"a trainable tensor of shape {tuple(leaf.shape)} is no parameter of this model: it would get a raw "
-                "gradient; register it in the model, or detach it."
-            )
-        found.append(leaf)
-    return found
 
 
 def settle(book: Book, clipping: Clipping) -> ClippedSum:

@@ -5,6 +5,8 @@ Shape legend: B = examples.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, batch_size_of, check_losses, trainable
-from discreet.core.layout import SEED, alike, awake, copies, frozen_state, take
+from discreet.core.layout import SEED, alike, awake, copies, evaluating, frozen_state, take
 from discreet.core.precision import NARROW_GAP, computes_narrowly, is_close
 
 
@@ -76,7 +78,7 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
     if computes_narrowly(lambda: _losses(model, loss, batch, examples=size)):
         tolerance = NARROW_GAP
     by_substitution = True
-    buffers = _parameters_written(model, loss, batch)
+    buffers = _written(model, loss, batch, held=nn.Module.named_parameters, state=_state_of)
     state = _buffers_after(model, loss, batch)
     resized: set[str] = set()
     for row in range(size):
@@ -88,18 +90,13 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
         resized |= _other_sizes(state, after)
         buffers |= {name for name in state.keys() - resized if not torch.equal(after[name], state[name])}
     stochastic = not torch.equal(_losses(model, loss, batch, examples=size, seed=SEED + 1), reference)
-    training = {module: module.training for module in model.modules()}
-    try:
-        if stochastic:
-            model.eval()
+    with evaluating(model) if stochastic else contextlib.nullcontext():
         by_removal = _survives_removal(model, loss, batch, size, tolerance)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     tables = _other_sizes(before, copies(model)) - resized - buffers
     resized |= tables - _unsaved(model)
     values = {name for name in before.keys() - tables - resized - buffers if not torch.equal(before[name], state[name])}
-    moving = (values | _buffers_written(model, loss, batch)) - tables - resized
+    written = _written(model, loss, batch, held=nn.Module.named_buffers, state=lambda buffer: (buffer._version, 0))
+    moving = (values | written) - tables - resized
     found = (tuple(sorted(names)) for names in (buffers, moving, tables - resized, resized))
     return IsolationVerdict(by_substitution, by_removal, *found)
 
@@ -146,23 +143,21 @@ def _buffers_after(model: nn.Module, loss: LossFunction, batch: Any) -> dict[str
         return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
 
-def _parameters_written(model: nn.Module, loss: LossFunction, batch: Any) -> set[str]:
-    """Parameters that a forward writes, even past autograd. No copy is made: a frozen model may fill the memory."""
-    before = {name: (parameter, *_state_of(parameter)) for name, parameter in model.named_parameters()}
+def _written(
+    model: nn.Module,
+    loss: LossFunction,
+    batch: Any,
+    *,
+    held: Callable[[nn.Module], Iterator[tuple[str, Tensor]]],
+    state: Callable[[Tensor], tuple[int, int]],
+) -> set[str]:
+    """What a forward writes, exchanges, adds or removes. No copy is made: a frozen model may fill the memory."""
+    before = {name: (value, state(value)) for name, value in held(model)}
     with frozen_state(model), torch.enable_grad():
         loss(model, batch)
-    after = {name: (parameter, *_state_of(parameter)) for name, parameter in model.named_parameters()}
-    known = {name for name, state in after.items() if name in before and state[0] is before[name][0]}
-    return (before.keys() | after.keys()) - {name for name in known if after[name][1:] == before[name][1:]}
-
-
-def _buffers_written(model: nn.Module, loss: LossFunction, batch: Any) -> set[str]:
-    before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
-    with frozen_state(model), torch.enable_grad():
-        loss(model, batch)
-        after = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
-    known = {name for name, (buffer, _) in after.items() if name in before and buffer is before[name][0]}
-    return after.keys() - {name for name in known if after[name][1] == before[name][1]}
+        after = {name: (value, state(value)) for name, value in held(model)}
+    known = {name for name, (value, _) in after.items() if name in before and value is before[name][0]}
+    return (before.keys() | after.keys()) - {name for name in known if after[name][1] == before[name][1]}
 
 
 def _state_of(parameter: Tensor) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.meeting import guard
+from discreet.core.strays import nodes, run_backward
 from discreet.errors import ConfigError
 
 SEED = 20_777
@@ -46,25 +47,13 @@ def observed_layout(
     with frozen_state(model), guard(book):
         losses_B = loss(model, take(batch, rows, size))
         if recomputes(losses_B):
-            losses_B.sum().backward()
+            run_backward(book, losses_B)
     return book.layout()
 
 
 def recomputes(losses_B: Tensor) -> bool:
     """Whether some of the forward runs again in the backward, under reentrant activation checkpointing."""
     return any(node.name().startswith("CheckpointFunction") for node in nodes(losses_B))
-
-
-def nodes(value: Tensor) -> Iterator[torch.autograd.graph.Node]:
-    """Every node of the graph behind a value, once."""
-    todo, seen = [value.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
-        yield node
 
 
 def other_rows(parameters: Mapping[str, Tensor], batch: Any, *, size: int) -> list[int]:
@@ -106,6 +95,18 @@ def frozen_state(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
             yield
     finally:
         put_back(model, kept)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def copies(model: nn.Module) -> dict[str, Tensor]:

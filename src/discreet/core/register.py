@@ -26,6 +26,7 @@ from discreet.core.book import Book
 from discreet.core.forms import Dense
 from discreet.core.parameter import Guarded, Use, function_name, is_known, plain
 from discreet.core.rules.once import differentiable_once
+from discreet.core.strays import nodes
 from discreet.core.uses import Derivation
 from discreet.errors import ConfigError
 
@@ -259,13 +260,7 @@ class _Formula(torch.autograd.Function):
 def _refuse_hidden(use: Use, output: Tensor, inputs: Sequence[Tensor]) -> None:
     """Refuse a function that reached a trainable tensor which was not given to it."""
     known = {id(tensor) for tensor in inputs}
-    todo, seen = [output.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
+    for node in nodes(output):
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known:
             raise use.refuse("it uses a trainable tensor that is not among its arguments", "pass it as one.")

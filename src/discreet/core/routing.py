@@ -30,7 +30,10 @@ _ROWWISE = frozenset(
     )
     for version in (0, 1)
 )
-_BY_AXIS = frozenset({"SplitBackward0", "SplitWithSizesBackward0", "SliceBackward0", "SoftmaxBackward0"})
+_BY_AXIS = frozenset(
+    f"{name}Backward0" for name in ("Split", "SplitWithSizes", "Slice", "Softmax", "Unsqueeze", "Select")
+)
+_PRODUCTS = {"MmBackward0": 0, "AddmmBackward0": 1}
 _VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0"})
 
 
@@ -98,6 +101,10 @@ class Trail:
             return self._picked(node, (node._saved_index,), rows)
         if (name == "GatherBackward0" and node._saved_dim == 0) or (name == "FlipBackward0" and 0 in node._saved_dims):
             return Picking(None, rows)
+        if name in _PRODUCTS:  # by a frozen weight: the rows are those of the left operand
+            return self.back(node.next_functions[_PRODUCTS[name]][0], rows)
+        if name == "CatBackward0" and node._saved_dim == 0:
+            return Picking(None, rows) if any(self.back(part, rows) for part, _ in node.next_functions) else None
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             at = getattr(node, "rows_of", None)
             return None if at is None else self.back(node.next_functions[at][0], rows)

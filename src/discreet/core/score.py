@@ -6,8 +6,7 @@ Shape legend: B = examples of a microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import LossFunction, trainable
 from discreet.core.isolation import examine_isolation
-from discreet.core.layout import awake
+from discreet.core.layout import awake, evaluating
 from discreet.errors import ConfigError
 
 SCORES = "scores"
@@ -40,7 +39,7 @@ def is_isolated(
         batch: all of them. singles: the same examples in the same order, each as a batch of one.
         loss: per-example losses, as in training.
     """
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         verdict = examine_isolation(model, loss, batch, examples=len(singles))
         with awake(trainable(model)):
             together_B = _scores(model, score, batch, len(singles))
@@ -64,7 +63,7 @@ def summed_scores(model: nn.Module, score: ScoreFunction, batches: Iterable[tupl
         ConfigError: the scores are not one per example.
     """
     total = torch.zeros(1, dtype=torch.float64)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         for batch, examples in batches:
             total += _scores(model, score, batch, examples).sum()
     return ClippedSum(tensors={SCORES: total}, sensitivity=1.0)
@@ -79,16 +78,3 @@ def _scores(model: nn.Module, score: ScoreFunction, batch: Any, examples: int) -
             "(logits.argmax(1) == targets).float()."
         )
     return scores_B.detach().cpu().to(torch.float64).nan_to_num(nan=0.0).clamp(0.0, 1.0)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -9,7 +9,7 @@ Shape legend: B = examples.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,10 +60,15 @@ class ParameterVerdict:
 
 @dataclass(frozen=True)
 class NormVerdict:
-    """Engine against one-example-at-a-time autograd, at two batch sizes."""
+    """Engine against one-example-at-a-time autograd, at two batch sizes.
+
+    Attributes:
+        isolated: no example's norms moved when all others became copies of it.
+    """
 
     parameters: tuple[ParameterVerdict, ...]
     sum_agrees: bool
+    isolated: bool
     layout: Layout
     tolerance: float
 
@@ -108,7 +113,11 @@ def _both(wide: NormVerdict, narrow: NormVerdict) -> NormVerdict:
     agreed = {verdict.name: verdict.norms_agree for verdict in wide.parameters}
     parameters = tuple(replace(each, norms_agree=each.norms_agree and agreed[each.name]) for each in narrow.parameters)
     return replace(
-        narrow, parameters=parameters, sum_agrees=narrow.sum_agrees and wide.sum_agrees, tolerance=wide.tolerance
+        narrow,
+        parameters=parameters,
+        sum_agrees=narrow.sum_agrees and wide.sum_agrees,
+        isolated=wide.isolated,
+        tolerance=wide.tolerance,
     )
 
 
@@ -164,6 +173,15 @@ def _compare(
                             taken.get(name, nothing), wanted, tolerance, noise=noise, above=_ROUNDED_UP
                         )
                     sum_agrees &= expected.sum_agrees(settle(book, clipping).tensors, tolerance)
+    among_copies = []
+    for index in range(size):
+        with frozen_state(model):
+            (row,) = _one_at_a_time(model, loss, take(batch, [index] * size, size), parameters, [index])
+        among_copies.append([0.0 if gradient is None else float(gradient.double().norm()) for gradient in row])
+    isolated = all(  # `expected` and `noise` are those of the whole batch, which came last
+        is_close(wanted.new_tensor(found), wanted, tolerance, noise=noise)
+        for found, wanted in zip(zip(*among_copies, strict=True), expected.norms.values(), strict=True)
+    )
     verdicts = tuple(
         ParameterVerdict(
             name,
@@ -176,7 +194,7 @@ def _compare(
         )
         for name, value in parameters.items()
     )
-    return NormVerdict(parameters=verdicts, sum_agrees=sum_agrees, layout=layout, tolerance=tolerance)
+    return NormVerdict(verdicts, sum_agrees=sum_agrees, isolated=isolated, layout=layout, tolerance=tolerance)
 
 
 def _booked(
@@ -217,7 +235,7 @@ def _brute_force(
     sums = zeros_like_sums(parameters)
     norms: dict[str, list[Tensor]] = {name: [] for name in parameters}
     added, connected = [], set()
-    for row in _one_at_a_time(model, loss, batch, parameters, size):
+    for row in _one_at_a_time(model, loss, batch, parameters, range(size)):
         connected |= {name for name, gradient in zip(parameters, row, strict=True) if gradient is not None}
         each = {
             name: torch.zeros_like(sums[name]) if gradient is None else gradient.to(sums[name].dtype)
@@ -237,19 +255,19 @@ def _brute_force(
 
 
 def _one_at_a_time(
-    model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter], size: int
+    model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter], wanted: Sequence[int]
 ) -> Iterator[tuple[Tensor | None, ...]]:
     """Gradients of one loss after the other, in the order of the parameters, by autograd alone."""
     losses = loss(model, batch)
     if recomputes(losses):
-        yield from _one_at_a_time_recomputed(model, loss, batch, parameters, size)
+        yield from _one_at_a_time_recomputed(model, loss, batch, parameters, wanted)
         return
-    for index in range(size):
+    for index in wanted:
         yield torch.autograd.grad(losses[index], list(parameters.values()), retain_graph=True, allow_unused=True)
 
 
 def _one_at_a_time_recomputed(
-    model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter], size: int
+    model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter], wanted: Sequence[int]
 ) -> Iterator[tuple[Tensor | None, ...]]:
     """The same where ``autograd.grad`` is not to be had: stand-ins for the parameters collect the gradients."""
 
@@ -261,7 +279,7 @@ def _one_at_a_time_recomputed(
         def forward(self, index: int) -> None:
             loss(self.model, batch)[index].backward()
 
-    for index in range(size):
+    for index in wanted:
         stand_ins = {f"model.{name}": nn.Parameter(parameter.detach()) for name, parameter in parameters.items()}
         torch.func.functional_call(Loss(), stand_ins, (index,))
         yield tuple(stand_in.grad for stand_in in stand_ins.values())

@@ -74,11 +74,21 @@ def _same(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Record:
-    """One use: the per-example gradients of a value, how the value was made, and which route its norm takes."""
+    """One use: the per-example gradients of a value, how the value was made, and which route its norm takes.
+
+    Attributes:
+        versions: how often each tensor of the form had been changed in place when it was booked; none of joined uses.
+    """
 
     derivation: Derivation
     form: Form
     choice: Choice | None
+    versions: tuple[int, ...] = ()
+
+
+def versions_of(form: Form) -> tuple[int, ...]:
+    """How often each tensor of a form was changed in place."""
+    return tuple(value._version for value in vars(form).values() if isinstance(value, Tensor))
 
 
 class Part(abc.ABC):

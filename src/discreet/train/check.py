@@ -147,7 +147,12 @@ def check(
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
-    rows = (*isolation, *_norm_rows(verdict), *_tempered_rows(model, verdict))
+    detail = (
+        "an example's gradient depends on other examples although its loss does not (a hook, or a straight-through "
+        "estimator, scaled by a statistic of the batch); scale it by a constant, or within each example."
+    )
+    alone_row = _verdict_row("isolation", "gradients when the others are replaced", verdict.isolated, detail)
+    rows = (*isolation, alone_row, *_norm_rows(verdict), *_tempered_rows(model, verdict))
     report = CheckReport(rows=rows, layout=verdict.layout, allowed=Allowed(alone.moving, alone.tables))
     return report if report.passed else replace(report, layout=None)
 
