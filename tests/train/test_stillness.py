@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from discreet.errors import UnsupportedUse
+from discreet.errors import ConfigError, UnsupportedUse
+from discreet.train.checkpoint import saved_state
 from discreet.train.contest import Choice, PrivateScore
 from discreet.train.loop import Private, make_private
 from discreet.train.probing import find_rate
@@ -274,3 +275,37 @@ def test_a_batch_that_is_begun_again_moves_a_counter_once(tmp_path: Path, monkey
         pass
     assert private._updates.step.microbatch.size < 64
     assert float(private.model.calls) == 12
+
+
+class _Extremes(nn.Module):
+    """Keeps the largest entry that it saw in a plain attribute, which is saved in one of two ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer, self.largest, self.way = nn.Linear(6, 2), torch.zeros(1), way
+        if way == "hook":
+            self.register_state_dict_post_hook(lambda module, state, *_: state.update(largest=module.largest))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest = torch.maximum(self.largest, x.detach().amax().reshape(1))
+        return self.layer(x)
+
+
+class _ExtremesAsExtraState(_Extremes):
+    def get_extra_state(self) -> Tensor:
+        return self.largest
+
+
+@pytest.mark.parametrize("model", [_Extremes("hook"), _ExtremesAsExtraState("extra state")], ids=lambda m: m.way)
+def test_state_that_nobody_watches_is_not_saved(tmp_path: Path, model: nn.Module) -> None:
+    """The largest number of all private rows stood in the released model."""
+    with pytest.raises(ConfigError, match="neither a parameter nor a buffer"):
+        _private(tmp_path / "run", network=model)
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_parameters_and_buffers_may_be_saved_under_other_names() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    model[2].register_buffer("scale", torch.ones(1))
+    model.register_state_dict_post_hook(lambda module, state, *_: state.update(last=state.pop("2.weight")))
+    assert "last" in saved_state(model)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from discreet.core.uses import identity_of
 from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.files import file_digest
 from discreet.train.auto_lr import RateControl
@@ -178,18 +179,32 @@ def restore(found: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state as separate tensors; extra state that is not a tensor cannot be saved without pickle.
+    """The model's state as separate tensors, as `saved_state` has it."""
+    return {name: value.detach().clone() for name, value in saved_state(model).items()}
+
+
+def saved_state(model: nn.Module) -> dict[str, Tensor]:
+    """What is saved of a model, and released in the end: its parameters and buffers, under whatever names.
+
+    What a module adds itself (``get_extra_state``, a hook on ``state_dict``) is refused: no forward is watched there,
+    so it may hold statistics of private examples.
 
     Raises:
-        ConfigError: the state holds something else.
+        ConfigError: the state holds something else; what is no tensor could not be saved without pickle, either.
     """
     state = model.state_dict()
+    known = {identity_of(value) for value in (*model.parameters(), *model.buffers())}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ConfigError(
                 f"{name}: state of type {type(value).__name__}; only tensors are saved; drop get_extra_state."
             )
-    return {name: value.detach().clone() for name, value in state.items()}
+        if value.numel() and identity_of(value) not in known:
+            raise ConfigError(
+                f"{name}: it would be saved with the model, and is neither a parameter nor a buffer: what a forward "
+                "writes there would be released without noise; drop get_extra_state and hooks on state_dict."
+            )
+    return state
 
 
 def _free_name(directory: Path, step: int) -> Path:

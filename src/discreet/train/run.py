@@ -32,6 +32,7 @@ from discreet.privacy.files import file_digest, write_atomically
 from discreet.privacy.ledger import Ledger, key_id
 from discreet.privacy.plan import Plan
 from discreet.train.checkpoint import load as load_checkpoint
+from discreet.train.checkpoint import saved_state
 from discreet.train.journal import SumJournal
 from discreet.train.secret_files import replace_secret, sync
 
@@ -318,6 +319,7 @@ class Run:
 
     def _save(self, model: nn.Module) -> None:
         temporary = self.path / "private" / "model.safetensors"
+        saved_state(model)
         try:
             save_model(model, str(temporary))
         except SafetensorError as error:
