@@ -33,15 +33,17 @@ MAY_PIN = {
         "inner": "on this file's own tensor subclass, which stands for a parameter in a trace",
         "derivation": "the same",
     },
-    "core/isolation.py": {"training": "puts a module's mode back as it was"},
+    "core/layout.py": {"training": "puts a module's mode back as it was"},
     "core/meeting.py": {"__class__": "guarding a parameter is exactly this: its class, and nothing else"},
     "core/parameter.py": {
         "derivation": "on this file's own tensor subclass, which holds a value computed from a parameter",
     },
     "core/precision.py": {"fp32_precision": "torch's own setting for float32 products; put back afterwards"},
-    "core/score.py": {"training": "puts a module's mode back as it was"},
     "core/selftest.py": {
         "as_written": "the engine's own book: compare compiled code with the code as it is written",
+    },
+    "core/strays.py": {
+        "backward": "torch's own, so that graphs made within a backward are looked at; put back afterwards"
     },
     "privacy/files.py": {"_size": "a class method fills in the file object that it has just made"},
     "train/loop.py": {"step": "gates the user's optimizer, so that an unfinished batch can never be stepped on"},

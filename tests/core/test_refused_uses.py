@@ -79,6 +79,11 @@ UNRULED = {
         lambda: built(lambda s, x: torch.cat([s.w, s.l(x)])[2:], w=par(2, T, D), l=nn.Linear(D, D)),
         "cat",
     ),
+    "bits of another type": (
+        lambda: built(lambda s, x: x * s.w.view(torch.float32).double()[::2], w=par(D)),
+        "view",
+        "no gradient",
+    ),
     "complex": (lambda: built(lambda s, x: (x * s.w.to(torch.complex128)).real, w=par(D)), "w", "complex"),
     "in-place activation of a parameter": (lambda: built(lambda s, x: x * F.relu(s.w, inplace=True), w=par(D)), "w"),
     "parameter changed in place": (lambda: built(lambda s, x: x * s.w.mul_(2), w=par(D)), "mul_"),

@@ -53,6 +53,8 @@ class Replay:
 def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric: bool) -> Any:
     """Apply a function to parameters alone, and remember how each result was made."""
     leaves, spec = tree_flatten((args, kwargs))
+    if use.function is Tensor.view and any(isinstance(leaf, torch.dtype) for leaf in leaves):
+        raise use.refuse("bits that are read as another type have no gradient", "cast it instead: .to(dtype).")
     parts = tuple(derivation_of(use.book, leaf) if isinstance(leaf, Guarded) else None for leaf in leaves)
     origins = [part for part in parts if part is not None]
     names = tuple(dict.fromkeys(name for part in origins for name in part.names))
