@@ -24,17 +24,7 @@ from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.route import Route
 from discreet.core.routing import Picking, Trail
-from discreet.core.uses import (
-    Derivation,
-    Part,
-    Record,
-    Uses,
-    arranged,
-    identity_of,
-    sum_dtype,
-    versions_of,
-    zeros_like_sums,
-)
+from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identity_of, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
 
 
@@ -147,7 +137,7 @@ class Book:
         if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
             with full_precision():
                 form = form.reduced()
-        record = Record(derivation, form, choice, versions_of(form))
+        record = Record.of(derivation, form, choice)
         for position, name in enumerate(derivation.names):
             self._expected[name] -= 1
             self._records[name].append((position, record))
@@ -327,12 +317,7 @@ class Book:
 
     def parts(self, names: tuple[str, ...]) -> list[Part]:
         """What these parameters' norms are taken from; asked for once, as joining uses may overwrite them."""
-        changed = [
-            name
-            for name in names
-            for _, record in self._records.get(name, ())
-            if record.versions not in ((), versions_of(record.form))
-        ]
+        changed = [name for name in names if any(record.changed for _, record in self._records.get(name, ()))]
         if changed:
             raise UnsupportedUse(
                 f"{', '.join(changed)}: a gradient or an activation was changed in place after it was booked (by a "

@@ -85,9 +85,18 @@ class Record:
     choice: Choice | None
     versions: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, derivation: Derivation, form: Form, choice: Choice | None) -> Record:
+        """A use as it is booked."""
+        return cls(derivation, form, choice, _versions(form))
 
-def versions_of(form: Form) -> tuple[int, ...]:
-    """How often each tensor of a form was changed in place."""
+    @property
+    def changed(self) -> bool:
+        """Whether what was booked is no longer what it was."""
+        return self.versions not in ((), _versions(self.form))
+
+
+def _versions(form: Form) -> tuple[int, ...]:
     return tuple(value._version for value in vars(form).values() if isinstance(value, Tensor))
 
 
