@@ -241,10 +241,10 @@ class Clipping:
         elif self.kind is ClippingKind.GLOBAL:
             factor_B = (norm_B <= bound).to(norm_B.dtype)
         else:
-            factor_B = torch.isfinite(norm_B).to(norm_B.dtype)
+            factor_B = torch.ones_like(norm_B)
         # A subnormal factor has lost its last bits, and may have been rounded up: nothing is within the bound.
-        # Every factor above is NaN or 0 where the norm is not finite.
-        return torch.where(factor_B >= torch.finfo(factor_B.dtype).tiny, factor_B, 0.0)
+        counts = torch.isfinite(norm_B) & (factor_B >= torch.finfo(factor_B.dtype).tiny)
+        return torch.where(counts, factor_B, 0.0)
 
     def below(self, norm_B: Tensor) -> Tensor:
         """How many of these norms are within the bound, less one half each: () float64. Bad norms count as nothing."""
