@@ -336,10 +336,11 @@ class Book:
         """
         if not parts:
             return torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device), True
-        norm_B = _length([part.quick_norm2() for part in parts])
+        norm_B = torch.stack([part.quick_norm2() for part in parts]).sum(0).sqrt()
         if math.isfinite(norm_B.sum()):
             return norm_B, True
-        return torch.where(torch.isfinite(norm_B), norm_B, _length([part.norm2() for part in parts])), False
+        sure_B = torch.stack([part.norm2() for part in parts]).sum(0).sqrt()
+        return torch.where(torch.isfinite(norm_B), norm_B, sure_B), False
 
     def parameter_norms(self, *, sure: bool = False) -> dict[str, Tensor]:
         """Per-example norms of each used parameter, name -> (B,), as training takes them, or the sure way.
@@ -375,9 +376,3 @@ class Book:
         """All routes that some norm of this book could have taken at other sizes."""
         choices = [record.choice for records in self._records.values() for _, record in records]
         return tuple(dict.fromkeys(route for choice in choices if choice is not None for route in choice.routes))
-
-
-def _length(norm2s_B: Sequence[Tensor]) -> Tensor:
-    """The norms of what has these squared norms in its parts."""
-    head, *rest = norm2s_B
-    return (torch.stack([head, *rest]).sum(0) if rest else head).sqrt()
