@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from discreet.core.axes import Axis
 from discreet.core.book import Book
@@ -131,7 +131,7 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in OBSERVATIONS:
             return func(*args, **kwargs)
         if book is None or not torch.is_grad_enabled():
-            plain_args, plain_kwargs = tree_map(_unwrap_derived, (args, kwargs))
+            plain_args, plain_kwargs = tree_map_only(DerivedParameter, DerivedParameter.plain, (args, kwargs))
             return func(*plain_args, **plain_kwargs)
         leaves = _leaves((args, kwargs))
         guarded = [leaf for leaf in leaves if isinstance(leaf, Guarded)]
@@ -140,8 +140,7 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = tuple(dict.fromkeys(name for origin in origins.values() for name in origin.names))
         if func not in RULES and func not in DERIVABLE and func not in ROUTED:
             raise _no_rule(func, names, guarded[0])
-        traced = ((id(operand), book.trail.trace(operand)) for operand in operands)
-        pickings = {key: picking for key, picking in traced if picking is not None}
+        pickings = {id(one): picking for one in operands if (picking := book.trail.trace(one)) is not None}
         axes = book.classify(
             names,
             function_name(func),
@@ -193,10 +192,6 @@ _REMEDIES: dict[Function, str] = {
     **dict.fromkeys((torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd), _FAST_PATH),
 }
 """What to write instead, where the usual advice would not help."""
-
-
-def _unwrap_derived(leaf: Any) -> Any:
-    return leaf.plain() if isinstance(leaf, DerivedParameter) else leaf
 
 
 def _turned(
