@@ -131,7 +131,7 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in OBSERVATIONS:
             return func(*args, **kwargs)
         if book is None or not torch.is_grad_enabled():
-            plain_args, plain_kwargs = tree_map_only(DerivedParameter, DerivedParameter.plain, (args, kwargs))
+            plain_args, plain_kwargs = tree_map_only(DerivedParameter, lambda leaf: leaf.plain(), (args, kwargs))
             return func(*plain_args, **plain_kwargs)
         leaves = _leaves((args, kwargs))
         guarded = [leaf for leaf in leaves if isinstance(leaf, Guarded)]
