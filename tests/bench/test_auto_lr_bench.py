@@ -21,7 +21,6 @@ from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.privacy.plan import Plan
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
