@@ -30,10 +30,9 @@ def markdown(rows: Rows, names: Mapping[str, str]) -> str:
 
     Seeds are those of what sets itself, of the grid's best, and of the paid search, where they differ.
     """
-    by = {(task, epsilon): cell for (task, epsilon), cell in sorted(cells(rows).items()) if task in names}
-    lines = _rule((*TITLES, *FOREIGN))
-    for task, told in names.items():
-        lines += [_line(_cells_of(by[at], told, at[1])) for at in by if at[0] == task]
+    known = sorted(cells(rows).items())
+    by = {(told, epsilon): cell for task, told in names.items() for (of, epsilon), cell in known if of == task}
+    lines = [*_rule((*TITLES, *FOREIGN)), *(_line(_cells_of(cell, *at)) for at, cell in by.items())]
     return "\n".join([*lines, "", *_gaps(by), "", *_rivals(by)])
 
 
@@ -80,7 +79,7 @@ def _rivals(by: Mapping[tuple[str, float], Cell]) -> list[str]:
         for name, told in AGAINST.items():
             tasks = {task: cell for (task, at), cell in by.items() if at == epsilon}
             leads = {task: found for task, cell in tasks.items() if (found := gap(cell, name, to="auto")) is not None}
-            ahead = ", ".join(f"{task} {_with_error(lead)}" for task, lead in leads.items() if lead.points < 0)
+            ahead = "; ".join(f"{task} {_with_error(lead)}" for task, lead in leads.items() if lead.points < 0)
             behind = sum(lead.points > 0 for lead in leads.values())
             means = _with_error(over_tasks(list(leads.values())))
             lines.append(_line([f"{epsilon:g}", told, str(len(leads)), means, f"{behind}", ahead or "nowhere"]))

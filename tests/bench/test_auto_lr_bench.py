@@ -13,13 +13,15 @@ import pytest
 import torch
 from bench.auto_lr import __main__ as program
 from bench.auto_lr import contestants, gaps, overhead, pruning, simulated, table
-from bench.auto_lr.tasks import NameModel, Task, load, name_loss
+from bench.auto_lr.tasks import NAMES, NameModel, Task, load, name_loss
 from torch import nn
 
 from discreet.app.data.source import Examples
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import clipped_gradient
 from discreet.privacy.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _row(contestant: str, accuracy: float, *, seed: int = 0, rate: float = 0.02) -> dict[str, Any]:
@@ -110,10 +112,18 @@ def test_the_tables_of_the_documentation():
     assert lines[2].startswith("| the toy | 1 | 87.0 (adam 0.02 linear) | 85.0 | +2.00 ± 4.00 | -16.50 ± 22.50 | — |")
     assert lines[2].endswith("| 2/2/0 |")
     assert lines[3].startswith("| the toy | 3 | — | 50.0 | — |")
-    assert "| 1 | DP-Adam | 1 | +2.00 ± 4.00 | -16.50 ± 22.50 | +2.00 ± 4.00 (toy) | -16.50 ± 22.50 (toy) |" in second
-    assert "| 1 | 0.02, linear | 1 | -5.00 | 0 | toy -5.00 |" in third
+    assert (
+        "| 1 | DP-Adam | 1 | +2.00 ± 4.00 | -16.50 ± 22.50 | +2.00 ± 4.00 (the toy) | -16.50 ± 22.50 (the toy) |"
+        in second
+    )
+    assert "| 1 | 0.02, linear | 1 | -5.00 | 0 | the toy -5.00 |" in third
     for part in (first, second, third):
         assert len({line.count("|") for line in part.splitlines()}) == 1
+
+
+def test_the_documentation_shows_the_tables_of_its_record():
+    rows = program.read(ROOT / "bench" / "results" / "auto-lr-small.json")
+    assert table.markdown(rows, NAMES) in (ROOT / "docs" / "learning-rate.md").read_text()
 
 
 def test_what_is_missing_is_a_dash():

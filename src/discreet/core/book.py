@@ -298,8 +298,7 @@ class Book:
         """Norms over these parameters, factors, and their sums."""
         rule = self._division.rules[group]
         parts = self.parts(group)
-        norm2_B, all_finite = self._norm2(parts)
-        norm_B = norm2_B.sqrt()
+        norm_B, all_finite = self._norms(parts)
         factor_B = drop_vanishing(rule.factor(norm_B)) * self._summing_margin(rule)
         if rule.following is not None:
             # The mean over groups, so that one example counts once; exact, but for 2^-53 where K is no power of 2.
@@ -334,19 +333,20 @@ class Book:
             return 1.0
         return 1.0 - (256 + self.examples) * torch.finfo(torch.float32).eps
 
-    def _norm2(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
-        """Squared norms over these parts, (B,), float64, and whether all are known to be finite.
+    def _norms(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
+        """Norms over these parts, (B,), float64, and whether all are known to be finite.
 
         The fast way first; the sure way for the examples that it has a doubt about, and for no other: what it adds for
         rounding is part of an example's factor, which must not change with the company that the example keeps. The
         doubt is all that is ever asked of the data: an accelerator is waited for once a group.
         """
-        zeros_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
-        norm2_B = torch.stack([zeros_B, *(part.quick_norm2() for part in parts)]).sum(0)
-        sure_B = (norm2_B >= 0) & (norm2_B < torch.inf)
-        if bool(sure_B.all()):
-            return norm2_B, True
-        return torch.where(sure_B, norm2_B, sum((part.norm2() for part in parts), zeros_B)), False
+        if not parts:
+            return torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device), True
+        norm_B = torch.stack([part.quick_norm2() for part in parts]).sum(0).sqrt()
+        if math.isfinite(norm_B.sum()):
+            return norm_B, True
+        sure_B = torch.stack([part.norm2() for part in parts]).sum(0).sqrt()
+        return torch.where(torch.isfinite(norm_B), norm_B, sure_B), False
 
     def parameter_norms(self, *, sure: bool = False) -> dict[str, Tensor]:
         """Per-example norms of each used parameter, name -> (B,), as training takes them, or the sure way.
@@ -359,7 +359,7 @@ class Book:
                 uses = Uses.of(name, records, self.examples)
                 if uses.joined is not None:
                     self._records[name] = [(0, uses.joined)]  # joining may overwrite what it joins: once, and no more
-                norms[name] = (uses.norm2() if sure else self._norm2([uses])[0]).sqrt()
+                norms[name] = uses.norm2().sqrt() if sure else self._norms([uses])[0]
         return norms
 
     def grams(self) -> dict[str, Tensor]:

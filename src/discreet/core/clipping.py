@@ -244,7 +244,7 @@ class Clipping:
             factor_B = torch.ones_like(norm_B)
         # A subnormal factor has lost its last bits, and may have been rounded up: nothing is within the bound.
         counts = torch.isfinite(norm_B) & (factor_B >= torch.finfo(factor_B.dtype).tiny)
-        return torch.where(counts, factor_B, torch.zeros_like(factor_B))
+        return torch.where(counts, factor_B, 0.0)
 
     def below(self, norm_B: Tensor) -> Tensor:
         """How many of these norms are within the bound, less one half each: () float64. Bad norms count as nothing."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from discreet.core.parameter import DerivedParameter, Guarded, PrivateParameter, Use, derivation_of, plain
+from discreet.core.parameter import DerivedParameter, Guarded, PrivateParameter, Use, plain
 from discreet.core.uses import Derivation
 from discreet.errors import UnsupportedUse
 
@@ -55,7 +55,7 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
     leaves, spec = tree_flatten((args, kwargs))
     if use.function is Tensor.view and any(isinstance(leaf, torch.dtype) for leaf in leaves):
         raise use.refuse("bits that are read as another type have no gradient", "cast it instead: .to(dtype).")
-    parts = tuple(derivation_of(use.book, leaf) if isinstance(leaf, Guarded) else None for leaf in leaves)
+    parts = tuple(use.origin(leaf) if isinstance(leaf, Guarded) else None for leaf in leaves)
     origins = [part for part in parts if part is not None]
     names = tuple(dict.fromkeys(name for part in origins for name in part.names))
     values = {name: source for part in origins for name, source in zip(part.names, part.sources, strict=True)}
@@ -64,7 +64,7 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
         for part, leaf in zip(parts, leaves, strict=True)
     ]
     constants = tuple((leaf, leaf._version if isinstance(leaf, Tensor) else 0) for leaf in kept)
-    call = Replay(use, names, parts, constants, spec)
+    call = Replay(replace(use, origins={}), names, parts, constants, spec)
     keeps_norm = isometric and len(origins) == 1 and origins[0].isometric
     plain_leaves = [plain(leaf) for leaf in leaves]
     versions = [leaf._version for leaf in plain_leaves if isinstance(leaf, Tensor)]
@@ -86,7 +86,7 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
 
 def cast(use: Use, guarded: Tensor, result: Tensor) -> Tensor:
     """A guarded value in another dtype or memory order: the same value, so the same derivation."""
-    known = derivation_of(use.book, guarded)
+    known = use.origin(guarded)
     derivation = Derivation(known.names, known.sources, known.rebuild, known.isometric, known.identity)
     return _wrap(result, derivation, like=guarded)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from discreet.core.axes import Axis
 from discreet.core.book import Book
@@ -131,16 +131,16 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in OBSERVATIONS:
             return func(*args, **kwargs)
         if book is None or not torch.is_grad_enabled():
-            plain_args, plain_kwargs = tree_map(_unwrap_derived, (args, kwargs))
+            plain_args, plain_kwargs = tree_map_only(DerivedParameter, lambda leaf: leaf.plain(), (args, kwargs))
             return func(*plain_args, **plain_kwargs)
         leaves = _leaves((args, kwargs))
         guarded = [leaf for leaf in leaves if isinstance(leaf, Guarded)]
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Guarded)]
-        names = tuple(dict.fromkeys(name for leaf in guarded for name in derivation_of(book, leaf).names))
+        origins = {id(leaf): derivation_of(book, leaf) for leaf in guarded}
+        names = tuple(dict.fromkeys(name for origin in origins.values() for name in origin.names))
         if func not in RULES and func not in DERIVABLE and func not in ROUTED:
             raise _no_rule(func, names, guarded[0])
-        found = ((id(operand), book.trail.trace(operand)) for operand in operands)
-        pickings = {key: picking for key, picking in found if picking is not None}
+        pickings = {id(one): picking for one in operands if (picking := book.trail.trace(one)) is not None}
         axes = book.classify(
             names,
             function_name(func),
@@ -149,16 +149,16 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             pickings=pickings,
             may_be_routed=func in ROUTED,
         )
-        if Axis.ROUTED in axes:
-            found = {id(operand): axis for operand, axis in zip(operands, axes, strict=True)}
-            return ROUTED[func](Use(book, func, names, found, pickings), *args, **kwargs)
-        if Axis.SECOND in axes:
+        is_routed = Axis.ROUTED in axes
+        is_turned = Axis.SECOND in axes and not is_routed
+        if is_turned:
             operands, axes, args, kwargs = _turned(operands, axes, args, kwargs)
-            use = Use(book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)})
+        found = {id(operand): axis for operand, axis in zip(operands, axes, strict=True)}
+        use = Use(book, func, names, origins, found, pickings)
+        if is_routed:
+            return ROUTED[func](use, *args, **kwargs)
+        if is_turned:
             return RULES[func](use, *args, **kwargs).transpose(0, 1).contiguous()
-        use = Use(
-            book, func, names, {id(operand): axis for operand, axis in zip(operands, axes, strict=True)}, pickings
-        )
         batched = any(axis is not Axis.SHARED for axis in axes)
         meeting = RULES.get(func)
         if meeting is not None and (batched or func in SIZED):
@@ -192,10 +192,6 @@ _REMEDIES: dict[Function, str] = {
     **dict.fromkeys((torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd), _FAST_PATH),
 }
 """What to write instead, where the usual advice would not help."""
-
-
-def _unwrap_derived(leaf: Any) -> Any:
-    return leaf.plain() if isinstance(leaf, DerivedParameter) else leaf
 
 
 def _turned(

@@ -60,18 +60,21 @@ _PLAINLY: dict[Function, Function] = {torch.nn.functional.rms_norm: torch.rms_no
 """Functions written in Python that look at the class of their arguments even where it is to be ignored."""
 
 
-class PrivateParameter(nn.Parameter):
-    """A trainable parameter whose every use is met by a rule or refused."""
+class Guarded:
+    """A value whose every use is met by a rule or refused."""
 
+    __slots__ = ()
     __torch_function__ = classmethod(hand_over)
 
 
-class DerivedParameter(Tensor):
+class PrivateParameter(Guarded, nn.Parameter):
+    """A trainable parameter."""
+
+
+class DerivedParameter(Guarded, Tensor):
     """A value computed from guarded parameters alone, which remembers how."""
 
     derivation: Derivation
-
-    __torch_function__ = classmethod(hand_over)
 
     def plain(self) -> Tensor:
         """The value as an ordinary tensor without gradient."""
@@ -90,9 +93,6 @@ class DerivedParameter(Tensor):
         return DerivedParameter.of(value, derivation)
 
 
-Guarded = (PrivateParameter, DerivedParameter)
-
-
 @dataclass(frozen=True)
 class Use:
     """One meeting of guarded values with a function, as a rule sees it."""
@@ -100,6 +100,7 @@ class Use:
     book: Book
     function: Function
     names: tuple[str, ...]
+    origins: Mapping[int, Derivation]
     axes: Mapping[int, Axis]
     pickings: Mapping[int, Picking] = field(default_factory=dict)
 
@@ -129,9 +130,13 @@ class Use:
         """Whether an axis of this size, named by the caller, is the batch (a size says less than an operand does)."""
         return self.book.classify_size(self.names, self.name, size)
 
+    def origin(self, guarded: Tensor) -> Derivation:
+        """Where a guarded value comes from."""
+        return self.origins.get(id(guarded)) or derivation_of(self.book, guarded)
+
     def derivation(self, guarded: Tensor) -> Derivation:
         """Where a guarded value comes from, for a rule that will record its gradients: once for each record."""
-        derivation = derivation_of(self.book, guarded)
+        derivation = self.origin(guarded)
         self.book.expect(derivation)
         return derivation
 

@@ -150,9 +150,8 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
         del by_input[identity_of(outer.input)]
         by_grad[identity_of(outer.grad)] += group
     shared = [*by_input.values(), *by_grad.values()]
-    rest += [Crossed(tuple(group)) if len(group) > 1 else group[0] for group in shared]
-    rest += [ProductUses(tuple(group)) for group in products.values()]
-    return [*rest, *(SmallUses(tuple(group)) for group in small.values())]
+    together = [(Crossed, shared), (ProductUses, products.values()), (SmallUses, small.values())]
+    return rest + [kind(tuple(g)) if len(g) > 1 else g[0] for kind, groups in together for g in groups]
 
 
 def identity_of(operand: Tensor) -> tuple[object, ...]:
