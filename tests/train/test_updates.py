@@ -210,7 +210,7 @@ def test_a_step_broken_off_and_saved_is_not_repeated_with_other_weights(
 
 def test_no_updates_left_is_told(tmp_path: Path) -> None:
     _go(_private(tmp_path, steps=8), 3)
-    with pytest.raises(BudgetExceeded, match="0 of 8 updates left"):
+    with pytest.raises(BudgetExceeded, match=r"0 of 8 updates left: .*\(data\); start a new run"):
         _private(tmp_path, resume=True, steps=8, dataset=_moved())
 
 
