@@ -28,6 +28,7 @@ from discreet.core.style import Style
 from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError, NotWritten
 from discreet.privacy.repetitions import Stopping
 
+_RESUMABLE = ("train", "tune", "demo")
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET, EXIT_NOT_WRITTEN = 0, 1, 2, 3, 4
 
 
@@ -41,9 +42,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     _settle_streams()
+    command = ""
     try:
         with _termination_is_interruption():
             options = parser().parse_args(argv)
+            command = options.command
             commands.COMMANDS[options.command](options)
             sys.stdout.flush()
     except BudgetExceeded as error:
@@ -64,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{where}{error.strerror or error}; check the disk and the permissions, then use --resume.", EXIT_FAILED
         )
     except KeyboardInterrupt:
-        return _fail(
-            "interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume.", EXIT_FAILED
-        )
+        return _fail(_interrupted(command), EXIT_FAILED)
     except Exception as error:  # noqa: BLE001
         # The edge of the program: what torch raises may quote an example ("Target 7 is out of bounds").
         return _fail(_without_values(error), EXIT_FAILED)
@@ -95,6 +96,15 @@ def _termination_is_interruption() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(command: str) -> str:
+    if command not in _RESUMABLE:
+        return "interrupted; repeat the command."
+    return (
+        "interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume and --out RUN, the "
+        "newest below runs/ if none was named; without --resume where there is no such directory yet."
+    )
 
 
 def _without_values(error: Exception) -> str:

@@ -138,6 +138,17 @@ class Private:
         """Write a checkpoint now, atomically; a later `make_private(..., resume=True)` goes on from it."""
         return self._updates.save()
 
+    def finish(self) -> None:
+        """End the run before the plan's last update: the model is saved, the key destroyed, what was spent certified.
+
+        A run that is iterated to its end has finished by itself.
+
+        **Guarantees.** Updates are charged in blocks, so the certificate may count a few more than were made, and none
+        less. When to stop must follow from public or released figures: the guarantee does not cover a look at private
+        ones.
+        """
+        self._updates.finish()
+
     def close(self) -> None:
         """Let go of the run without finishing it; it can be resumed."""
         self._run.close()
