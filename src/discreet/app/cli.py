@@ -28,8 +28,9 @@ from discreet.core.style import Style
 from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError, NotWritten
 from discreet.privacy.repetitions import Stopping
 
-_RESUMABLE = ("train", "tune", "demo")
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET, EXIT_NOT_WRITTEN = 0, 1, 2, 3, 4
+_RESUMABLE = ("train", "tune", "demo")
+"""The commands that keep what they have done in a run directory."""
 
 
 class _Parser(argparse.ArgumentParser):
