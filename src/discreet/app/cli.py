@@ -312,11 +312,17 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(name) for name in _names(text))
+    try:
+        return tuple(float(name) for name in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers; write 0.01,0.02") from None
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(int(name) for name in _names(text))
+    try:
+        return tuple(int(name) for name in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers; write 200,800") from None
 
 
 def _kinds(text: str) -> tuple[ModelKind, ...]:
