@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from app.program import run_program, table
+from discreet.app import commands
 from discreet.app.cli import main
 from discreet.app.report.text import duration
 from discreet.train import updates
@@ -40,6 +41,19 @@ def _start(words: tuple[object, ...], *, outside: Callable[[], None]) -> multipr
     return process
 
 
+def test_a_command_that_keeps_nothing_offers_no_resumption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "COMMANDS", dict.fromkeys(commands.COMMANDS, interrupted))
+    assert main(["verify", "run"]) == 1
+    assert capsys.readouterr().err == "discreet: interrupted; repeat the command.\n"
+    assert main(["demo"]) == 1
+    assert "--resume and --out RUN" in capsys.readouterr().err
+
+
 def _no_change() -> None:
     """The surroundings are as usual."""
 
@@ -58,7 +72,7 @@ def test_an_interrupted_run_says_so_and_finishes_later(
     process.join(60)
     err = (workplace / "err").read_text()
     assert process.exitcode == 1, err
-    assert err.splitlines()[-1].startswith("discreet: interrupted")
+    assert err.splitlines()[-1].startswith("discreet: interrupted; nothing is lost up to the last checkpoint")
     assert "Traceback" not in err
     assert (workplace / "out").read_text() == ""
     code, out, _ = run_program(capsys, "verify", "run", "--json")

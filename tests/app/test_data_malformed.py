@@ -86,6 +86,11 @@ def test_an_unknown_target_does_not_list_a_header_that_may_be_a_row(tmp_path):
     _refused(ConfigError, "target 'label': not a column", path, target="label")
 
 
+def test_one_column_hints_at_the_delimiter(tmp_path):
+    path = write(tmp_path / "a.csv", GOOD.replace(",", "|"))
+    _refused(ConfigError, r"which has one column; .* or set delimiter = in a schema", path, target="label")
+
+
 def test_no_target(tmp_path):
     _refused(ConfigError, "no target given", write(tmp_path / "a.csv", GOOD))
 

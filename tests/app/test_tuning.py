@@ -190,6 +190,7 @@ def test_the_heartbeat_tells_no_number_of_runs(capsys: pytest.CaptureFixture[str
         (("--runs", "0"), "runs"),
         (("--learning-rates", "0.01,-1"), "above 0"),
         (("--models", "mlp,tree"), "is no model"),
+        (("--learning-rates", "0.01,fast"), "'0.01,fast' must be numbers; write 0.01,0.02"),
         (("--score-data", "people.csv"), "private or the test data"),
         (("--score-data", "public.csv"), "without --test"),
         (("--resume",), "--resume without --out"),

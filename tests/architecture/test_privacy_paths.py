@@ -19,7 +19,7 @@ MAY_DRAW = {
     "train/trial.py": "starting weights and dropout, from the trial's key; puts the caller's state back",
     "train/probing.py": "seeds dropout inside a probe, from the run's key, in a state that the caller puts back",
     "train/run.py": "makes the run's secret key, with the operating system's generator",
-    "train/updates.py": "seeds dropout inside one step, from the run's key; puts the caller's state back",
+    "train/seeded.py": "seeds dropout and augmentation inside one step, from a key; puts the caller's states back",
 }
 """File -> why it may draw random numbers. Everything else asks one of these."""
 
@@ -46,7 +46,10 @@ MAY_PIN = {
         "backward": "torch's own, so that graphs made within a backward are looked at; put back afterwards"
     },
     "privacy/files.py": {"_size": "a class method fills in the file object that it has just made"},
-    "train/loop.py": {"step": "gates the user's optimizer, so that an unfinished batch can never be stepped on"},
+    "train/loop.py": {
+        "step": "gates the user's optimizer, so that an unfinished batch can never be stepped on",
+        "_step_supports_amp_scaling": "has a GradScaler come to that gate, which refuses it by name",
+    },
     "train/step.py": {"grad": "the one place that hands a released gradient to the optimizer"},
     "train/updates.py": {
         "on_halving": "hands the microbatch its call-back for a smaller size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -10,7 +11,14 @@ import pytest
 
 from discreet.errors import LedgerError
 from discreet.privacy.accounting import Accountant, Gaussian, Relation, SampledGaussian, epsilon
-from discreet.privacy.certificate import NOT_COVERED, NOT_PRIVATE_STAMP, certificate, write_certificate
+from discreet.privacy.certificate import (
+    MODEL_NAME,
+    NOT_COVERED,
+    NOT_PRIVATE_STAMP,
+    TEMPERATURE_NAME,
+    certificate,
+    write_certificate,
+)
 from discreet.privacy.chain import Record
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.plan import Plan
@@ -139,6 +147,48 @@ def test_other_relations_and_accountants_are_named_and_used(tmp_path, relation, 
         [SampledGaussian(0.1, plan.noise_multiplier, 30)], delta=plan.delta, relation=relation, accountant=accountant
     )
     assert verify(folder).epsilon == expected
+
+
+def _with_model(folder, *, temperature=None):
+    """A run that released a model of these bytes, and perhaps a temperature."""
+    _run(folder, finish=False)
+    (folder / MODEL_NAME).write_bytes(b"weights")
+    with Ledger.resume(folder / LEDGER_FILE, key_id="key-1") as ledger:
+        if temperature is not None:
+            ledger.note("temperature", {**temperature, "key_id": "key-1"})
+            (folder / TEMPERATURE_NAME).write_text(json.dumps(temperature))
+        ledger.finish({"model_sha256": hashlib.sha256(b"weights").hexdigest()})
+    write_certificate(folder)
+
+
+def test_it_is_said_whether_the_model_was_compared(tmp_path, run):
+    """A model under another name, or none at all, gave the same answer as the one that was certified."""
+    assert verify(run[0]).to_json()["model"] == "none was released"
+    _with_model(tmp_path / "with")
+    model = tmp_path / "with" / MODEL_NAME
+    assert verify(tmp_path / "with").to_json()["model"] == "the one that was certified"
+    model.write_bytes(b"weights of another")
+    with pytest.raises(LedgerError, match="is not the model that the ledger ended with"):
+        verify(tmp_path / "with")
+    model.unlink()
+    assert verify(tmp_path / "with").to_json()["model"] == "not compared: there is no release/model.safetensors"
+    model.mkdir()
+    with pytest.raises(LedgerError, match="is not the model that the ledger ended with"):
+        verify(tmp_path / "with")
+
+
+def test_every_edited_field_of_a_temperature_is_seen(tmp_path):
+    facts = {"temperature": 1.5, "noise_std": 0.1, "private": True, "examples_are": "public", "sampling_std": None}
+    _with_model(tmp_path / "run", temperature=facts)
+    file = tmp_path / "run" / TEMPERATURE_NAME
+    assert verify(tmp_path / "run").temperature == 1.5
+    for name, value in facts.items():
+        file.write_text(json.dumps(facts | {name: _other(value)}))
+        with pytest.raises(LedgerError, match="is not the temperature in the ledger"):
+            verify(tmp_path / "run")
+        file.write_text(json.dumps({key: facts[key] for key in facts if key != name}))
+        with pytest.raises(LedgerError, match="is not the temperature in the ledger"):
+            verify(tmp_path / "run")
 
 
 def test_every_changed_ledger_line_is_named(run):

@@ -14,8 +14,9 @@ from cases import CASES
 from discreet.core import rules
 from discreet.core.clipping import Clipping
 from discreet.core.kernels import processor
-from discreet.errors import ConfigError
+from discreet.errors import CheckFailed, ConfigError
 from discreet.train.check import Status, check
+from train import toys
 from train.checking import B, D, T, built, drawn, expect_failed
 
 
@@ -81,6 +82,14 @@ def test_a_missed_use_is_caught(monkeypatch):
 
     monkeypatch.setattr(book.Book, "record", forgetful)
     assert not check(built(lambda s, x: s.l(s.l(x).tanh()), l=nn.Linear(D, D)), loss, drawn(D)).passed
+
+
+def test_a_remedy_is_said_once():
+    report = check(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), toys.loss, toys.data()[:4])
+    assert sum(row.name == "isolation" and row.status is Status.FAILED for row in report.rows) == 2
+    with pytest.raises(CheckFailed) as failed:
+        report.raise_if_failed()
+    assert str(failed.value).count("use GroupNorm or LayerNorm") == 1
 
 
 def test_a_use_without_a_rule_is_reported_and_not_raised():

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from discreet.errors import ConfigError
 from discreet.train.examples import BatchedDataset, Examples
+from discreet.train.seeded import seeded
 from train import toys
 
 CPU = torch.device("cpu")
@@ -52,6 +56,37 @@ def test_fingerprint_sees_one_bit_of_one_row_and_the_order() -> None:
     flipped = TensorDataset(toys.data().tensors[0].flip(0), toys.data().tensors[1].flip(0))
     assert Examples(flipped).fingerprint() != base
     assert Examples(_Rows()).fingerprint() != Examples(_Rows(shift=1e-6)).fingerprint()
+
+
+@pytest.mark.parametrize("draw", [torch.rand, np.random.random_sample, lambda _size: random.random()])
+def test_a_transform_that_draws_has_one_fingerprint_and_one_batch_per_seed(draw: Callable[[int], object]) -> None:
+    """Augmentation by numpy or by Python's random made every resumed run look like one on other data."""
+
+    class Augmented(_Rows):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {"x": self.features[index] + torch.as_tensor(draw(1), dtype=torch.float32)}
+
+    examples = Examples(Augmented())
+    rows = np.arange(3)
+    assert examples.fingerprint() == examples.fingerprint()
+    with seeded(7):
+        first = examples.fetch(rows, device=CPU)["x"]
+    assert not torch.equal(first, examples.fetch(rows, device=CPU)["x"])
+    with seeded(7):
+        assert torch.equal(first, examples.fetch(rows, device=CPU)["x"])
+
+
+def test_seeding_gives_the_callers_generators_back() -> None:
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random_sample()), float(torch.rand(()))
+
+    with seeded(1):
+        expected = drawn()
+        with pytest.raises(IndexError), seeded(2):
+            drawn()[3]
+        following = drawn()
+    with seeded(1):
+        assert (drawn(), drawn()) == (expected, following)
 
 
 def test_collate_of_a_loader_is_used() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -20,6 +21,7 @@ import discreet
 from discreet.core.clipping import ClippedSum
 from discreet.errors import BudgetExceeded, ConfigError, LedgerError
 from discreet.privacy.ledger import Ledger
+from discreet.privacy.verification import CERTIFIED
 from discreet.train import secret_files, updates
 from discreet.train.loop import Private, make_private
 from train import toys
@@ -210,7 +212,7 @@ def test_a_step_broken_off_and_saved_is_not_repeated_with_other_weights(
 
 def test_no_updates_left_is_told(tmp_path: Path) -> None:
     _go(_private(tmp_path, steps=8), 3)
-    with pytest.raises(BudgetExceeded, match="0 of 8 updates left"):
+    with pytest.raises(BudgetExceeded, match=r"0 of 8 updates left: .*\(data\); start a new run"):
         _private(tmp_path, resume=True, steps=8, dataset=_moved())
 
 
@@ -256,6 +258,27 @@ def test_a_closed_run_takes_no_step(tmp_path: Path) -> None:
     private.close()
     with pytest.raises(ConfigError, match="was closed"):
         next(steps)
+
+
+def test_a_run_that_is_finished_early_certifies_what_it_spent(tmp_path: Path) -> None:
+    private = _private(tmp_path)
+    made = 0
+    for _ in private:
+        made += 1
+        if made == 20:
+            break
+    private.finish()
+    found = discreet.verify(tmp_path)
+    assert found.finished
+    assert made <= found.steps < private.plan.steps
+    assert found.epsilon == private.epsilon() < private.plan.epsilon
+    assert found.model == CERTIFIED
+    saved = load_file(tmp_path / "release" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in private.model.state_dict().items())
+    with pytest.raises(ConfigError, match="closed"):
+        next(iter(private))
+    with pytest.raises(ConfigError, match="this run has ended"):
+        _private(tmp_path, resume=True)
 
 
 def test_iterating_a_finished_run_does_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerEr
 from discreet.privacy.repetitions import Stopping
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET, EXIT_NOT_WRITTEN = 0, 1, 2, 3, 4
+_RESUMABLE = ("train", "tune", "demo")
+"""The commands that keep what they have done in a run directory."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,9 +43,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     _settle_streams()
+    command = ""
     try:
         with _termination_is_interruption():
             options = parser().parse_args(argv)
+            command = options.command
             commands.COMMANDS[options.command](options)
             sys.stdout.flush()
     except BudgetExceeded as error:
@@ -64,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{where}{error.strerror or error}; check the disk and the permissions, then use --resume.", EXIT_FAILED
         )
     except KeyboardInterrupt:
-        return _fail(
-            "interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume.", EXIT_FAILED
-        )
+        return _fail(_interrupted(command), EXIT_FAILED)
     except Exception as error:  # noqa: BLE001
         # The edge of the program: what torch raises may quote an example ("Target 7 is out of bounds").
         return _fail(_without_values(error), EXIT_FAILED)
@@ -95,6 +97,15 @@ def _termination_is_interruption() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(command: str) -> str:
+    if command not in _RESUMABLE:
+        return "interrupted; repeat the command."
+    return (
+        "interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume and --out RUN, the "
+        "newest below runs/ if none was named; without --resume where there is no such directory yet."
+    )
 
 
 def _without_values(error: Exception) -> str:
@@ -301,11 +312,17 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(name) for name in _names(text))
+    try:
+        return tuple(float(name) for name in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers; write 0.01,0.02") from None
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(int(name) for name in _names(text))
+    try:
+        return tuple(int(name) for name in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers; write 200,800") from None
 
 
 def _kinds(text: str) -> tuple[ModelKind, ...]:

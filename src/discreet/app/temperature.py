@@ -21,7 +21,7 @@ from discreet.insight.calibration.private import (
     held_out_charge,
     question_noise,
 )
-from discreet.privacy.certificate import TEMPERATURE_NOTE, temperature_of
+from discreet.privacy.certificate import TEMPERATURE_NOTE, temperature_facts, temperature_of
 from discreet.privacy.ledger import LedgerView
 from discreet.privacy.plan import CALIBRATION_PART, Calibration, Plan
 from discreet.train.run import Run
@@ -113,11 +113,10 @@ def _fit_public(logits_NK: Tensor, target_N: Tensor) -> dict[str, object]:
 
 
 def noted(ledger: LedgerView) -> dict[str, object]:
-    """What the file of the temperature holds: the ledger's last note of one, without the key's name."""
-    notes = [record for record in ledger.records if record.kind == "note" and record.body["note"] == TEMPERATURE_NOTE]
-    facts = notes[-1].body["facts"]
-    assert isinstance(facts, dict)
-    return {name: value for name, value in facts.items() if name != "key_id"}
+    """What the file of the temperature holds."""
+    facts = temperature_facts(ledger)
+    assert facts is not None
+    return facts
 
 
 def statement(plan: Plan, ledger: LedgerView) -> tuple[str, ...]:

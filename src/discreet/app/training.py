@@ -34,6 +34,7 @@ from discreet.privacy.planner import plan as make_plan
 from discreet.privacy.planning import bound_of
 from discreet.privacy.verification import verify
 from discreet.train.environment import describe_data
+from discreet.train.horizon import replaced_because
 from discreet.train.loop import Private, make_private, new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
 from discreet.train.setup import check_plan, clipping_of
@@ -334,5 +335,6 @@ def _cut_short(private: Private) -> tuple[str, ...]:
         return ()
     return (
         f"The run made {private.done} of the {private.plan.steps} planned updates: the others were charged under a key "
-        "that had to be replaced, because something had changed when the run was resumed.",
+        "that had to be replaced, because something had changed when the run was resumed: "
+        f"{replaced_because(private.run.ledger)}.",
     )

@@ -81,17 +81,25 @@ def write_certificate(run_dir: Path | str) -> Path:
     return path
 
 
+def temperature_facts(ledger: LedgerView) -> dict[str, object] | None:
+    """What ``release/temperature.json`` holds: the ledger's last note of a temperature, without the key's name.
+
+    None when none was released under the ledger's newest key.
+    """
+    noted = [record for record in ledger.records if record.kind == "note" and record.body["note"] == TEMPERATURE_NOTE]
+    facts = noted[-1].body["facts"] if noted else None
+    if not isinstance(facts, Mapping) or facts.get("key_id") != ledger.key_id:
+        return None
+    return {name: value for name, value in facts.items() if name != "key_id"}
+
+
 def temperature_of(ledger: LedgerView) -> float | None:
     """The temperature that was released under the ledger's newest key; None when there is none.
 
     Raises:
         LedgerError: the record of it holds no temperature.
     """
-    noted = [record for record in ledger.records if record.kind == "note" and record.body["note"] == TEMPERATURE_NOTE]
-    if not noted:
-        return None
-    facts = noted[-1].body["facts"]
-    value = facts.get("temperature") if isinstance(facts, Mapping) and facts.get("key_id") == ledger.key_id else None
+    value = (temperature_facts(ledger) or {}).get("temperature")
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:

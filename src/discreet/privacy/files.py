@@ -168,7 +168,10 @@ class AppendOnlyFile:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LedgerError(f"{self.path}: another process is writing it; wait for that run or stop it.") from None
+            raise LedgerError(
+                f"{self.path}: another process is writing it, or a run of this one that was not closed; wait for it, "
+                "stop it, or call close() on what make_private returned."
+            ) from None
 
     def _read(self) -> bytes:
         parts = []

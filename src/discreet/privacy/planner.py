@@ -193,7 +193,7 @@ def choose_sizes(
         raise ConfigError(f"steps={steps}: must be at least 1; pass the number of updates.")
     if batch_size is not None:
         if not 1 <= batch_size <= examples:
-            raise ConfigError(f"batch_size={batch_size}: must be between 1 and the {examples} examples; lower it.")
+            raise ConfigError(f"batch_size={batch_size}: must be from 1 to the {examples} examples; leave it out.")
         return batch_size, steps if steps is not None else _steps_for_batch(examples, mu, batch_size, bound, usual)
     if steps is None:
         wanted = wanted_batch(examples, mu=mu, steps=usual)

@@ -20,6 +20,7 @@ from discreet.privacy.certificate import (
     model_digest,
     read_run,
     statement_of,
+    temperature_facts,
     temperature_of,
 )
 from discreet.privacy.files import file_digest
@@ -27,6 +28,9 @@ from discreet.privacy.ledger import LedgerView
 from discreet.privacy.records import Fields, json_number, parse_json
 
 UNFINISHED = "NOT FINISHED, what is reserved so far"
+CERTIFIED = "the one that was certified"
+NOT_COMPARED = f"not compared: there is no {MODEL_NAME}"
+NO_MODEL = "none was released"
 EPSILON_TOLERANCE = 1e-6
 """Relative difference allowed between two derivations of epsilon: other versions of the numerical packages."""
 _EPSILONS = ("epsilon", "epsilon_calibration", "epsilon_training")
@@ -42,6 +46,7 @@ class Verification:
         examples, batch_size, noise_multiplier: of the plan. target_epsilon: what the plan allowed.
         plan_fingerprint: SHA-256 of the plan. finished: the ledger was closed for good.
         statement: the claim in one sentence.
+        model: whether the released model was compared, in words.
         temperature: what the model's logits are to be divided by, released with it; None when none was fitted.
     """
 
@@ -58,6 +63,7 @@ class Verification:
     plan_fingerprint: str
     finished: bool
     statement: str
+    model: str
     temperature: float | None = None
 
     def to_json(self) -> dict[str, object]:
@@ -73,6 +79,7 @@ class Verification:
             "ledger_records": self.records,
             "ledger_head": self.head,
             "finished": self.finished,
+            "model": self.model,
             "statement": self.statement,
         }
         if self.temperature is not None:
@@ -95,12 +102,13 @@ def verify(run_dir: Path | str) -> Verification:
     """
     run_dir = Path(run_dir)
     plan, ledger = read_run(run_dir)
+    model = NO_MODEL
     under_way = not ledger.finished and not (run_dir / CERTIFICATE_NAME).exists()
     if under_way:
         _check_nothing_ended(run_dir)
     else:
         _check_certificate(_read_certificate(run_dir / CERTIFICATE_NAME), certificate(plan, ledger))
-        _check_model(run_dir / MODEL_NAME, ledger)
+        model = _check_model(run_dir / MODEL_NAME, ledger)
         _check_temperature(run_dir / TEMPERATURE_NAME, ledger)
     if not ledger.within_budget():
         raise LedgerError(
@@ -120,6 +128,7 @@ def verify(run_dir: Path | str) -> Verification:
         plan_fingerprint=plan.fingerprint(),
         finished=ledger.finished,
         statement=f"{UNFINISHED}: {statement_of(plan, ledger)}" if under_way else statement_of(plan, ledger),
+        model=model,
         temperature=temperature_of(ledger),
     )
 
@@ -133,23 +142,31 @@ def _check_nothing_ended(run_dir: Path) -> None:
         )
 
 
-def _check_model(path: Path, ledger: LedgerView) -> None:
-    """A released model must be the one that the ledger ended with; a certificate may travel without it."""
+def _check_model(path: Path, ledger: LedgerView) -> str:
+    """A released model must be the one that the ledger ended with; a certificate may travel without it.
+
+    Returns:
+        What was found, in words: that nothing was compared must be seen.
+    """
     expected = model_digest(ledger)
-    if expected is not None and path.exists() and file_digest(path) != expected:
+    if expected is None:
+        return NO_MODEL
+    if not path.exists():
+        return NOT_COMPARED
+    if not path.is_file() or file_digest(path) != expected:
         raise LedgerError(f"{MODEL_NAME}: is not the model that the ledger ended with; restore it, or distrust it.")
+    return CERTIFIED
 
 
 def _check_temperature(path: Path, ledger: LedgerView) -> None:
-    """A released temperature must be the one in the ledger, and there must be none where the ledger has none."""
+    """A released temperature must be as the ledger notes it, and there must be none where the ledger has none."""
     if not path.exists():
         return
     try:
         record = parse_json(path.read_text(encoding="ascii"), where=TEMPERATURE_NAME)
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise LedgerError(f"{TEMPERATURE_NAME}: cannot be read ({error}); restore it, or distrust it.") from None
-    found = record.get("temperature") if isinstance(record, Mapping) else None
-    if found != temperature_of(ledger):
+    if record != temperature_facts(ledger):
         raise LedgerError(f"{TEMPERATURE_NAME}: is not the temperature in the ledger; restore it, or distrust it.")
 
 

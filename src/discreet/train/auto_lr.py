@@ -105,6 +105,18 @@ def decay(step: int, steps: int) -> float:
     return math.sqrt(1.0 - step / steps)
 
 
+@dataclass(frozen=True)
+class _Left:
+    """How an update left the optimizer and its scheduler.
+
+    Attributes:
+        rates: of all groups. steps: that the scheduler has counted; None when there is none, or it does not count.
+    """
+
+    rates: list[float]
+    steps: int | None
+
+
 class RateControl:
     """Sets the learning rate of every parameter group before each update, keeping the ratios between groups.
 
@@ -146,7 +158,7 @@ class RateControl:
         first = self._bases[0]
         self.ratios = [base / first if first else 1.0 for base in self._bases]
         self._scheduled = self._rates()
-        self._written = self._rates()
+        self._written = self._state()
 
     def describe(self) -> str:
         """What rules the rate, for the record of what a run depends on."""
@@ -188,14 +200,22 @@ class RateControl:
         """Two who write the rate: one of them is ignored, and nobody would know which. Asked before a release.
 
         Raises:
-            ConfigError: "auto" rules, and the rate is not what it set.
+            ConfigError: the rate, or the scheduler that was passed, is not as it was left here.
         """
-        found = self._rates()
-        if self._auto is not None and found != self._written:
+        found, left = self._state(), self._written
+        if found == left or (self._auto is None and self._decay is None and self.scheduler is None):
+            return
+        if self.scheduler is not None and found.steps != left.steps:
             raise ConfigError(
-                f'lr={found[0]} although learning_rate="auto" set {self._written[0]}: a scheduler or the loop also '
-                "writes lr; pass the scheduler as AutoLR(scheduler=...), or set learning_rate=None."
+                f"{type(self.scheduler).__name__}.step() was called in the loop: a scheduler passed as learning_rate "
+                "is stepped here, once per update; drop the call."
             )
+        ruler = "a number" if self._decay is not None else "a scheduler" if self._auto is None else '"auto"'
+        raise ConfigError(
+            f"lr={found.rates[0]} although learning_rate, {ruler}, set {left.rates[0]}: a scheduler or the loop also "
+            "writes lr; pass the scheduler alone as learning_rate, or as AutoLR(scheduler=...), or set "
+            "learning_rate=None."
+        )
 
     def before_update(self, step: int) -> float:
         """Set the rates for this update; returns the first group's."""
@@ -223,6 +243,7 @@ class RateControl:
             self._write(ours)
         else:
             self.scheduler.step()
+            self._written = self._state()
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint must keep beyond the scheduler; None when the rate was given."""
@@ -247,7 +268,7 @@ class RateControl:
                     f'learning_rate="auto": the checkpoint\'s search has fields {", ".join(sorted(state))}, and this '
                     "version does not read them; resume with the version that wrote it, or start a new run."
                 ) from None
-        self._written = self._rates()
+        self._written = self._state()
 
     def _begin_search(self, auto: AutoLR, noise: GradientNoise | None) -> None:
         name = type(self._optimizer).__name__
@@ -280,10 +301,14 @@ class RateControl:
     def _rates(self) -> list[float]:
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
+    def _state(self) -> _Left:
+        known = {} if self.scheduler is None else self.scheduler.state_dict()
+        return _Left(rates=self._rates(), steps=known.get("last_epoch"))
+
     def _write(self, rates: Sequence[float]) -> None:
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self._written = self._rates()
+        self._written = self._state()
 
 
 _UNIT = 1e-3

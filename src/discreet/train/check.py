@@ -105,8 +105,8 @@ class CheckReport:
         return {"passed": True, "rows": rows}
 
     def raise_if_failed(self) -> None:
-        """Raise `CheckFailed` with every failed row, if any."""
-        failed = [f"{row.name}: {row.detail}" for row in self.rows if row.status is Status.FAILED]
+        """Raise `CheckFailed` with every failed row, if any; what two rows say alike is said once."""
+        failed = dict.fromkeys(f"{row.name}: {row.detail}" for row in self.rows if row.status is Status.FAILED)
         if failed:
             raise CheckFailed("the self-check failed, so no private training starts: " + " | ".join(failed))
 

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from discreet.errors import ConfigError
+from discreet.train.seeded import seeded
 
 _FINGERPRINT_BLOCK = 4096
-_MADE_UP_SEED = 20_778
+_MADE_UP_SEED = _FINGERPRINT_SEED = 20_778
 
 
 @runtime_checkable
@@ -60,8 +61,7 @@ class Examples:
 
     def made_up(self, *, device: torch.device) -> Any:
         """A batch of one example that is none, of the shapes of the first; the same at every call."""
-        with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
-            torch.manual_seed(_MADE_UP_SEED)
+        with seeded(_MADE_UP_SEED, devices=[device.index or 0] if device.type == "cuda" else []):
             return made_up(self.fetch(np.zeros(1, dtype=np.int64), device=device))
 
     def _batch(self, indices: np.ndarray) -> Any:
@@ -73,11 +73,16 @@ class Examples:
         return self._collate([self._dataset[int(index)] for index in indices])
 
     def fingerprint(self) -> str:
-        """SHA-256 over all examples in order. Kept in the private half: it identifies the data."""
+        """SHA-256 over all examples in order. Kept in the private half: it identifies the data.
+
+        A transform that draws at random gives the same one in every process, as far as it draws from the global
+        generators.
+        """
         digest = hashlib.sha256(str(self.count).encode())
-        for start in range(0, self.count, _FINGERPRINT_BLOCK):
-            indices = np.arange(start, min(start + _FINGERPRINT_BLOCK, self.count))
-            _absorb(digest, tree_leaves(self._batch(indices)))
+        with seeded(_FINGERPRINT_SEED):
+            for start in range(0, self.count, _FINGERPRINT_BLOCK):
+                indices = np.arange(start, min(start + _FINGERPRINT_BLOCK, self.count))
+                _absorb(digest, tree_leaves(self._batch(indices)))
         return digest.hexdigest()
 
 

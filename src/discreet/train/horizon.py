@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from discreet.privacy.accounting import Query, SampledGaussian, epsilon
@@ -63,6 +64,13 @@ def updates_allowed(ledger: LedgerView, *, done: int) -> int:
     """
     charged = _charged_ahead(ledger, done=done)
     return min(ledger.plan.steps, done + charged + _affordable(ledger))
+
+
+def replaced_because(ledger: LedgerView) -> str:
+    """Why keys had to be replaced, in the public words of the ledger: what had changed when the run was resumed."""
+    facts = [record.body["facts"] for record in ledger.records if record.kind == "resume"]
+    said = dict.fromkeys(str(each["changed"]) for each in facts if isinstance(each, Mapping) and "changed" in each)
+    return "; ".join(said)
 
 
 def _charged_ahead(ledger: LedgerView, *, done: int) -> int:

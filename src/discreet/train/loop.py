@@ -31,7 +31,15 @@ from discreet.train.examples import BatchedDataset, Examples
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.probing import find_rate
 from discreet.train.run import Run
-from discreet.train.setup import check_plan, clipping_of, covered_parameters, existing_run, rule_for, solve_plan
+from discreet.train.setup import (
+    check_plan,
+    check_same,
+    clipping_of,
+    covered_parameters,
+    existing_run,
+    rule_for,
+    solve_plan,
+)
 from discreet.train.step import ClippedStep, Microbatch
 from discreet.train.stillness import Watch
 from discreet.train.tempered import check_tempered
@@ -130,6 +138,17 @@ class Private:
         """Write a checkpoint now, atomically; a later `make_private(..., resume=True)` goes on from it."""
         return self._updates.save()
 
+    def finish(self) -> None:
+        """End the run before the plan's last update: the model is saved, the key destroyed, what was spent certified.
+
+        A run that is iterated to its end has finished by itself.
+
+        **Guarantees.** Updates are charged in blocks, so the certificate may count a few more than were made, and none
+        less. When to stop must follow from public or released figures: the guarantee does not cover a look at private
+        ones.
+        """
+        self._updates.finish()
+
     def close(self) -> None:
         """Let go of the run without finishing it; it can be resumed."""
         self._run.close()
@@ -155,6 +174,8 @@ class Private:
                 self._updates.update(total, index=self.loader.index)
 
         optimizer.step = functools.update_wrapper(step, optimizer.step)  # type: ignore[method-assign]
+        # Otherwise a GradScaler fails before it comes here, with an assertion that names no remedy.
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -251,7 +272,7 @@ def make_private(
             with linear decay; a torch scheduler; or None for the optimizer's own.
         microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
         run_dir: where ledger, checkpoints and release go; None: a new directory below ``runs/``.
-        resume: continue the run in ``run_dir``.
+        resume: continue the run in ``run_dir``. It keeps its plan; what is asked for and differs from it is refused.
         checkpoint_steps: updates between checkpoints.
         conclude: called with run and model after the last update, while the run is still open. Whatever it releases of
             private examples must be reserved in the run's ledger before; see `discreet.insight.calibration`.
@@ -294,6 +315,11 @@ def make_private(
     with ExitStack() as on_failure:
         if run is not None:
             on_failure.callback(run.close)
+        if run is not None:
+            asked = {"epsilon": epsilon, "delta": delta, "noise_multiplier": noise_multiplier}
+            asked |= {"batch_size": batch_size, "steps": steps}
+            check_same({name: (value, getattr(run.plan, name)) for name, value in asked.items()})
+            check_same({"plan": (None if plan is None else plan.fingerprint(), run.plan.fingerprint())})
         the_plan = run.plan if run is not None else new_plan()
         check_plan(the_plan, clipping=clipping, examples=examples.count)
         rule = clipping_of(the_plan)

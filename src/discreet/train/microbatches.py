@@ -57,7 +57,8 @@ class MicrobatchLoader:
                     yield from self._give(part)
             if self._total is not None:
                 raise ConfigError(
-                    "optimizer.step() was not called after the batch; call it once per batch of the loader."
+                    "optimizer.step() was not called after the batch: call it once for each that the loader gives, and "
+                    "drop gradient accumulation of your own: the microbatches of an update add up by themselves."
                 )
             updates.checkpoint_if_due()
         updates.finish()

@@ -25,15 +25,15 @@ from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
-from discreet.train.horizon import Charges, updates_allowed
+from discreet.train.horizon import Charges, replaced_because, updates_allowed
 from discreet.train.run import Run, Stage
+from discreet.train.seeded import seeded
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
 from discreet.train.tolerance import Verdict
 
 RESERVE_STEPS = 16
 """Steps charged to the ledger at once: one fsync for all of them. A crash over-counts by at most this many."""
 
-_FINGERPRINT_SEED = 20_778
 _log = logging.getLogger("discreet")
 
 
@@ -259,14 +259,15 @@ class Updates:
             return
         if self.last <= self.done == 0:
             raise BudgetExceeded(
-                f"0 of {self.plan.steps} updates left: all were charged under keys that had to be replaced; start a "
-                "new run."
+                f"0 of {self.plan.steps} updates left: all were charged under keys that had to be replaced "
+                f"({replaced_because(self.run.ledger)}); start a new run."
             )
         _log.warning(
             "discreet: the run ends after %d of %d updates: the others were charged under a key that had to be "
-            "replaced",
+            "replaced (changed since the run began: %s)",
             self.last,
             self.plan.steps,
+            replaced_because(self.run.ledger),
         )
 
     def _renew_key(self, why: str) -> None:
@@ -294,10 +295,9 @@ class Updates:
 
     @contextmanager
     def model_randomness(self) -> Iterator[None]:
-        """Dropout and the like as a function of (key, step); the caller's generators are put back afterwards."""
+        """Dropout and augmentation as a function of (key, step); the caller's generators are put back afterwards."""
         devices = sorted({p.device.index or 0 for p in self.step.parameters.values() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.run.torch_seed(self.done))
+        with seeded(self.run.torch_seed(self.done), devices=devices):
             yield
 
     def checkpoint_if_due(self) -> None:
@@ -347,17 +347,14 @@ def begin(
     if found is not None:
         checkpoints.restore(found, model=step.model, optimizer=optimizer, rates=rates)
         step.microbatch.size = found.microbatch
-    with torch.random.fork_rng():
-        # A transform that draws from torch then gives the same fingerprint in every process.
-        torch.manual_seed(_FINGERPRINT_SEED)
-        environment = describe_environment(
-            model=step.model,
-            loss=step.loss,
-            optimizer=optimizer,
-            rates=rates,
-            clipping=step.clipping,
-            examples=examples,
-        )
+    environment = describe_environment(
+        model=step.model,
+        loss=step.loss,
+        optimizer=optimizer,
+        rates=rates,
+        clipping=step.clipping,
+        examples=examples,
+    )
     run.adopt(environment, stage=Stage.TRAINING)
     done = found.step if found is not None else 0
     if found is not None and found.clip_bound is not None:

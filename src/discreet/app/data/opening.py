@@ -132,9 +132,11 @@ def _target(train: Records, target: str | None) -> str:
         raise ConfigError(f"{train.path}: no target given; name the column to predict with --target NAME.")
     if target not in train.names:
         # The columns are not listed: where a header is missing, they are a row of private values.
+        alone = len(train.names) == 1
         raise ConfigError(
-            f"target '{target}': not a column of {train.path}; correct the name, or name them all with --columns a,b,c "
-            "if the file has no header."
+            f"target '{target}': not a column of {train.path}"
+            f"{', which has one column' if alone else ''}; correct the name, or name them all with --columns a,b,c if "
+            f"the file has no header{', or set delimiter = in a schema' if alone else ''}."
         )
     return target
 

@@ -97,7 +97,7 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line);
   .facts div { flex-basis: 42%; padding: .8rem .85rem; }
   .facts dd { font-size: 1.35rem; }
   table { font-size: .875rem; }
-  th { white-space: normal; vertical-align: bottom; }
+  th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; }
   th, td { padding-right: .7rem; min-width: 3.5rem; }
 }
 @media print {
