@@ -29,6 +29,10 @@ def test_train_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str]
     code, out, _ = run_program(capsys, "verify", "run", "--json")
     assert code == 0
     assert json.loads(out)["epsilon"] == record["epsilon"]
+    code, out, _ = run_program(capsys, "verify", "run")
+    name, epsilon, *_ = out.split()
+    assert (code, name) == (0, "epsilon")
+    assert f"\n({epsilon}, " in out
 
     code, out, _ = run_program(capsys, "report", "run")
     assert (code, out.strip()) == (0, "run/release/report.html")

@@ -24,6 +24,7 @@ from discreet.app.training import train_digits, train_file
 from discreet.app.tuning import TuneOptions, tune_file
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
+from discreet.privacy.certificate import rounded_up
 from discreet.privacy.plan import Plan
 from discreet.privacy.records import json_number
 from discreet.privacy.repetitions import Stopping
@@ -129,12 +130,14 @@ def account(options: argparse.Namespace) -> None:
 
 def verify_run(options: argparse.Namespace) -> None:
     """`discreet verify`."""
-    record = verify(_run_dir(options.run)).to_json()
+    found = verify(_run_dir(options.run))
+    record = found.to_json()
     if options.json:
         _print_json(record)
         return
-    _print_table({name: value for name, value in record.items() if name != "statement"})
-    print(f"\n{record['statement']}")
+    del record["statement"]
+    _print_table(record | {"epsilon": rounded_up(found.epsilon)})
+    print(f"\n{found.statement}")
 
 
 def calibrate_predictions(options: argparse.Namespace) -> None:

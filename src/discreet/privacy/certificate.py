@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 
 from discreet.errors import ConfigError, LedgerError
@@ -239,7 +240,7 @@ def statement_of(plan: Plan, ledger: LedgerView) -> str:
             f"{NOT_PRIVATE_STAMP}: trained without noise on {plan.examples} examples; the model may reveal any of them."
         )
     claim = (
-        f"({_rounded_up(ledger.epsilon())}, {plan.delta:.6g})-differentially private for {plan.examples} examples, "
+        f"({rounded_up(ledger.epsilon())}, {plan.delta:.6g})-differentially private for {plan.examples} examples, "
         f"where {_RELATIONS[plan.relation]}; {_mechanism(plan, ledger)}."
     )
     return (
@@ -249,10 +250,12 @@ def statement_of(plan: Plan, ledger: LedgerView) -> str:
     )
 
 
-def _rounded_up(value: float) -> str:
-    """Six significant digits, never below the value: a claim is not rounded in its own favour."""
+def rounded_up(value: float) -> str:
+    """Six significant digits, the least that are not below the value: a claim is not rounded in its own favour."""
     shown = f"{value:.6g}"
-    return shown if float(shown) >= value else f"{value * (1 + 1e-5):.6g}"
+    if float(shown) < value:
+        shown = f"{float(Context(prec=6, rounding=ROUND_CEILING).create_decimal(value)):.6g}"
+    return shown
 
 
 def _noise_source(ledger: LedgerView) -> str:
