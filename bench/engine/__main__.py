@@ -2,6 +2,7 @@
 
     python -m bench.engine [--models mlp gpt] [--contestants noise private] [--rounds 9] [--threads 2]
     python -m bench.engine --sizes real --device cuda --dtype bfloat16
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 python -m bench.engine    # time without page faults (glibc)
 
 A step of a private contestant includes clipping, the draw of the noise and the optimizer. Ratios travel between
 machines; the times beside them do not.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import sys
@@ -25,6 +27,8 @@ from bench.engine.contestants import BASELINE, BASELINE_OF, CONTESTANTS
 from bench.engine.workloads import Sizes
 
 _COMPILED = ("ordinary_compiled", "private_compiled")
+_HEAP = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+"""Settings of the C library's heap: whether freed memory is handed back, and faulted in when it is needed again."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -126,6 +130,7 @@ def _write(path: Path, *, setting: Setting, results: dict[str, dict[str, dict[st
         "dtype": str(setting.dtype),
         "threads": setting.threads,
         "rounds": setting.rounds,
+        "heap": {name: os.environ[name] for name in _HEAP if name in os.environ},
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,13 +19,15 @@ from bench.engine.workloads import Sizes
 TINY = Setting(sizes=Sizes.TINY, device="cpu", dtype=torch.float32, threads=1, rounds=1)
 
 
-def test_the_record_holds_every_contestant_of_every_model(tmp_path, capsys):
+def test_the_record_holds_every_contestant_of_every_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1048576")
     out = tmp_path / "deep" / "engine.json"
     command = f"--sizes tiny --models mlp --contestants private --rounds 1 --threads 1 --out {out}"
     main(command.split())
     record = json.loads(out.read_text())
     assert record["sizes"] == "tiny"
     assert record["rounds"] == record["threads"] == 1
+    assert record["heap"] == {"MALLOC_TRIM_THRESHOLD_": "1048576"}
     assert list(record["results"]) == ["mlp"]
     rows = record["results"]["mlp"]
     assert list(rows) == ["ordinary", "private"]
