@@ -182,7 +182,7 @@ WRONG = {
     "epsilon inf": (("--examples", 60_000, "--epsilon", "inf"), "no noise to weigh"),
     "delta 1/N": (("--examples", 60_000, "--epsilon", 3, "--delta", 1e-4), "below 1 / examples"),
     "delta 0": (("--examples", 60_000, "--epsilon", 3, "--delta", 0), "--delta 0.0"),
-    "batch": (("--examples", 60_000, "--epsilon", 3, "--batch-size", 60_001), "between 1 and the 60000 examples"),
+    "batch": (("--examples", 60_000, "--epsilon", 3, "--batch-size", 60_001), "from 1 to the 60000 examples"),
     "no time": (("--examples", 60_000, "--epsilon", 3, "--compute", "0s"), "90s, 5m"),
     "too little time": (
         ("--examples", 60_000, "--epsilon", 3, "--compute", "1s", "--throughput", 10),
