@@ -97,3 +97,11 @@ def test_collate_of_a_loader_is_used() -> None:
 def test_empty_is_refused() -> None:
     with pytest.raises(ConfigError, match="empty"):
         Examples(TensorDataset(torch.zeros(0, 2)))
+
+
+def test_a_tuple_of_tensors_is_not_taken_for_two_examples() -> None:
+    inputs = torch.zeros(5, 3)
+    with pytest.raises(ConfigError, match=r"a tuple of 2 tensors.*TensorDataset"):
+        Examples((inputs, inputs))  # type: ignore[arg-type]
+    assert Examples([inputs[0], inputs[1]]).count == 2  # type: ignore[arg-type]
+    assert Examples(TensorDataset(inputs, inputs)).count == 5

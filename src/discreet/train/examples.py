@@ -39,7 +39,7 @@ class Examples:
     and a sampler or batch size of the loader would contradict it.
 
     Raises:
-        ConfigError: the data set is iterable-style, or empty.
+        ConfigError: the data set is iterable-style, a tuple of tensors, or empty.
     """
 
     def __init__(self, source: Dataset[Any] | BatchedDataset | DataLoader[Any]) -> None:
@@ -49,6 +49,11 @@ class Examples:
             self._collate = source.collate_fn
         if isinstance(dataset, IterableDataset):
             raise ConfigError("an IterableDataset cannot be Poisson-sampled by index; pass a map-style data set.")
+        if isinstance(dataset, tuple) and all(isinstance(part, (Tensor, np.ndarray)) for part in dataset):
+            raise ConfigError(
+                f"a tuple of {len(dataset)} tensors: it would count as {len(dataset)} examples, whatever their rows; "
+                "pass torch.utils.data.TensorDataset(inputs, targets)."
+            )
         self._dataset: Any = dataset
         self.count = len(self._dataset)
         if self.count < 1:
