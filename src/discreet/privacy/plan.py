@@ -26,9 +26,7 @@ from discreet.privacy.accounting import (
     query_to_json,
     solve_noise_multiplier,
 )
-from discreet.privacy.accounting import (
-    epsilon as compose_epsilon,
-)
+from discreet.privacy.accounting import epsilon as compose_epsilon
 from discreet.privacy.files import write_atomically
 from discreet.privacy.records import Fields, canonical_json, json_number, parse_json
 from discreet.privacy.repetitions import Repetitions
@@ -118,8 +116,7 @@ class Plan:
         before: private preprocessing on all examples, charged to the same epsilon.
         search: None for one training run; else the steps are repeated, and the best run is released.
         calibration: None, or a private temperature that is fitted after the last step.
-        notes: public remarks of whoever made the plan.
-        versions: package -> version at planning time.
+        notes: public remarks of whoever made the plan. versions: package -> version at planning time.
     """
 
     examples: int
