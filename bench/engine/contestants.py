@@ -20,6 +20,7 @@ from bench.engine.workloads import Workload
 from discreet.core.axes import Layout
 from discreet.core.gradient import backward, open_book, trainable
 from discreet.core.meeting import guard
+from discreet.core.replay import Replay
 from discreet.core.style import Style
 from discreet.train.step import forget_gradients, write_gradient
 
@@ -86,16 +87,20 @@ def floor(work: Workload) -> Step:
     return step
 
 
-def private(work: Workload, *, style: Callable[[nn.Module], Style] | None = None) -> Step:
+def private(work: Workload, *, style: Callable[[nn.Module], Style] | None = None, replayed: bool = False) -> Step:
     """Updates with clipping (flat, or in the groups of a style) and noise, as the training loop makes them."""
     rule = discreet.Clipping.automatic(style=style(work.model) if style else Style.flat())
     source = discreet.NoiseSource.system()
     parameters, optimizer = trainable(work.model), work.optimizer(work.model.parameters())
     layout = _checked_layout(work, clipping=rule)
+    clipped = partial(discreet.clipped_gradient, work.model, work.loss, clipping=rule, layout=layout)
+    if replayed:
+        assert layout is not None
+        clipped = Replay(work.model, work.loss, clipping=rule, layout=layout).clipped_gradient
 
     def step(watch: Stopwatch) -> None:
         forget_gradients(parameters)
-        total = discreet.clipped_gradient(work.model, work.loss, work.batch, clipping=rule, layout=layout)
+        total = clipped(work.batch)
         watch.lap("clipped gradient")
         released = discreet.release(
             total, noise_multiplier=1.0, source=source, divisor=len(work.batch[0]), into=total.tensors
@@ -203,6 +208,8 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "private": private,
     "per_layer": partial(private, style=_per_layer),
     "blocks": partial(private, style=Style.blocks),
+    "replayed": partial(private, replayed=True),
+    "blocks_replayed": partial(private, style=Style.blocks, replayed=True),
     "ordinary_compiled": partial(compiled, contestant=ordinary),
     "private_compiled": partial(compiled, contestant=private),
     "opacus_hooks": opacus_hooks,

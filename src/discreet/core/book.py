@@ -14,6 +14,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identit
 from discreet.errors import UnsupportedUse
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What a settlement that is recorded, to be replayed, leaves open: who takes part, and whether norms are sure.
+
+    Attributes:
+        takes_part_B: whether an example of the microbatch is one; what stands in for one has a factor of 0.
+        doubts: for each group whether some norm is in doubt, which is asked when a replay is over.
+    """
+
+    takes_part_B: Tensor
+    doubts: list[Tensor] = field(default_factory=list)
+
+
 class Book:
     """Records of one microbatch, from its forward to its settlement.
 
@@ -37,6 +51,7 @@ class Book:
         layout: what the self-check established. Without it an operand whose dimension 0 is a multiple of B is refused.
         trust_folds: accept such operands as (B, k) rows; only the self-check may, because it then compares the norms.
         clipping: how it will be settled. With it, groups of parameters are settled as soon as their norms are complete.
+        recording: the settlement is recorded, and asks the data nothing.
     """
 
     def __init__(
@@ -47,6 +62,7 @@ class Book:
         layout: Layout | None = None,
         trust_folds: bool = False,
         clipping: Clipping | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.examples = examples
@@ -62,7 +78,7 @@ class Book:
         self._records: dict[str, list[tuple[int, Record]]] = defaultdict(list)
         self._expected: dict[str, int] = defaultdict(int)
         self._collecting = False
-        self._clipping = clipping
+        self._clipping, self._recording = clipping, recording
         self._sums: dict[str, Tensor] = {}
         self._division = clipping.divide(self.parameters) if clipping is not None else Division({}, {}, 0.0)
         groups = self._division.groups
@@ -300,6 +316,8 @@ class Book:
         parts = self.parts(group)
         norm_B, all_finite = self._norms(parts)
         factor_B = drop_vanishing(rule.factor(norm_B)) * self._summing_margin(rule)
+        if self._recording is not None:
+            factor_B = torch.where(self._recording.takes_part_B, factor_B, 0.0)
         if rule.following is not None:
             # The mean over groups, so that one example counts once; exact, but for 2^-53 where K is no power of 2.
             count = rule.below(norm_B).reshape(1) / len(self._division.groups)
@@ -343,6 +361,9 @@ class Book:
         if not parts:
             return torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device), True
         norm_B = torch.stack([part.quick_norm2() for part in parts]).sum(0).sqrt()
+        if self._recording is not None:
+            self._recording.doubts.append(~torch.isfinite(norm_B.sum()))
+            return norm_B, True
         if math.isfinite(norm_B.sum()):
             return norm_B, True
         sure_B = torch.stack([part.norm2() for part in parts]).sum(0).sqrt()

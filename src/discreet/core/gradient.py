@@ -69,7 +69,11 @@ def clipped_gradient(
         return zero_sum(parameters, clipping)
     if layout is None and size > 1:
         layout = observed_layout(model, loss, batch, parameters=parameters, size=size)
-    book = Book(parameters, examples=size, layout=layout, clipping=clipping)
+    return settled(Book(parameters, examples=size, layout=layout, clipping=clipping), model, loss, batch, clipping)
+
+
+def settled(book: Book, model: nn.Module, loss: LossFunction, batch: Any, clipping: Clipping) -> ClippedSum:
+    """Forward, backward and settlement of one microbatch into a book that was opened for it."""
     with guard(book):
         backward(book, loss(model, batch))
     return settle(book, clipping)

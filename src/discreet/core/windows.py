@@ -123,8 +123,9 @@ class Windows(Form):
 
     def _parts(self) -> list[Windows]:
         """A few examples at a time, so that Gram matrices and unfolded windows stay small."""
-        unfolded = self._pixels * math.prod(self.value_shape[1:]) * self.geometry.groups
-        chunk = examples_at_a_time(2 * self.geometry.groups * self._pixels**2 + unfolded + self.value_shape[0])
+        rows = self._pixels if self.choice.route is Route.PIXELS else self._positions
+        unfolded = self._positions * math.prod(self.value_shape[1:])
+        chunk = examples_at_a_time(self.geometry.groups * (2 * rows**2 + unfolded) + self.value_shape[0])
         return [self.rows(start, start + chunk) for start in range(0, self.examples, chunk)]
 
     def _norm2_by_pixels(self) -> Tensor:
@@ -133,7 +134,7 @@ class Windows(Form):
         Two windows' inner product is the sum over taps of the inner products of the pixels under that tap. So pixels
         are multiplied once, and shifted copies of that matrix are added up, axis by axis of the kernel.
         """
-        pixels, groups = self._padded(), self.geometry.groups
+        pixels, groups = self._padded(wide(self.input)), self.geometry.groups
         examples, folds, channels, *image = pixels.shape
         output = self.grad.shape[3:]
         by_group = pixels.reshape(examples, folds, groups, channels // groups, -1).transpose(1, 2)
@@ -157,11 +158,11 @@ class Windows(Form):
             Sums(inputs, outputs, inputs + outputs, taken=windows_BKSS.dtype, summed=windows_BKSS.dtype),
         )
 
-    def _padded(self) -> Tensor:
+    def _padded(self, input: Tensor) -> Tensor:
         if not any(self.geometry.padding):
-            return wide(self.input)  # to pad by nothing would copy
+            return input  # to pad by nothing would copy
         ends = [size for pad in reversed(self.geometry.padding) for size in (pad, pad)]
-        return F.pad(wide(self.input), ends)
+        return F.pad(input, ends)
 
     def unfolded(self) -> Outer:
         """The same with windows as positions: a strided view of the padded input, copied when it is used."""
@@ -175,7 +176,9 @@ class Windows(Form):
 
     def _spread(self) -> tuple[Spread, Spread]:
         """Windows of the padded input, and the output gradients that they meet: views of both, nothing is copied."""
-        padded, groups = self._padded().contiguous(), self.geometry.groups
+        # Kernels take operands as they are stored.
+        input = self.input if dispatch.suit(self.input, self.grad) else wide(self.input)
+        padded, groups = self._padded(input).contiguous(), self.geometry.groups
         examples, folds, channels, *_ = padded.shape
         output, kernel = self.grad.shape[3:], self.value_shape[2:]
         row, fold, channel, *axes = padded.stride()
@@ -190,7 +193,7 @@ class Windows(Form):
 
     def _by_pixel(self) -> tuple[Spread, Spread]:
         """As `_spread`, with the windows told by the pixels that they see."""
-        pixels = self._padded()
+        pixels = self._padded(wide(self.input))
         _, folds, channels, *image = pixels.shape
         by_pixel = pixels.unflatten(2, (self.geometry.groups, channels // self.geometry.groups)).movedim(1, 2)
         output, kernel = self.grad.shape[3:], self.value_shape[2:]

@@ -143,10 +143,22 @@ def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
 
 
 def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Tensor:
-    """``sum_b factor_b grad_b^T input_b``, (K, O, I), float32."""
-    from discreet.core.kernels import direct
+    """``sum_b factor_b grad_b^T input_b``, (K, O, I), float32, of bfloat16 operands."""
+    from discreet.core.kernels import sums
 
-    return direct.weighted_sum(input_BKSI, grad_BKSO, factor_B)
+    return sums.weighted_sum(input_BKSI, grad_BKSO, factor_B)
+
+
+def suit_scales(*operands: Tensor) -> bool:
+    """Whether gradients of the scale and the shift of a normalisation are taken by a kernel."""
+    return all(_on_accelerator(value) and value.dtype in _STORED and value.numel() for value in operands) and _found()
+
+
+def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_s grad (input - mean) rstd`` and ``sum_s grad``, (N, D), float32."""
+    from discreet.core.kernels import affine
+
+    return affine.scale_grads(input_NSD, grad_NSD, mean_NS, rstd_NS)
 
 
 def _on_accelerator(value: Tensor) -> bool:

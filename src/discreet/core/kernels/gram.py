@@ -22,6 +22,7 @@ from discreet.core.kernels.operands import (
     SMALL,
     TENSOR_CORES,
     chain,
+    described,
     flat_strides,
     is_long,
     narrow,
@@ -54,10 +55,12 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
     like = inputs_BKSI[0]
     sums = torch.empty(examples, groups * (tiles // 2 + 1) * tiles, dtype=torch.float64, device=like.device)
     input2, grad2 = torch.empty(2, examples, groups, positions, dtype=torch.float32, device=like.device)
+    input_at, input_is = _described(inputs_BKSI, tile, input_tiling.depth)
+    grad_at, grad_is = _described(grads_BKSO, tile, grad_tiling.depth)
     with on_device_of(like):
         _gram_kernel[(examples * groups * tiles, tiles // 2 + 1)](
-            *(tuple(inputs_BKSI), flat_strides(inputs_BKSI), widths[0]),
-            *(tuple(grads_BKSO), flat_strides(grads_BKSO), widths[1]),
+            *(tuple(inputs_BKSI), input_at, flat_strides(inputs_BKSI), widths[0]),
+            *(tuple(grads_BKSO), grad_at, flat_strides(grads_BKSO), widths[1]),
             *(sums, input2, grad2, groups, positions, tiles),
             TILE=tile,
             INPUT_DEPTH=input_tiling.depth,
@@ -66,34 +69,28 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
             GRAD_WIDE=widened(grads_BKSO),
             INPUT_LONG=is_long(widths[0]),
             GRAD_LONG=is_long(widths[1]),
+            INPUT_DESCRIBED=input_is,
+            GRAD_DESCRIBED=grad_is,
+            ONE=tiles == 1,
             **tiling.launch(sides),
         )
     spacings = chain(widths[0], input_tiling.depth) + chain(widths[1], grad_tiling.depth) + (tile + 2) / 2
     return GramProducts(sums.sum(1), input2, grad2, spacings)
 
 
+def _described(operands: Sequence[Tensor], rows: int, columns: int) -> tuple[object, bool]:
+    """One operand as the copy engine reads it; several are read by their addresses."""
+    return described(operands[0], rows, columns) if narrow(operands) and len(operands) == 1 else (None, False)
+
+
 @triton.jit
 def _gram_kernel(
-    inputs,
-    input_strides,
-    input_widths,
-    grads,
-    grad_strides,
-    grad_widths,
-    sums,
-    input2,
-    grad2,
-    groups,
-    positions,
-    tiles,
-    TILE: tl.constexpr,
-    INPUT_DEPTH: tl.constexpr,
-    GRAD_DEPTH: tl.constexpr,
-    INPUT_WIDE: tl.constexpr,
-    GRAD_WIDE: tl.constexpr,
-    INPUT_LONG: tl.constexpr,
-    GRAD_LONG: tl.constexpr,
-):
+    inputs, input_at, input_strides, input_widths, grads, grad_at, grad_strides, grad_widths,
+    sums, input2, grad2, groups, positions, tiles,
+    TILE: tl.constexpr, INPUT_DEPTH: tl.constexpr, GRAD_DEPTH: tl.constexpr,
+    INPUT_WIDE: tl.constexpr, GRAD_WIDE: tl.constexpr, INPUT_LONG: tl.constexpr, GRAD_LONG: tl.constexpr,
+    INPUT_DESCRIBED: tl.constexpr, GRAD_DESCRIBED: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
     # Tile i meets tile i + d of the ring, d = 0 ... tiles // 2: each unordered pair once, but for d = tiles / 2.
     place = tl.program_id(0)
     distance = tl.program_id(1)
@@ -101,41 +98,22 @@ def _gram_kernel(
     owner = (place // tiles).to(tl.int64)
     example = owner // groups
     group = owner % groups
-    rows = tile * TILE + tl.arange(0, TILE)
-    columns = (tile + distance) % tiles * TILE + tl.arange(0, TILE)
+    top = tile * TILE
+    side = (tile + distance) % tiles * TILE
+    rows = top + tl.arange(0, TILE)
     total = tl.full((), 0.0, tl.float64)
     if (2 * distance < tiles) | (tile < distance) | (distance == 0):
         left = _entries(
-            inputs,
-            input_strides,
-            input_widths,
-            example,
-            group,
-            rows,
-            columns,
-            positions,
-            TILE,
-            INPUT_DEPTH,
-            INPUT_WIDE,
-            INPUT_LONG,
-        )
+            inputs, input_at, input_strides, input_widths, example, group, top, side, positions,
+            TILE, INPUT_DEPTH, INPUT_WIDE, INPUT_LONG, INPUT_DESCRIBED, ONE,
+        )  # fmt: skip
         right = _entries(
-            grads,
-            grad_strides,
-            grad_widths,
-            example,
-            group,
-            rows,
-            columns,
-            positions,
-            TILE,
-            GRAD_DEPTH,
-            GRAD_WIDE,
-            GRAD_LONG,
-        )
+            grads, grad_at, grad_strides, grad_widths, example, group, top, side, positions,
+            TILE, GRAD_DEPTH, GRAD_WIDE, GRAD_LONG, GRAD_DESCRIBED, ONE,
+        )  # fmt: skip
         total = tl.sum(tl.sum(left * right, axis=1).to(tl.float64), axis=0) * tl.where(distance == 0, 1.0, 2.0)
         if distance == 0:
-            diagonal = rows[:, None] == columns[None, :]
+            diagonal = rows[:, None] == rows[None, :]
             at = owner * positions + rows
             tl.store(input2 + at, tl.sum(tl.where(diagonal, left, 0.0), axis=1), mask=rows < positions)
             tl.store(grad2 + at, tl.sum(tl.where(diagonal, right, 0.0), axis=1), mask=rows < positions)
@@ -144,48 +122,63 @@ def _gram_kernel(
 
 @triton.jit
 def _entries(
-    operands,
-    strides,
-    widths,
-    example,
-    group,
-    rows,
-    columns,
-    positions,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    LONG: tl.constexpr,
-):
+    operands, described, strides, widths, example, group, top, side, positions,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, LONG: tl.constexpr, DESCRIBED: tl.constexpr,
+    ONE: tl.constexpr,
+):  # fmt: skip
     """(TILE, TILE) inner products between two runs of positions, added up over the operands, float32."""
     total = tl.full((TILE, TILE), 0.0, tl.float32)
     for n in tl.static_range(len(operands)):
-        base = operands[n] + example * strides[4 * n] + group * strides[4 * n + 1]
-        above = base + rows.to(tl.int64)[:, None] * strides[4 * n + 2]
-        below = base + columns.to(tl.int64)[:, None] * strides[4 * n + 2]
+        if DESCRIBED:
+            base = described
+        else:
+            base = operands[n] + example * strides[4 * n] + group * strides[4 * n + 1]
+        steps = (strides[4 * n + 2], strides[4 * n + 3])
         if LONG:
             for block in range(0, widths[n], DEPTH * _RUNS):
                 part = tl.full((TILE, TILE), 0.0, tl.float32)
                 for start in range(block, min(block + DEPTH * _RUNS, widths[n]), DEPTH):
                     part += _run(
-                        above, rows, below, columns, strides[4 * n + 3], positions, start, widths[n], DEPTH, WIDE
-                    )
+                        base, steps, example, group, top, side, positions, start, widths[n],
+                        TILE, DEPTH, WIDE, DESCRIBED, ONE,
+                    )  # fmt: skip
                 total += part
         else:
             for start in range(0, widths[n], DEPTH):
-                total += _run(above, rows, below, columns, strides[4 * n + 3], positions, start, widths[n], DEPTH, WIDE)
+                total += _run(
+                    base, steps, example, group, top, side, positions, start, widths[n],
+                    TILE, DEPTH, WIDE, DESCRIBED, ONE,
+                )  # fmt: skip
     return total
 
 
 @triton.jit
-def _run(above, rows, below, columns, stride, positions, start, width, DEPTH: tl.constexpr, WIDE: tl.constexpr):
+def _run(
+    base, steps, example, group, top, side, positions, start, width,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
     """What these entries add, in an accumulator of its own: a chain as long as the operand would hide half a norm."""
-    depth = start + tl.arange(0, DEPTH)
-    step = depth.to(tl.int64)[None, :] * stride
-    inside = (depth < width)[None, :]
-    one = tl.load(above + step, mask=inside & (rows < positions)[:, None], other=0.0)
-    two = tl.load(below + step, mask=inside & (columns < positions)[:, None], other=0.0)
+    one = _loaded(base, steps, example, group, top, positions, start, width, TILE, DEPTH, DESCRIBED)
+    if ONE:
+        two = one
+    else:
+        two = _loaded(base, steps, example, group, side, positions, start, width, TILE, DEPTH, DESCRIBED)
     if WIDE:
         one = one.to(tl.float32)
         two = two.to(tl.float32)
     return tl.dot(one, tl.trans(two), input_precision="ieee", max_num_imprecise_acc=DEPTH)
+
+
+@triton.jit
+def _loaded(
+    base, steps, example, group, first, positions, start, width,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """(TILE, DEPTH) entries of one example: zeros beyond its positions, and beyond its width."""
+    if DESCRIBED:
+        return base.load([example.to(tl.int32), group.to(tl.int32), first, start]).reshape(TILE, DEPTH)
+    else:
+        rows = first + tl.arange(0, TILE)
+        depth = start + tl.arange(0, DEPTH)
+        at = base + rows.to(tl.int64)[:, None] * steps[0] + depth.to(tl.int64)[None, :] * steps[1]
+        return tl.load(at, mask=(depth < width)[None, :] & (rows < positions)[:, None], other=0.0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,31 @@ def chain(lengths: Sequence[int], depth: int) -> float:
 def on_device_of(value: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, whatever its operands are on."""
     return torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext()
+
+
+def described(value: Tensor, rows: int, columns: int) -> tuple[Tensor | TensorDescriptor, bool]:
+    """An operand (B, K, S, width) as the copy engine of a card reads it, in blocks of rows and columns, and whether it can.
+
+    Steps of memory have to be multiples of 16 bytes, those of the last axis one number; where they are not (a vocabulary
+    of 50,257), and on cards without that engine, the tensor itself.
+    """
+    if not _copies(value.device):
+        return value, False
+    aligned = 16 // value.element_size()
+    steps = [stride if size > 1 else aligned for size, stride in zip(value.shape, value.stride(), strict=True)]
+    fits = value.stride(3) == 1 and all(step > 0 and step % aligned == 0 for step in steps[:3])
+    if not fits or value.data_ptr() % 16 or value.shape[3] < aligned:
+        return value, False
+    return TensorDescriptor(value, list(value.shape), [*steps[:3], 1], [1, 1, rows, columns]), True
+
+
+@functools.cache
+def _copies(device: torch.device) -> bool:
+    """Whether a card has a copy engine for tensors; the interpreter has one."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many processors a card has; four for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

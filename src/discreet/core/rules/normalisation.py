@@ -21,6 +21,7 @@ from torch import Tensor
 
 from discreet.core.book import Book
 from discreet.core.forms import Dense, wide_dtype
+from discreet.core.kernels import dispatch
 from discreet.core.parameter import Guarded, Use, plain, rule
 from discreet.core.precision import NARROW
 from discreet.core.rules.once import differentiable_once
@@ -112,13 +113,15 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, rstd = ctx.saved_tensors
         weight_grad = bias_grad = None
-        if ctx.booking.weight is not None:
+        if dispatch.suit_scales(input, grad) and mean.dtype is torch.float32:
+            weight_grad, bias_grad = _by_kernel(input, grad, mean, rstd, ctx.shape)
+        elif ctx.booking.weight is not None:
             if mean.dtype in NARROW:  # a CPU keeps them so, which would spoil the products
                 normal = F.layer_norm(input.float(), ctx.shape, eps=ctx.eps)
             else:
                 normal = torch.sub(input, mean).mul_(rstd)
             weight_grad = _over_positions(normal.mul_(grad), ctx.shape)
-        if ctx.booking.bias is not None:
+        if ctx.booking.bias is not None and bias_grad is None:
             bias_grad = _over_positions(grad, ctx.shape)
         ctx.booking.record(weight_grad, bias_grad)
         input_grad = None
@@ -127,6 +130,17 @@ class _LayerNorm(torch.autograd.Function):
                 grad.contiguous(), input, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
         return None, input_grad, None, None, None, None, None
+
+
+def _by_kernel(
+    input: Tensor, grad: Tensor, mean: Tensor, rstd: Tensor, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and shift, each (N, *shape), both in one pass."""
+    rows, width = input.shape[0], math.prod(shape)
+    operands = [value.reshape(rows, -1, width).contiguous() for value in (input, grad)]
+    statistics = [value.reshape(rows, -1).contiguous() for value in (mean, rstd)]
+    scale, shift = dispatch.scale_grads(*operands, *statistics)
+    return scale.reshape(rows, *shape), shift.reshape(rows, *shape)
 
 
 def _over_positions(value: Tensor, shape: tuple[int, ...]) -> Tensor:
