@@ -139,7 +139,9 @@ def _take_turns(pipe: Connection, setting: Setting, *, model: str, kind: str) ->
     device = torch.device(setting.device)
     _load_libraries(device)
     pipe.recv()
-    work = setting.sizes.workloads[model]().to(device=device, dtype=setting.dtype)
+    with device:  # a billion random weights take a processor half a minute
+        work = setting.sizes.workloads[model]()
+    work = work.to(device=device, dtype=setting.dtype)
     meter, watch = MemoryMeter(device, tensors_mib=work.nbytes / MIB), Stopwatch(device)
     step = CONTESTANTS[kind](work)
     meter.restart()

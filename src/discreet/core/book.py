@@ -315,7 +315,7 @@ class Book:
         rule = self._division.rules[group]
         parts = self.parts(group)
         norm_B, all_finite = self._norms(parts)
-        factor_B = drop_vanishing(rule.factor(norm_B)) * self._summing_margin(rule)
+        factor_B = drop_vanishing(rule.factor(norm_B), bound=rule.clip_bound) * self._summing_margin(rule)
         if self._recording is not None:
             factor_B = torch.where(self._recording.takes_part_B, factor_B, 0.0)
         if rule.following is not None:

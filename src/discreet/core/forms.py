@@ -248,9 +248,14 @@ def wide_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype is torch.float64 else torch.float32
 
 
-def drop_vanishing(factor_B: Tensor) -> Tensor:
-    """Factors with those set to 0 that come near the subnormal numbers, which keep only a few bits."""
-    return torch.where(factor_B < _VANISHING, torch.zeros_like(factor_B), factor_B)
+def drop_vanishing(factor_B: Tensor, *, bound: float) -> Tensor:
+    """Factors with those set to 0 that come near the subnormal numbers, which keep only a few bits.
+
+    Args:
+        bound: the clip bound. Beside one above 1 factors vanish sooner: a sum over the least of them is still finite.
+    """
+    least = _VANISHING * max(1.0, bound) if math.isfinite(bound) else _VANISHING
+    return torch.where(factor_B < least, torch.zeros_like(factor_B), factor_B)
 
 
 def square_sum(value: Tensor) -> Tensor:

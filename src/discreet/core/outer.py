@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from discreet.core.forms import Dense, Form, Lookup, examples_at_a_time, squares_along, wide, zero_rows
+from discreet.core.forms import (
+    Dense,
+    Form,
+    Lookup,
+    examples_at_a_time,
+    squares_along,
+    wide,
+    wide_dtype,
+    zero_rows,
+)
 from discreet.core.kernels import dispatch
 from discreet.core.kernels.results import HARMLESS, GramProducts
 from discreet.core.route import Choice, Cost, Route
@@ -82,8 +91,8 @@ class Outer(Form):
 
     def _norm2(self, input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
         if self.input.shape[2] == 1:
-            return norm2_of_products([input_BKSI.squeeze(2)], [grad_BKSO.squeeze(2)], summed=wide(self.grad).dtype)
-        return gram_norm2([input_BKSI], [grad_BKSO], summed=wide(self.grad).dtype)
+            return norm2_of_products([input_BKSI.squeeze(2)], [grad_BKSO.squeeze(2)], summed=wide_dtype(self.grad))
+        return gram_norm2([input_BKSI], [grad_BKSO], summed=wide_dtype(self.grad))
 
     def _parts(self) -> list[Outer]:
         """A few examples at a time, so that Gram matrices stay small."""
@@ -165,7 +174,7 @@ class Tied(Form):
 
     def _with_cross_term(self, outer_B: Tensor) -> Tensor:
         lookup_B = self.lookup.norm2()
-        rounding = (4 + self.outer.input.shape[3] / 2) * torch.finfo(wide(self.outer.grad).dtype).eps
+        rounding = (4 + self.outer.input.shape[3] / 2) * torch.finfo(wide_dtype(self.outer.grad)).eps
         exact_B = (lookup_B + outer_B + 2 * self.outer.inner(self.lookup)).clamp(min=0)
         overflown_B = ~torch.isfinite(exact_B) & ~torch.isnan(outer_B)
         exact_B = exact_B.masked_fill(overflown_B, torch.inf)

@@ -80,7 +80,9 @@ class Replay:
                 "the model there, or leave it out."
             )
         if clipping.following is not None:
-            raise ConfigError("replay=True with a bound that follows a quantile: pass a constant bound, or leave it out.")
+            raise ConfigError(
+                "replay=True with a bound that follows a quantile: pass a constant bound, or leave it out."
+            )
         self._model, self._loss, self._clipping, self._layout = model, loss, clipping, layout
         self._recorded: dict[object, _Recorded] = {}
         self._state: tuple[object, ...] = ()
@@ -130,9 +132,7 @@ class Replay:
 
         def once() -> tuple[ClippedSum, Tensor]:
             recording = Recording(takes_part_B)
-            book = Book(
-                parameters, examples=rounded, layout=self._layout, clipping=self._clipping, recording=recording
-            )
+            book = Book(parameters, examples=rounded, layout=self._layout, clipping=self._clipping, recording=recording)
             total = settled(book, self._model, self._loss, own, self._clipping)
             return total, torch.stack(recording.doubts).any()
 
@@ -151,7 +151,7 @@ class Replay:
 
 
 def captured(once: Once, pool: object) -> tuple[Callable[[], None], ClippedSum, Tensor]:
-    """Run it once to compile and allocate what is made once, and once more to record it; the results of the recording."""
+    """Run it to compile and allocate what is made once, and again to record it; the recording and its results."""
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
@@ -182,7 +182,7 @@ def _fill(place: Tensor, leaf: Tensor, examples: int) -> None:
 
 
 def _form_of(batch: Any, size: int) -> object:
-    """What must be equal for two batches to be run by one recording: structure, shapes of rows, and what is no tensor."""
+    """What must be equal for two batches to be run by one recording: structure, shapes of rows, all but tensors."""
     leaves, structure = tree_flatten(batch)
     kinds = (
         (tuple(leaf.shape[1:] if leaf.dim() and leaf.shape[0] == size else (-1, *leaf.shape)), leaf.dtype, leaf.device)

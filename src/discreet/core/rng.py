@@ -227,7 +227,7 @@ def seed_key(seed: int) -> bytes:
 
 def subkey(key: bytes, label: str) -> bytes:
     """A 256-bit key for one purpose, derived from ``key`` by HMAC-SHA256; labels never collide."""
-    return hmac.new(key, label.encode(), hashlib.sha256).digest()
+    return hmac.digest(key, label.encode(), "sha256")
 
 
 class Scratch:

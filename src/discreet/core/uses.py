@@ -24,8 +24,9 @@ from discreet.core.kernels import dispatch
 from discreet.core.outer import Outer, Tied, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
 
-_SMALL, _SMALL_TOGETHER = 4096, 1 << 16
-"""Numbers of a parameter that is settled together with others of its kind, and of all its per-example gradients."""
+_SMALL, _SMALL_TOGETHER, _SMALL_AWAY = 4096, 1 << 16, 1 << 22
+"""Numbers of a parameter that is settled together with others of its kind, and of all its per-example gradients; on an
+accelerator, where a dozen launches for each take longer than a copy."""
 
 Records = Sequence[tuple[int, "Record"]]
 """Records of one parameter, each with the position that the parameter has among the record's sources."""
@@ -223,7 +224,9 @@ class Uses(Summand):
         joined = self.joined
         if joined is None or not joined.derivation.identity or not isinstance(joined.form, Dense):
             return False
-        return joined.form.grad.numel() <= min(self.examples * _SMALL, _SMALL_TOGETHER)
+        grad = joined.form.grad
+        most = _SMALL_TOGETHER if grad.device.type == "cpu" else _SMALL_AWAY
+        return grad.numel() <= min(self.examples * _SMALL, most)
 
     @functools.cached_property
     def small_grad(self) -> Tensor:

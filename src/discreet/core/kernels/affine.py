@@ -12,7 +12,7 @@ from torch import Tensor
 
 from discreet.core.kernels.operands import on_device_of
 
-_ROWS, _COLUMNS = 32, 128
+_ROWS, _COLUMNS = 64, 64
 
 
 def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,16 +55,19 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
     like = inputs_BKSI[0]
     sums = torch.empty(examples, groups * (tiles // 2 + 1) * tiles, dtype=torch.float64, device=like.device)
     input2, grad2 = torch.empty(2, examples, groups, positions, dtype=torch.float32, device=like.device)
-    input_at, input_is = _described(inputs_BKSI, tile, input_tiling.depth)
-    grad_at, grad_is = _described(grads_BKSO, tile, grad_tiling.depth)
+    input_depth, grad_depth = (tiling.depth if tiling is SMALL else own.depth for own in (input_tiling, grad_tiling))
+    input_at, input_is = _described(inputs_BKSI, tile, input_depth)
+    grad_at, grad_is = _described(grads_BKSO, tile, grad_depth)
+    # Cards with a copy engine have room for more stages, and take two of one tile for the time of one.
+    ahead = (6 if tiles > 1 else 8) if input_is and grad_is and tiling is TENSOR_CORES else 0
     with on_device_of(like):
         _gram_kernel[(examples * groups * tiles, tiles // 2 + 1)](
             *(tuple(inputs_BKSI), input_at, flat_strides(inputs_BKSI), widths[0]),
             *(tuple(grads_BKSO), grad_at, flat_strides(grads_BKSO), widths[1]),
             *(sums, input2, grad2, groups, positions, tiles),
             TILE=tile,
-            INPUT_DEPTH=input_tiling.depth,
-            GRAD_DEPTH=grad_tiling.depth,
+            INPUT_DEPTH=input_depth,
+            GRAD_DEPTH=grad_depth,
             INPUT_WIDE=widened(inputs_BKSI),
             GRAD_WIDE=widened(grads_BKSO),
             INPUT_LONG=is_long(widths[0]),
@@ -72,9 +75,9 @@ def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -
             INPUT_DESCRIBED=input_is,
             GRAD_DESCRIBED=grad_is,
             ONE=tiles == 1,
-            **tiling.launch(sides),
+            **tiling.launch(sides, ahead=ahead),
         )
-    spacings = chain(widths[0], input_tiling.depth) + chain(widths[1], grad_tiling.depth) + (tile + 2) / 2
+    spacings = chain(widths[0], input_depth) + chain(widths[1], grad_depth) + (tile + 2) / 2
     return GramProducts(sums.sum(1), input2, grad2, spacings)
 
 
@@ -176,9 +179,10 @@ def _loaded(
 ):  # fmt: skip
     """(TILE, DEPTH) entries of one example: zeros beyond its positions, and beyond its width."""
     if DESCRIBED:
-        return base.load([example.to(tl.int32), group.to(tl.int32), first, start]).reshape(TILE, DEPTH)
+        value = base.load([example.to(tl.int32), group.to(tl.int32), first, start]).reshape(TILE, DEPTH)
     else:
         rows = first + tl.arange(0, TILE)
         depth = start + tl.arange(0, DEPTH)
         at = base + rows.to(tl.int64)[:, None] * steps[0] + depth.to(tl.int64)[None, :] * steps[1]
-        return tl.load(at, mask=(depth < width)[None, :] & (rows < positions)[:, None], other=0.0)
+        value = tl.load(at, mask=(depth < width)[None, :] & (rows < positions)[:, None], other=0.0)
+    return value

@@ -74,7 +74,7 @@ def _launch(stretches: Sequence[Stretch], *, share: float) -> None:
         count = each.value.numel()
         addresses = struct.pack("<QQqqd", each.value.data_ptr(), each.target.data_ptr(), count, pieces, each.scale)
         rows.append(addresses + each.keys[0] + each.keys[-1])
-        pieces += triton.cdiv(count, PIECE)
+        pieces += -(-count // PIECE)
     # Keys and scales are no arguments of the program, which would be compiled anew for some of them.
     table = torch.from_numpy(np.frombuffer(b"".join(rows) + struct.pack("<d", share), dtype="<i8").copy())
     device = like.value.device

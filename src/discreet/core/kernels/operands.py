@@ -34,9 +34,14 @@ class Tiling:
         """The sides of a tile of so many rows and columns in all."""
         return _side(rows, self.rows), _side(columns, self.columns)
 
-    def launch(self, tile: tuple[int, int]) -> dict[str, int]:
-        """How a program of this tile is compiled."""
-        return {"num_warps": self.warps if tile == (self.rows, self.columns) else 4, "num_stages": self.stages}
+    def launch(self, tile: tuple[int, int], *, ahead: int = 0) -> dict[str, int]:
+        """How a program of this tile is compiled.
+
+        Args:
+            ahead: stages, where not its own.
+        """
+        warps = self.warps if tile == (self.rows, self.columns) else 4
+        return {"num_warps": warps, "num_stages": ahead or self.stages}
 
 
 def _side(size: int, largest: int) -> int:
@@ -48,8 +53,7 @@ PLAIN = Tiling(rows=64, columns=64, depth=32, warps=8, stages=3)
 TENSOR_CORES = Tiling(rows=128, columns=128, depth=64, warps=8, stages=3)
 """Operands of bfloat16. Their steps fill 96 KiB of shared memory, which the smallest of these cards has."""
 
-
-SMALL = Tiling(rows=64, columns=64, depth=64, warps=4, stages=4)
+SMALL = Tiling(rows=64, columns=64, depth=128, warps=4, stages=3)
 """The same for long rows."""
 
 
@@ -79,6 +83,9 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+_ROOM = 200 << 10
+"""Bytes of shared memory that the deepest of the kernels takes."""
+
 RUNS = 16
 """Runs of an operand with a long row that are summed before their sum is added to the others."""
 
@@ -106,10 +113,13 @@ def on_device_of(value: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def described(value: Tensor, rows: int, columns: int) -> tuple[Tensor | TensorDescriptor, bool]:
-    """An operand (B, K, S, width) as the copy engine of a card reads it, in blocks of rows and columns, and whether it can.
+    """An operand (B, K, S, width) as the copy engine of a card reads it, in blocks; and whether it can.
 
-    Steps of memory have to be multiples of 16 bytes, those of the last axis one number; where they are not (a vocabulary
-    of 50,257), and on cards without that engine, the tensor itself.
+    Steps of memory have to be multiples of 16 bytes, those of the last axis one number. Where they are not (a
+    vocabulary of 50,257), and on cards without that engine, it is the tensor itself.
+
+    Args:
+        rows, columns: of a block, along positions and along the width.
     """
     if not _copies(value.device):
         return value, False
@@ -123,8 +133,11 @@ def described(value: Tensor, rows: int, columns: int) -> tuple[Tensor | TensorDe
 
 @functools.cache
 def _copies(device: torch.device) -> bool:
-    """Whether a card has a copy engine for tensors; the interpreter has one."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether a card has a copy engine for tensors, and shared memory for many stages; the interpreter has both."""
+    if device.type != "cuda":
+        return True
+    card = torch.cuda.get_device_properties(device)
+    return card.major >= 9 and card.shared_memory_per_block_optin >= _ROOM
 
 
 @functools.cache
