@@ -35,11 +35,18 @@ class Recording:
 
     Attributes:
         takes_part_B: whether an example of the microbatch is one; what stands in for one has a factor of 0.
-        doubts: for each group whether some norm is in doubt, which is asked when a replay is over.
+        answer: where it is written, as soon as all norms are there, whether some norm is in doubt.
     """
 
     takes_part_B: Tensor
-    doubts: list[Tensor] = field(default_factory=list)
+    answer: Tensor
+    _doubts: list[Tensor] = field(default_factory=list)
+
+    def note(self, norm_B: Tensor, *, groups: int) -> None:
+        """The norms of a group, of so many."""
+        self._doubts.append(~torch.isfinite(norm_B.sum()))
+        if len(self._doubts) == groups:
+            self.answer.copy_(torch.stack(self._doubts).any().to(self.answer.dtype), non_blocking=True)
 
 
 class Book:
@@ -358,11 +365,12 @@ class Book:
         rounding is part of an example's factor, which must not change with the company that the example keeps. The
         doubt is all that is ever asked of the data: an accelerator is waited for once a group.
         """
-        if not parts:
-            return torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device), True
-        norm_B = torch.stack([part.quick_norm2() for part in parts]).sum(0).sqrt()
+        if parts:
+            norm_B = torch.stack([part.quick_norm2() for part in parts]).sum(0).sqrt()
+        else:
+            norm_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
         if self._recording is not None:
-            self._recording.doubts.append(~torch.isfinite(norm_B.sum()))
+            self._recording.note(norm_B, groups=len(self._division.groups))
             return norm_B, True
         if math.isfinite(norm_B.sum()):
             return norm_B, True

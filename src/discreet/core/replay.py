@@ -1,8 +1,9 @@
 """The clipped sum of a microbatch, recorded once on an accelerator and replayed: Python is asked once, not every step.
 
-A CUDA graph holds every launch of forward, backward, norms, factors and sums. Nothing in them asks the data: whether a
-norm is in doubt is read when the replay is over, and then the microbatch is done again as it is written. Sizes are
-rounded up, so that Poisson batches need few recordings; a row that stands in for an example has a factor of 0.
+A CUDA graph holds every launch of forward, backward, norms, factors and sums. Nothing in them asks the data. Whether a
+norm is in doubt is written to the host's memory as soon as all norms are there, so that the host goes on while sums are
+made; then the microbatch is done again as it is written. Sizes are rounded up, so that Poisson batches need few
+recordings; a row that stands in for an example has a factor of 0.
 
 What Python decided while it was recorded holds for every replay: a forward that draws random numbers in Python, counts
 its calls or changes a constant is not for this. Parameters and buffers that were exchanged, frozen or thawed, modes of
@@ -30,7 +31,7 @@ from discreet.errors import ConfigError, UnsupportedUse
 _STEPS, _MOST = 16, 32
 """Sizes are rounded up to this share of the largest; recordings that are kept."""
 
-Once = Callable[[], tuple[ClippedSum, Tensor]]
+_UNKNOWN = 2
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,30 @@ class _Recorded:
     Attributes:
         batch: its input; rows from ``examples`` on stand in for none.
         takes_part_B: which rows are examples.
-        total, doubt: its results.
+        answer: (1,), of the host: 0 or 1 for a norm in doubt, once that is known.
+        total: its result.
     """
 
     replay: Callable[[], None]
     batch: Any
     takes_part_B: Tensor
+    answer: Tensor
     total: ClippedSum
-    doubt: Tensor
 
-    def run(self, batch: Any, examples: int) -> None:
-        """Put these examples in the place of those that were recorded, and replay."""
+    def run(self, batch: Any, examples: int) -> bool:
+        """Put these examples in the place of those that were recorded, and replay; whether all norms are sure."""
         for place, leaf in zip(tree_flatten(self.batch)[0], tree_flatten(batch)[0], strict=True):
             if isinstance(leaf, Tensor):
                 _fill(place, leaf, examples)
         self.takes_part_B[:examples] = True
         self.takes_part_B[examples:] = False
+        self.answer.fill_(_UNKNOWN)
         self.replay()
+        answer = self.answer.numpy()
+        while answer[0] == _UNKNOWN:
+            if torch.cuda.current_stream().query() and answer[0] == _UNKNOWN:  # raises what made the accelerator stop
+                return False
+        return bool(answer[0] == 0)
 
 
 class Replay:
@@ -102,12 +110,10 @@ class Replay:
         size = examples if examples is not None else batch_size_of(batch)
         if size > 0:
             recorded = self._recording_for(batch, size, max(size, at_most or size))
-            if recorded is not None:
-                recorded.run(batch, size)
-                if not bool(recorded.doubt):
-                    names, values = zip(*recorded.total.tensors.items(), strict=True)
-                    copies = dict(zip(names, torch._foreach_mul(values, 1.0), strict=True))
-                    return replace(recorded.total, tensors=copies)
+            if recorded is not None and recorded.run(batch, size):
+                names, values = zip(*recorded.total.tensors.items(), strict=True)
+                copies = dict(zip(names, torch._foreach_mul(values, 1.0), strict=True))
+                return replace(recorded.total, tensors=copies)
         return clipped_gradient(
             self._model, self._loss, batch, clipping=self._clipping, layout=self._layout, examples=size
         )
@@ -129,17 +135,17 @@ class Replay:
         device = next(iter(parameters.values())).device
         own = tree_map(lambda leaf: _room_for(leaf, size, rounded) if isinstance(leaf, Tensor) else leaf, batch)
         takes_part_B = torch.arange(rounded, device=device) < size
+        answer = torch.empty(1, dtype=torch.int8, pin_memory=device.type == "cuda")
 
-        def once() -> tuple[ClippedSum, Tensor]:
-            recording = Recording(takes_part_B)
+        def once() -> ClippedSum:
+            recording = Recording(takes_part_B, answer)
             book = Book(parameters, examples=rounded, layout=self._layout, clipping=self._clipping, recording=recording)
-            total = settled(book, self._model, self._loss, own, self._clipping)
-            return total, torch.stack(recording.doubts).any()
+            return settled(book, self._model, self._loss, own, self._clipping)
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            again, total, doubt = captured(once, self._pool)
+            again, total = captured(once, self._pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -147,10 +153,10 @@ class Replay:
                 f"replay=True: the model cannot be recorded ({str(error).splitlines()[0]}); its forward must not ask "
                 "for the value of a tensor (.item(), if tensor:, a mask as an index); leave replay out."
             ) from error
-        return _Recorded(again, own, takes_part_B, total, doubt)
+        return _Recorded(again, own, takes_part_B, answer, total)
 
 
-def captured(once: Once, pool: object) -> tuple[Callable[[], None], ClippedSum, Tensor]:
+def captured(once: Callable[[], ClippedSum], pool: object) -> tuple[Callable[[], None], ClippedSum]:
     """Run it to compile and allocate what is made once, and again to record it; the recording and its results."""
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
@@ -159,8 +165,8 @@ def captured(once: Once, pool: object) -> tuple[Callable[[], None], ClippedSum, 
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        total, doubt = once()
-    return graph.replay, total, doubt
+        total = once()
+    return graph.replay, total
 
 
 def _room_for(leaf: Tensor, size: int, rounded: int) -> Tensor:
