@@ -27,6 +27,7 @@ from bench.engine.contestants import BASELINE, BASELINE_OF, CONTESTANTS
 from bench.engine.workloads import Sizes
 
 _COMPILED = ("ordinary_compiled", "private_compiled")
+_REPLAYED = ("replayed", "blocks_replayed")
 _HEAP = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 """Settings of the C library's heap: whether freed memory is handed back, and faulted in when it is needed again."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,8 +105,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=Sizes, choices=list(Sizes), default=Sizes.SMALL, metavar="small|real|tiny")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="default: all of these sizes")
-    defaults = [kind for kind in CONTESTANTS if kind not in _COMPILED]
-    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=defaults)
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="default: all but compiled ones")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -113,6 +113,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=len(CONTESTANTS), help="contestants in memory at once")
     parser.add_argument("--out", type=Path, default=Path("bench/out/engine.json"))
     options = parser.parse_args(arguments)
+    unasked = _COMPILED if options.device == "cuda" else _COMPILED + _REPLAYED
+    options.contestants = options.contestants or [kind for kind in CONTESTANTS if kind not in unasked]
     known = list(options.sizes.workloads)
     options.models = options.models or known
     unknown = [name for name in options.models if name not in known]

@@ -14,7 +14,6 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,30 +22,11 @@ from discreet.core.axes import Axis, Layout, UseKey
 from discreet.core.clipping import BELOW, Clipping, Division
 from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
+from discreet.core.recording import Recording
 from discreet.core.route import Route
 from discreet.core.routing import Picking, Trail
 from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identity_of, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What a settlement that is recorded, to be replayed, leaves open: who takes part, and whether norms are sure.
-
-    Attributes:
-        takes_part_B: whether an example of the microbatch is one; what stands in for one has a factor of 0.
-        answer: where it is written, as soon as all norms are there, whether some norm is in doubt.
-    """
-
-    takes_part_B: Tensor
-    answer: Tensor
-    _doubts: list[Tensor] = field(default_factory=list)
-
-    def note(self, norm_B: Tensor, *, groups: int) -> None:
-        """The norms of a group, of so many."""
-        self._doubts.append(~torch.isfinite(norm_B.sum()))
-        if len(self._doubts) == groups:
-            self.answer.copy_(torch.stack(self._doubts).any().to(self.answer.dtype), non_blocking=True)
 
 
 class Book:

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from discreet.core.axes import Layout
-from discreet.core.book import Book, Recording
+from discreet.core.book import Book
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, batch_size_of, clipped_gradient, settled, trainable
-from discreet.errors import ConfigError, UnsupportedUse
+from discreet.core.recording import Recording
+from discreet.core.uses import zeros_like_sums
+from discreet.errors import ConfigError, DiscreetError, UnsupportedUse
 
 _STEPS, _MOST = 16, 32
 """Sizes are rounded up to this share of the largest; recordings that are kept."""
@@ -67,6 +69,30 @@ class _Recorded:
         return bool(answer[0] == 0)
 
 
+class Recorder:
+    """CUDA graphs, which share the memory of what they make on the way."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, once: Callable[[], ClippedSum]) -> tuple[Callable[[], None], ClippedSum]:
+        """Run it to compile and allocate what is made once, and again to record it; the recording and its result."""
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            once()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            total = once()
+        return graph.replay, total
+
+
+def records(device: torch.device) -> bool:
+    """Whether what runs on a device can be recorded."""
+    return device.type == "cuda"
+
+
 class Replay:
     """`clipped_gradient` of one model, recorded for each size of batch that it meets.
 
@@ -82,7 +108,7 @@ class Replay:
 
     def __init__(self, model: nn.Module, loss: LossFunction, *, clipping: Clipping, layout: Layout) -> None:
         devices = {parameter.device for parameter in trainable(model).values()}
-        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        if len(devices) != 1 or not records(next(iter(devices))):
             raise ConfigError(
                 f"replay=True on {', '.join(sorted(map(str, devices)))}: needs all parameters on one CUDA device; move "
                 "the model there, or leave it out."
@@ -93,8 +119,9 @@ class Replay:
             )
         self._model, self._loss, self._clipping, self._layout = model, loss, clipping, layout
         self._recorded: dict[object, _Recorded] = {}
+        self._sums: dict[str, Tensor] = {}
         self._state: tuple[object, ...] = ()
-        self._pool: object = None
+        self._recorder: Recorder | None = None
 
     def clipped_gradient(self, batch: Any, *, examples: int | None = None, at_most: int | None = None) -> ClippedSum:
         """The clipped sum of a microbatch, in memory of its own: the next replay writes over the recording's.
@@ -121,7 +148,7 @@ class Replay:
     def _recording_for(self, batch: Any, size: int, at_most: int) -> _Recorded | None:
         state = _state_of(self._model)
         if state != self._state:
-            self._recorded.clear()
+            self._forget()
             self._state = state
         step = -(-at_most // _STEPS)
         rounded = min(at_most, -(-size // step) * step)
@@ -129,6 +156,11 @@ class Replay:
         if key not in self._recorded and len(self._recorded) < _MOST:
             self._recorded[key] = self._record(batch, size, rounded)
         return self._recorded.get(key)
+
+    def _forget(self) -> None:
+        self._recorded.clear()
+        self._sums.clear()
+        self._recorder = None
 
     def _record(self, batch: Any, size: int, rounded: int) -> _Recorded:
         parameters = trainable(self._model)
@@ -140,13 +172,20 @@ class Replay:
         def once() -> ClippedSum:
             recording = Recording(takes_part_B, answer)
             book = Book(parameters, examples=rounded, layout=self._layout, clipping=self._clipping, recording=recording)
-            return settled(book, self._model, self._loss, own, self._clipping)
+            total = settled(book, self._model, self._loss, own, self._clipping)
+            # All recordings write where the first one did: sums of their own would be a model's size for each.
+            torch._foreach_copy_([self._sums[name] for name in total.tensors], list(total.tensors.values()))
+            return replace(total, tensors=dict(self._sums))
 
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._recorder is None:
+            self._recorder = Recorder()
+            self._sums.update(zeros_like_sums(parameters))
         try:
-            again, total = captured(once, self._pool)
+            again, total = self._recorder.record(once)
         except torch.OutOfMemoryError:
+            self._forget()
+            raise
+        except DiscreetError:
             raise
         except RuntimeError as error:
             raise UnsupportedUse(
@@ -154,19 +193,6 @@ class Replay:
                 "for the value of a tensor (.item(), if tensor:, a mask as an index); leave replay out."
             ) from error
         return _Recorded(again, own, takes_part_B, answer, total)
-
-
-def captured(once: Callable[[], ClippedSum], pool: object) -> tuple[Callable[[], None], ClippedSum]:
-    """Run it to compile and allocate what is made once, and again to record it; the recording and its results."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        once()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        total = once()
-    return graph.replay, total
 
 
 def _room_for(leaf: Tensor, size: int, rounded: int) -> Tensor:

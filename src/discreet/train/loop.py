@@ -37,6 +37,7 @@ from discreet.train.setup import (
     clipping_of,
     covered_parameters,
     existing_run,
+    replay_of,
     rule_for,
     solve_plan,
 )
@@ -241,6 +242,7 @@ def make_private(
     clipping: Clipping | None = None,
     learning_rate: LearningRate = "auto",
     microbatch: int | None = None,
+    replay: bool = False,
     run_dir: str | Path | Run | None = None,
     resume: bool = False,
     checkpoint_steps: int = 50,
@@ -271,6 +273,8 @@ def make_private(
         learning_rate: "auto" or an `AutoLR`: found by a few private probes, which are updates of the plan; a peak rate
             with linear decay; a torch scheduler; or None for the optimizer's own.
         microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
+        replay: record a microbatch's launches once and replay them (CUDA graphs), where steps wait for Python. What a
+            forward decides in Python is then decided once: not for random numbers of Python, counters, schedules.
         run_dir: where ledger, checkpoints and release go; None: a new directory below ``runs/``.
         resume: continue the run in ``run_dir``. It keeps its plan; what is asked for and differs from it is refused.
         checkpoint_steps: updates between checkpoints.
@@ -330,6 +334,7 @@ def make_private(
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
         size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
         report = self_check(model, loss, examples, rule, device)
+        recorded = replay_of(model, loss, rule, report) if replay else None
         if run is None:
             run = Run.create(
                 Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed
@@ -345,6 +350,7 @@ def make_private(
             microbatch=size,
             watch=Watch(model, report.allowed),
             made_up=examples.made_up(device=device) if report.allowed.moving else None,
+            replay=recorded,
         )
         updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
         run.write("check.json", report.released())

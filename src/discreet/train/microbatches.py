@@ -42,6 +42,8 @@ class MicrobatchLoader:
     def __iter__(self) -> Iterator[Any]:
         """The batches, as the data set collates them; when the last update is made, the run is finished."""
         updates = self._updates
+        if updates.step.replay is not None:
+            raise ConfigError("replay=True with private.loader: the forward of your loop is Python; iterate `private`.")
         while not updates.finished:
             find_rate(updates)
             if updates.finished:

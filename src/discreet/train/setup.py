@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from discreet.core.clipping import Clipping, ClippingKind
-from discreet.core.gradient import trainable
+from discreet.core.gradient import LossFunction, trainable
+from discreet.core.replay import Replay
 from discreet.core.style import Style
 from discreet.errors import ConfigError
 from discreet.privacy.compute import Machine, parse_time
@@ -17,6 +18,7 @@ from discreet.privacy.plan import Plan
 from discreet.privacy.planner import plan as make_plan
 from discreet.privacy.planning import bound_of
 from discreet.train.auto_lr import needs_arguments
+from discreet.train.check import CheckReport
 from discreet.train.run import Run
 from discreet.train.step import refuse_unreleased
 from discreet.train.tempered import Tempered, tempered_clipping
@@ -154,6 +156,21 @@ def _rule_of(record: Mapping[str, str | float]) -> Clipping:
             style=style,
         )
     return Clipping.none()
+
+
+def replay_of(model: nn.Module, loss: LossFunction, clipping: Clipping, report: CheckReport) -> Replay:
+    """The clipped sums of a run, recorded once and replayed.
+
+    Raises:
+        ConfigError: they cannot be, or a forward moves a buffer, which a replay would move on its own.
+    """
+    if report.allowed.moving:
+        raise ConfigError(
+            f"replay=True with {', '.join(report.allowed.moving)}, which every forward moves: take it out of the "
+            "model, or leave replay out."
+        )
+    assert report.layout is not None
+    return Replay(model, loss, clipping=clipping, layout=report.layout)
 
 
 def existing_run(run_dir: str | Path | Run | None, *, resume: bool, seed: int | None) -> Run | None:

@@ -15,6 +15,7 @@ from discreet.core.axes import Layout
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
+from discreet.core.replay import Replay
 from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
 from discreet.train.stillness import Moving, Watch
@@ -54,6 +55,7 @@ class ClippedStep:
     Attributes:
         watch: sees that a forward writes nothing but what it may; None: it may write whatever it likes.
         made_up: a batch without an example in it, by which an update moves the buffers that every forward moves.
+        replay: microbatches are recorded once and replayed.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class ClippedStep:
     microbatch: Microbatch
     watch: Watch | None
     made_up: Any = None
+    replay: Replay | None = None
 
     def clipped_sum(self, indices: np.ndarray) -> ClippedSum:
         """The clipped sum over these examples, microbatch by microbatch; zeros when there are none.
@@ -114,9 +117,12 @@ class ClippedStep:
             if moving is not None:
                 moving.put_back()
             batch = self.fetch(part)
-            share = clipped_gradient(
-                self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)
-            )
+            if self.replay is None:
+                share = clipped_gradient(
+                    self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)
+                )
+            else:
+                share = self.replay.clipped_gradient(batch, examples=len(part), at_most=self.microbatch.size)
             if total is None:
                 total = share
             else:

@@ -111,9 +111,10 @@ def _product_kernel(
 
 @triton.jit
 def loaded(
-    operand, stride_b, stride_k, stride_s, stride_w, example, group, position, column, positions, width,
-    DEPTH: tl.constexpr, SIDE: tl.constexpr, DESCRIBED: tl.constexpr,
-):  # fmt: skip
+    operand: tl.tensor, stride_b: tl.tensor, stride_k: tl.tensor, stride_s: tl.tensor, stride_w: tl.tensor,
+    example: tl.tensor, group: tl.tensor, position: tl.tensor, column: tl.tensor, positions: tl.tensor,
+    width: tl.tensor, DEPTH: tl.constexpr, SIDE: tl.constexpr, DESCRIBED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """(DEPTH, SIDE) entries of one example: zeros beyond its positions, and beyond its width."""
     if DESCRIBED:
         value = operand.load([example.to(tl.int32), group.to(tl.int32), position, column]).reshape(DEPTH, SIDE)

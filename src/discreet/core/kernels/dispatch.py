@@ -90,6 +90,13 @@ def add_noise(
     noise.add(stretches, share=share)
 
 
+def digests(values: Sequence[Tensor], key: bytes) -> Tensor:
+    """Keyed sums of each piece of tensors of an accelerator, by which they are told from others, (P, 2)."""
+    from discreet.core.kernels import digest
+
+    return digest.digests(values, key)
+
+
 def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> Tensor:
     """`discreet.core.outer.gram_norm2` by a kernel, of operands as they are stored; (B,), float64.
 

@@ -1,0 +1,159 @@
+"""Kernels behind the sums of an accelerator: their chain of factors, scales and shifts, and digests of what they are.
+
+Without a GPU they run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from contracts.products import draw, each, needs_triton
+from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.forms import drop_vanishing
+from discreet.core.gradient import clipped_gradient
+from discreet.core.kernels import dispatch
+from discreet.core.rng import seed_key
+from discreet.train.journal import SumJournal
+
+pytestmark = needs_triton
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_interpreter():
+    with np.errstate(all="ignore"):
+        yield
+
+
+def _summed(input: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return dispatch.weighted_sum(input.to(DEVICE), grad.to(DEVICE), factor.to(DEVICE)).cpu()
+
+
+@pytest.mark.parametrize("dead", [(), (0,), (5,), (0, 1, 2), (3, 5), (0, 1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("positions", [16, 97])
+def test_examples_without_a_factor_are_passed_over_wherever_they_stand(dead, positions):
+    input, grad = draw(6, torch.bfloat16, (6, 2, positions, 40), (6, 2, positions, 24))
+    factor = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    exact = each(input, grad)
+    for example in dead:
+        input[example], factor[example] = float("nan"), 0.0
+    alive = [example for example in range(6) if example not in dead]
+    wanted = (factor.reshape(-1, 1, 1, 1) * exact)[alive].sum(0).float()
+    torch.testing.assert_close(_summed(input, grad, factor), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bound", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("order", ["falling", "rising", "mixed"])
+def test_factors_as_far_apart_as_they_can_be(bound, order):
+    """Norms from 1e-8 to 1e30 of the bound, in any order: every example keeps its share."""
+    lengths = torch.tensor([1e-8, 1.0, 1e15, 1e24, 1e29, 1e30], dtype=torch.float64) * bound
+    lengths = {"falling": lengths.flip(0), "rising": lengths, "mixed": lengths[[4, 0, 5, 2, 1, 3]]}[order]
+    input, grad = draw(7, torch.bfloat16, (6, 1, 20, 40), (6, 1, 20, 24))
+    exact = each(input, grad)
+    scale = (lengths / exact.flatten(1).norm(dim=1)).sqrt().reshape(-1, 1, 1, 1)
+    input, grad = (input.double() * scale).bfloat16(), (grad.double() * scale).bfloat16()
+    exact = each(input, grad)
+    norm = exact.flatten(1).norm(dim=1)
+    factor = drop_vanishing(bound / norm, bound=bound)
+    assert (factor > 0).sum() >= (3 if bound > 1 else 5)
+    wanted = (factor.reshape(-1, 1, 1, 1) * exact).sum(0)
+    gap = (_summed(input, grad, factor).double() - wanted).norm() / wanted.norm()
+    assert gap < 1e-5
+    assert float(wanted.norm()) > 0.5 * bound
+
+
+def test_factors_vanish_sooner_beside_a_large_bound():
+    factor = torch.tensor([1e-31, 1e-29, 1e-25, 1.0], dtype=torch.float64)
+    assert drop_vanishing(factor, bound=0.1).tolist() == [0.0, 1e-29, 1e-25, 1.0]
+    assert drop_vanishing(factor, bound=1e4).tolist() == [0.0, 0.0, 1e-25, 1.0]
+    assert drop_vanishing(factor, bound=float("inf")).tolist() == [0.0, 1e-29, 1e-25, 1.0]
+
+
+def test_a_chain_is_made_anew_for_other_factors():
+    input, grad = draw(8, torch.bfloat16, (3, 1, 16, 8), (3, 1, 16, 8))
+    for _ in range(3):
+        factor = torch.rand(3)
+        wanted = (factor.double().reshape(-1, 1, 1, 1) * each(input, grad)).sum(0).float()
+        torch.testing.assert_close(_summed(input, grad, factor), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 5, 7), (2, 130, 70), (1, 64, 64), (4, 1, 1)], ids=str)
+def test_gradients_of_scale_and_shift(dtype, sizes):
+    generator = torch.Generator().manual_seed(2)
+    input, grad = (torch.randn(sizes, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    mean, rstd = input.float().mean(2), input.float().var(2, unbiased=False).add(1e-5).rsqrt()
+    scale, shift = dispatch.scale_grads(input, grad, mean, rstd)
+    normal = (input.double() - mean.double().unsqueeze(2)) * rstd.double().unsqueeze(2)
+    torch.testing.assert_close(scale.double(), (normal * grad.double()).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shift.double(), grad.double().sum(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_norm_with_the_kernel_is_the_one_without(bias, monkeypatch):
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(6, 10), nn.LayerNorm((5, 10), bias=bias), nn.Flatten(), nn.Linear(50, 2)).to(DEVICE)
+    batch = (torch.randn(4, 5, 6, device=DEVICE), torch.randint(2, (4,), device=DEVICE))
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    sums = []
+    for used in (False, True):
+        monkeypatch.setattr(dispatch, "suit_scales", lambda *operands, used=used: used)
+        sums.append(clipped_gradient(model, loss, batch, clipping=Clipping.abadi(0.1)).tensors)
+    for name, value in sums[0].items():
+        torch.testing.assert_close(sums[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def _by_hand(words: list[int], *, seed: int, first: int) -> int:
+    """``sum_i key_i word_i`` modulo 2^64, in Python's integers."""
+    mask, total = 2**64 - 1, 0
+    for place, word in enumerate(words, start=first):
+        mixed = (seed + (place + 1) * 0x9E3779B97F4A7C15) & mask
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+        total += word * (mixed ^ (mixed >> 31))
+    return struct.unpack("<q", struct.pack("<Q", total & mask))[0]
+
+
+def test_digests_are_their_definition():
+    generator = torch.Generator().manual_seed(3)
+    values = [torch.randn(9000, generator=generator), torch.randn(3, 4, dtype=torch.float64, generator=generator)]
+    key = bytes(range(200, 216))
+    found = dispatch.digests([value.to(DEVICE) for value in values], key).cpu().tolist()
+    wanted = []
+    for value in values:
+        words = np.frombuffer(value.numpy().tobytes(), dtype="<u4").tolist()
+        for start in range(0, len(words), 8192):
+            first, part = len(wanted) * 8192, words[start : start + 8192]
+            wanted.append([_by_hand(part, seed=seed, first=first) for seed in struct.unpack("<QQ", key)])
+    assert found == wanted
+
+
+def test_a_sum_on_an_accelerator_is_admitted_again_and_another_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "draw", lambda *values: True)
+    generator = torch.Generator().manual_seed(5)
+    tensors = {"a": torch.randn(9000, generator=generator), "b": torch.randn(3, 2, generator=generator)}
+    tensors = {name: value.to(DEVICE) for name, value in tensors.items()}
+
+    def journal() -> SumJournal:
+        return SumJournal(tmp_path / "sums", key=seed_key(1))
+
+    assert journal().admits(0, ClippedSum(tensors=tensors, sensitivity=1.0))
+    assert journal().admits(0, ClippedSum(tensors=dict(reversed(tensors.items())), sensitivity=1.0))
+    for name, place in (("a", 0), ("a", 8191), ("a", 8999), ("b", 5)):
+        other = {key: value.clone() for key, value in tensors.items()}
+        bits = other[name].view(-1).view(torch.int32)
+        bits[place] ^= 1
+        assert not journal().admits(0, ClippedSum(tensors=other, sensitivity=1.0))
+    swapped = {"a": tensors["a"].flip(0), "b": tensors["b"]}
+    assert not journal().admits(0, ClippedSum(tensors=swapped, sensitivity=1.0))
+    monkeypatch.setattr(dispatch, "draw", lambda *values: False)
+    assert not journal().admits(0, ClippedSum(tensors=tensors, sensitivity=1.0))  # told by other means: a new key

@@ -1,0 +1,271 @@
+"""A clipped sum that is recorded and replayed is the one that `clipped_gradient` makes.
+
+Without a GPU a stand-in runs the recorded function again, on the same memory; what CUDA graphs do is not tested.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from discreet.core import replay
+from discreet.core.clipping import ClippedSum, Clipping
+from discreet.core.gradient import clipped_gradient
+from discreet.core.replay import Replay
+from discreet.core.style import Style
+from discreet.errors import ConfigError, UnsupportedUse
+from discreet.train.check import check
+from train import toys
+from train.short_run import short_run
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+class Again:
+    """Runs what was recorded once more, into the memory of the first time."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        Again.made += 1
+
+    def record(self, once: Callable[[], ClippedSum]) -> tuple[Callable[[], None], ClippedSum]:
+        once()
+        return once, once()
+
+
+@pytest.fixture(autouse=True)
+def _recorder(monkeypatch):
+    Again.made = 0
+    if not ON_GPU:
+        monkeypatch.setattr(replay, "Recorder", Again)
+        monkeypatch.setattr(replay, "records", lambda device: True)
+
+
+class Words(nn.Module):
+    """A small model with a table, attention-free mixing, a norm and a head that is tied to the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table, self.mix, self.norm = nn.Embedding(20, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.drop(torch.tanh(self.mix(self.table(ids_BT))))) @ self.table.weight.T
+
+
+def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits, wanted = model(batch["ids"]), batch["wanted"]
+    return F.cross_entropy(logits.mT, wanted, reduction="none").mean(1) * batch["weight"]
+
+
+def _batch(examples: int, *, length: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(20, (examples, length), generator=generator).to(DEVICE)
+    return {"ids": ids, "wanted": ids.flip(1).contiguous(), "weight": torch.ones(examples, device=DEVICE)}
+
+
+def _rows(batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    return {name: value[:count] for name, value in batch.items()}
+
+
+def _made(clipping: Clipping = Clipping.automatic()) -> tuple[nn.Module, Replay, Callable[..., ClippedSum]]:  # noqa: B008
+    model = Words().to(DEVICE)
+    layout = check(model, _loss, _batch(4), clipping=clipping).layout
+    made = Replay(model, _loss, clipping=clipping, layout=layout)
+    return model, made, lambda batch: clipped_gradient(model, _loss, batch, clipping=clipping, layout=layout)
+
+
+def _same(found: ClippedSum, wanted: ClippedSum) -> None:
+    assert found.sensitivity == wanted.sensitivity
+    assert found.noise_weights == wanted.noise_weights
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for name, value in wanted.tensors.items():
+        torch.testing.assert_close(found.tensors[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("style", [Style.flat(), Style.per_layer(), Style.per_parameter()], ids=str)
+def test_replays_of_any_size_are_the_sums_of_clipped_gradient(style):
+    model, made, wanted = _made(Clipping.abadi(0.3, style=style))
+    batch = _batch(40)
+    for count in (40, 17, 40, 18, 3, 1, 40):
+        _same(made.clipped_gradient(_rows(batch, count), at_most=40), wanted(_rows(batch, count)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)  # as an optimizer does: in place
+    assert len(made._recorded) == 3  # 40, 18 and 3: sizes are rounded up to steps of 3
+    assert made.clipped_gradient(_rows(batch, 0)).tensors.keys() == wanted(_rows(batch, 3)).tensors.keys()
+
+
+def test_a_sum_keeps_its_numbers_when_the_next_one_is_replayed():
+    _, made, wanted = _made()
+    first = made.clipped_gradient(_batch(8))
+    second = made.clipped_gradient(_batch(8, seed=1))
+    _same(first, wanted(_batch(8)))
+    _same(second, wanted(_batch(8, seed=1)))
+
+
+def test_a_norm_in_doubt_is_taken_as_written(monkeypatch):
+    _, made, wanted = _made()
+    made.clipped_gradient(_batch(8))
+    asked: list[int] = []
+    monkeypatch.setattr(replay, "clipped_gradient", lambda *a, **k: (asked.append(1), clipped_gradient(*a, **k))[1])
+    batch = _batch(8)
+    for value in (float("nan"), float("inf"), 1e30):
+        batch["weight"][2] = value
+        found = made.clipped_gradient(batch)
+        assert all(torch.isfinite(each).all() for each in found.tensors.values())
+        _same(found, wanted(batch))
+    assert len(asked) >= 2
+    before = len(asked)
+    _same(made.clipped_gradient(_rows(_batch(8, seed=2), 5), at_most=8), wanted(_rows(_batch(8, seed=2), 5)))
+    assert len(asked) == before  # nothing of the example before is left in the rows that stand in
+
+
+def test_what_stands_in_for_an_example_adds_nothing():
+    """Rows beyond the examples are an example again, whose factor is 0: the sum is that of the examples, to the bit."""
+    _, made, _ = _made()
+    batch = _batch(40)
+    one = made.clipped_gradient(_rows(batch, 37), at_most=40)
+    assert next(iter(made._recorded.values())).batch["ids"].shape[0] == 39
+    other = _batch(40)
+    other["ids"][0], other["wanted"][0] = other["ids"][0].flip(0), other["wanted"][0].flip(0)
+    moved = made.clipped_gradient(_rows(other, 37), at_most=40)
+    square = sum((one.tensors[name] - moved.tensors[name]).square().sum() for name in one.tensors)
+    assert 0 < float(square) ** 0.5 <= 2 * one.sensitivity  # one example's share came and went, not three
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.mix.weight, "data", model.mix.weight.detach().clone()),
+        lambda model: model.drop.eval(),
+        lambda model: setattr(model, "mix", copy.deepcopy(model.mix)),
+    ],
+    ids=["memory", "mode", "exchanged"],
+)
+def test_another_state_of_the_model_is_recorded_anew(change):
+    model, made, wanted = _made()
+    made.clipped_gradient(_batch(8))
+    before = next(iter(made._recorded.values()))
+    change(model)
+    _same(made.clipped_gradient(_batch(8)), wanted(_batch(8)))
+    assert len(made._recorded) == 1
+    assert next(iter(made._recorded.values())) is not before
+
+
+def test_a_use_that_the_check_did_not_see_is_refused_as_without_a_recording():
+    model, made, wanted = _made()
+    made.clipped_gradient(_batch(8))
+    model.mix.bias.requires_grad_(False)
+    for run in (wanted, made.clipped_gradient):
+        with pytest.raises(UnsupportedUse, match=r"linear on mix\.weight: the self-check never saw this use"):
+            run(_batch(8))
+
+
+def test_other_shapes_are_recorded_beside_and_too_many_are_not(monkeypatch):
+    monkeypatch.setattr(replay, "_MOST", 3)
+    _, made, wanted = _made()
+    for length in (6, 5, 4, 3, 2, 6):
+        batch = _batch(8, length=length)
+        _same(made.clipped_gradient(batch), wanted(batch))
+    assert len(made._recorded) == 3
+    memory = {each.total.tensors["mix.weight"].data_ptr() for each in made._recorded.values()}
+    assert len(memory) == 1
+
+
+def test_what_is_no_tensor_of_the_batch_is_part_of_the_recording():
+    model = Words().to(DEVICE)
+    seen: list[float] = []
+
+    def loss(model: nn.Module, batch: tuple[dict[str, torch.Tensor], float]) -> torch.Tensor:
+        seen.append(batch[1])
+        return _loss(model, batch[0]) * batch[1]
+
+    clipping = Clipping.abadi(1.0)
+    layout = check(model, loss, (_batch(4), 1.0), clipping=clipping).layout
+    made = Replay(model, loss, clipping=clipping, layout=layout)
+    for scale in (1.0, 1e-3, 1.0):
+        batch = (_batch(8), scale)
+        _same(
+            made.clipped_gradient(batch, examples=8),
+            clipped_gradient(model, loss, batch, clipping=clipping, layout=layout, examples=8),
+        )
+    assert len(made._recorded) == 2
+
+
+def test_what_is_not_for_recording_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="follows a quantile"):
+        _made(Clipping.quantile(0.5, clip_bound=1.0))
+    monkeypatch.setattr(replay, "records", lambda device: False)
+    with pytest.raises(ConfigError, match=r"replay=True on c.*one CUDA device"):
+        _made()
+    with pytest.raises(ConfigError, match="one CUDA device"):
+        short_run(tmp_path / "run", replay=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_asks_for_a_value_is_refused_by_name(monkeypatch):
+    _, made, _ = _made()
+    monkeypatch.setattr(replay.Recorder, "record", lambda self, once: _fail(RuntimeError("not while capturing\nmore")))
+    with pytest.raises(UnsupportedUse, match=r"cannot be recorded \(not while capturing\)"):
+        made.clipped_gradient(_batch(8))
+
+
+def test_when_memory_runs_out_nothing_recorded_is_kept(monkeypatch):
+    _, made, wanted = _made()
+    made.clipped_gradient(_batch(8))
+    plain = replay.Recorder.record
+    monkeypatch.setattr(replay.Recorder, "record", lambda self, once: _fail(torch.OutOfMemoryError("no room")))
+    with pytest.raises(torch.OutOfMemoryError):
+        made.clipped_gradient(_batch(9))
+    assert not made._recorded
+    monkeypatch.setattr(replay.Recorder, "record", plain)
+    _same(made.clipped_gradient(_batch(8)), wanted(_batch(8)))
+
+
+def _fail(error: BaseException) -> None:
+    raise error
+
+
+def test_a_run_that_is_replayed_ends_with_the_weights_of_one_that_is_not(tmp_path):
+    ends = []
+    for name, given in (("plain", {}), ("replayed", {"replay": True}), ("parts", {"replay": True, "microbatch": 8})):
+        model = toys.model().to(DEVICE)
+        for _ in short_run(tmp_path / name, model=model, **given):
+            pass
+        ends.append(toys.weights(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ends[2], ends[0], rtol=1e-4, atol=1e-5)
+    assert ON_GPU or Again.made == 2
+
+
+def test_the_loader_of_a_loop_is_not_for_a_recording(tmp_path):
+    private = short_run(tmp_path / "run", model=toys.model().to(DEVICE), replay=True)
+    with pytest.raises(ConfigError, match="iterate `private`"):
+        next(iter(private.loader))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = toys.model()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.inner(x)
+
+
+def test_a_buffer_that_every_forward_moves_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="replay=True with calls"):
+        short_run(tmp_path / "run", model=Counting().to(DEVICE), replay=True)
