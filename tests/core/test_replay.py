@@ -219,11 +219,19 @@ def test_a_model_that_asks_for_a_value_is_refused_by_name(monkeypatch):
         made.clipped_gradient(_batch(8))
 
 
-def test_when_memory_runs_out_nothing_recorded_is_kept(monkeypatch):
+def _broken_off(self, once: Callable[[], ClippedSum]) -> None:
+    try:
+        raise torch.OutOfMemoryError("no room")
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("record", [lambda self, once: _fail(torch.OutOfMemoryError("no room")), _broken_off])
+def test_when_memory_runs_out_nothing_recorded_is_kept(record, monkeypatch):
     _, made, wanted = _made()
     made.clipped_gradient(_batch(8))
     plain = replay.Recorder.record
-    monkeypatch.setattr(replay.Recorder, "record", lambda self, once: _fail(torch.OutOfMemoryError("no room")))
+    monkeypatch.setattr(replay.Recorder, "record", record)
     with pytest.raises(torch.OutOfMemoryError):
         made.clipped_gradient(_batch(9))
     assert not made._recorded

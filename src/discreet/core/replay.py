@@ -96,7 +96,8 @@ def records(device: torch.device) -> bool:
 class Replay:
     """`clipped_gradient` of one model, recorded for each size of batch that it meets.
 
-    **Guarantees.** The sums are those of `clipped_gradient`: the same launches in the same order, on the same layout.
+    **Guarantees.** Those of `clipped_gradient`. The sums are the same but for rounding: a library may take other
+    kernels for another number of rows, or while it is recorded.
 
     Args:
         model, loss, clipping, layout: as `clipped_gradient` takes them; the layout is verified.
@@ -182,12 +183,12 @@ class Replay:
             self._sums.update(zeros_like_sums(parameters))
         try:
             again, total = self._recorder.record(once)
-        except torch.OutOfMemoryError:
-            self._forget()
-            raise
-        except DiscreetError:
-            raise
         except RuntimeError as error:
+            self._forget()
+            # A recording that is broken off ends with an error of its own.
+            for first in (error, error.__context__):
+                if isinstance(first, (DiscreetError, torch.OutOfMemoryError)):
+                    raise first from None
             raise UnsupportedUse(
                 f"replay=True: the model cannot be recorded ({str(error).splitlines()[0]}); its forward must not ask "
                 "for the value of a tensor (.item(), if tensor:, a mask as an index); leave replay out."
