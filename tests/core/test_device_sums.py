@@ -15,10 +15,11 @@ from torch import nn
 
 from contracts.products import draw, each, needs_triton
 from discreet.core.clipping import ClippedSum, Clipping
-from discreet.core.forms import drop_vanishing
+from discreet.core.forms import Dense, drop_vanishing
 from discreet.core.gradient import clipped_gradient
 from discreet.core.kernels import dispatch
 from discreet.core.rng import seed_key
+from discreet.core.uses import Derivation, Record, Uses
 from discreet.train.journal import SumJournal
 
 pytestmark = needs_triton
@@ -157,3 +158,36 @@ def test_a_sum_on_an_accelerator_is_admitted_again_and_another_is_not(tmp_path, 
     assert not journal().admits(0, ClippedSum(tensors=swapped, sensitivity=1.0))
     monkeypatch.setattr(dispatch, "draw", lambda *values: False)
     assert not journal().admits(0, ClippedSum(tensors=tensors, sensitivity=1.0))  # told by other means: a new key
+
+
+def test_what_the_copy_engine_can_read_is_decided_by_steps_and_addresses():
+    from discreet.core.kernels.operands import described
+
+    value = torch.zeros(3, 2, 20, 64, dtype=torch.bfloat16)
+    assert described(value, 16, 64)[1]
+    assert described(value[:, :1], 16, 64)[1]
+    assert described(value[..., 8:], 16, 64)[1]
+    for other in (
+        value[..., 1:],  # begins between two blocks of 16 bytes
+        value[..., :63].contiguous(),  # so do its rows
+        value.mT,  # numbers of a row lie apart
+        value[:, :, :1].expand(3, 2, 20, 64),  # one row for all positions
+        value[..., :4],  # less than a block
+    ):
+        assert described(other, 16, 64) == (other, False)
+
+
+def test_how_a_sum_is_cut_follows_from_its_shape():
+    from discreet.core.kernels import sums
+
+    assert [sums._depth(positions) for positions in (16, 32, 64, 100, 128, 197, 1024)] == [32, 32, 64, 64, 64, 32, 64]
+    assert [sums._shares(tiles, 256, 264) for tiles in (36, 64, 144, 256, 2358)] == [7, 4, 3, 1, 1]
+    assert sums._shares(36, 2, 264) == 2
+
+
+def test_small_parameters_of_an_accelerator_are_settled_together():
+    """A dozen launches for each take longer there than a copy: biases of 1,024 numbers for 128 examples."""
+    for device, together in (("cpu", False), ("meta", True)):
+        parameter, grad = torch.zeros(1024, device=device), torch.zeros(128, 1024, device=device)
+        record = Record.of(Derivation.of("bias", parameter), Dense(grad), None)
+        assert Uses.of("bias", [(0, record)], 128).is_small is together

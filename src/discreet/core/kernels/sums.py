@@ -27,7 +27,7 @@ _SIDE, _DEPTH, _SHALLOW, _AT_ONCE, _BAND = 128, 64, 32, 2, 8
 """Side of a tile; positions of a step, and where they would leave a tenth of it empty; programs that a processor holds;
 rows of tiles that go together."""
 _SHARES = 12
-_WRITING = 0.045
+_WRITING = 0.065
 """What a share costs, of the time in which all processors make one round of tiles over as many products."""
 
 
