@@ -20,6 +20,7 @@ from discreet.core.isolation import IsolationVerdict, examine_isolation
 from discreet.core.layout import frozen_state, take
 from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
+from discreet.train.elsewhere import elsewhere
 from discreet.train.examples import made_up
 from discreet.train.stillness import Allowed
 from discreet.train.tempered import GROUPS, TEMPERATURE, Tempered
@@ -121,10 +122,10 @@ def check(
 ) -> CheckReport:
     """Check a model and a loss on one small batch, without changing either.
 
-    **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is
-    tested by replacing and by removing examples; buffers that a forward changes depending on the data are named, and
-    parameters that it writes at all; the loss of a `Tempered` model must depend on its temperature. The check is a test
-    and no proof: it sees the control flow that these examples take.
+    **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes, and on examples
+    made up from these; isolation is tested by replacing and by removing examples; buffers that a forward changes
+    depending on the data are named, and parameters that it writes at all; the loss of a `Tempered` model must depend on
+    its temperature. The check is a test and no proof: it sees the control flow that these examples take.
 
     Args:
         model: as it will be trained (its mode is kept; buffers, gradients and random state are put back; a parameter
@@ -142,8 +143,11 @@ def check(
     if alone.resized:
         # No gradient can be compared with one that a forward of another size has.
         return CheckReport(rows=isolation, layout=None)
+    others = elsewhere(batch, size=size, takes=lambda other: _takes(model, loss, other))
     try:
-        verdict = compare_with_brute_force(model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size)
+        verdict = compare_with_brute_force(
+            model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size, elsewhere=others
+        )
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
@@ -152,7 +156,13 @@ def check(
         "estimator, scaled by a statistic of the batch); scale it by a constant, or within each example."
     )
     alone_row = _verdict_row("isolation", "gradients when the others are replaced", verdict.isolated, detail)
-    rows = (*isolation, alone_row, *_norm_rows(verdict), *_tempered_rows(model, verdict))
+    detail = (
+        "on examples made up from these, gradients are not those of autograd: the model puts its batch in an order "
+        "that follows from the data (sorted by a key or a length), or couples examples that these leave apart; keep "
+        "each example at its place."
+    )
+    elsewhere_row = _verdict_row("isolation", "gradients of made-up examples", verdict.agrees_elsewhere, detail)
+    rows = (*isolation, alone_row, elsewhere_row, *_norm_rows(verdict), *_tempered_rows(model, verdict))
     report = CheckReport(rows=rows, layout=verdict.layout, allowed=Allowed(alone.moving, alone.tables))
     return report if report.passed else replace(report, layout=None)
 
@@ -187,18 +197,26 @@ def _moving_rows(
     """Whether a made-up example can move what every forward moves, as it will once for each update."""
     if not moving:
         return ()
-    what, works = "a made-up example moves what every forward moves", True
-    try:
-        with frozen_state(model):
-            loss(model, made_up(take(batch, [0], size)))
-    except (ValueError, RuntimeError, IndexError, KeyError, TypeError, ArithmeticError):
-        works = False
+    what, works = (
+        "a made-up example moves what every forward moves",
+        _takes(model, loss, made_up(take(batch, [0], size))),
+    )
     detail = (
         f"{', '.join(moving)}: every forward moves it, so it would tell how many examples were drawn; training moves "
         "it by a made-up example instead (random numbers, zeros for whole ones), which this model does not take; count "
         "in your own loop."
     )
     return (_verdict_row("buffers", what, works, detail),)
+
+
+def _takes(model: nn.Module, loss: LossFunction, batch: Any) -> bool:
+    """Whether a model has losses for a batch that nobody gave."""
+    try:
+        with frozen_state(model):
+            loss(model, batch)
+    except (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, AssertionError):
+        return False
+    return True
 
 
 def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
