@@ -27,7 +27,7 @@ class _Placed(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.way = way
-        self.a, self.b, self.c = (nn.Linear(D, D) for _ in range(3))
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
 
     def forward(self, x: Tensor, key: Tensor) -> Tensor:
         order = key.argsort(stable=True)
@@ -42,9 +42,14 @@ class _Placed(nn.Module):
             "an activation copied by index": lambda: self.b(
                 torch.zeros_like(x).index_copy(0, back, self.a(x).tanh())
             ).tanh()[back],
-            "an activation by a matrix": lambda: matrix.T @ self.b(matrix @ self.a(x).tanh()).tanh(),
+            "an activation added by index": lambda: self.b(
+                torch.zeros_like(x).index_add(0, back, self.a(x).tanh())
+            ).tanh()[back],
+            "an activation through its numbers": lambda: self.b(
+                self.a(x).flatten().take((order * D)[:, None] + torch.arange(D)).tanh()
+            )[back],
         }[self.way]()
-        return self.c(y) + self.a(x).tanh()
+        return y + self.a(x).tanh()
 
 
 KEYS = {
@@ -61,7 +66,8 @@ WAYS = [
     "by a matrix",
     "copied by index",
     "an activation copied by index",
-    "an activation by a matrix",
+    "an activation added by index",
+    "an activation through its numbers",
 ]
 
 

@@ -130,6 +130,20 @@ def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: in
     return True
 
 
+@uncompiled()
+def first_losses_agree(
+    model: nn.Module, loss: LossFunction, one: tuple[Any, int], other: tuple[Any, int], *, first: int
+) -> bool:
+    """Whether two batches, each with its size, begin with the same examples as far as their first losses show it."""
+    with awake(trainable(model)):
+        reference = _losses(model, loss, one[0], examples=one[1])
+        stochastic = not torch.equal(_losses(model, loss, one[0], examples=one[1], seed=SEED + 1), reference)
+        with evaluating(model) if stochastic else contextlib.nullcontext():
+            found, wanted = (_losses(model, loss, part, examples=size)[:first] for part, size in (other, one))
+    narrow = computes_narrowly(lambda: _losses(model, loss, one[0], examples=one[1]))
+    return is_close(found, wanted, NARROW_GAP if narrow else 1e-4)
+
+
 def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, seed: int = SEED) -> Tensor:
     with frozen_state(model, seed=seed), torch.no_grad():
         losses = loss(model, batch)

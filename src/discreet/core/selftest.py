@@ -235,9 +235,7 @@ def _agrees_elsewhere(
         sums = settle(book, clipping).tensors
     except UnsupportedUse:
         return True  # so does training
-    finite = (
-        torch.stack([*expected.norms.values(), *(each.to(torch.float32) for each in found.values())]).isfinite().all(0)
-    )
+    finite = torch.stack([each.double() for each in (*expected.norms.values(), *found.values())]).isfinite().all(0)
     noise = _rounding(expected.norms, parameters, tolerance)
     return all(
         is_close(found[name][finite], wanted[finite], tolerance, noise=noise) for name, wanted in expected.norms.items()

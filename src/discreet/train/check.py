@@ -105,6 +105,15 @@ class CheckReport:
         ]
         return {"passed": True, "rows": rows}
 
+    def with_data_set(self, alone: bool) -> CheckReport:
+        """The same, and whether the data set gives each example whichever are fetched with it."""
+        detail = (
+            "what the data set or its collate function makes of an example depends on those that are fetched with it "
+            "(mixup, a standardisation, a number of the whole batch); do it within each example."
+        )
+        row = _verdict_row("isolation", "examples when others are fetched with them", alone, detail)
+        return replace(self, rows=(*self.rows, row))
+
     def raise_if_failed(self) -> None:
         """Raise `CheckFailed` with every failed row, if any; what two rows say alike is said once."""
         failed = dict.fromkeys(f"{row.name}: {row.detail}" for row in self.rows if row.status is Status.FAILED)
