@@ -232,3 +232,32 @@ def test_it_costs_at_most_half_as_much_again(monkeypatch):
         assert check(nn.Linear(D, 2), counted, batch).passed
         costs.append(work[0])
     assert costs[1] < costs[0] <= 1.5 * costs[1]
+
+
+class _Marked(nn.Module):
+    """Meets the marked places of all examples in one matrix, which has as many rows as places are marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, mark: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[mark] = self.a(x[mark]).tanh()
+        return self.b(out.sum(1)) + self.b(x[:, 0])
+
+
+def _marked(*counts: int) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    mark = torch.arange(T) < torch.tensor(counts)[:, None]
+    return {"x": torch.randn(len(counts), T, D), "mark": mark, "target": torch.randn(len(counts))}
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 1, 1, 1), (3, 0, 0, 2, 0), (2, 2, 1, 1, 1)])
+def test_as_many_rows_as_examples_are_not_their_rows_where_each_had_one_in_the_check(counts):
+    """Five marked places among five examples look like the batch, as the four among four examples did."""
+    model = _Marked()
+    report = check(model, loss, _marked(1, 1, 1, 1))
+    with pytest.raises(UnsupportedUse):
+        clipped_gradient(model, loss, _marked(*counts), clipping=Clipping.automatic(), layout=report.layout)

@@ -141,7 +141,7 @@ def first_losses_agree(
         with evaluating(model) if stochastic else contextlib.nullcontext():
             found, wanted = (_losses(model, loss, part, examples=size)[:first] for part, size in (other, one))
     narrow = computes_narrowly(lambda: _losses(model, loss, one[0], examples=one[1]))
-    return is_close(found, wanted, NARROW_GAP if narrow else 1e-4)
+    return is_close(found, wanted, NARROW_GAP if narrow else 1e-3)  # kernels change with the size, in TF32 too
 
 
 def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, seed: int = SEED) -> Tensor:

@@ -209,37 +209,35 @@ def _compare(
         )
         for name, value in parameters.items()
     )
-    agrees_elsewhere = all(
-        _agrees_elsewhere(model, loss, other, parameters, size, clipping, tolerance, layout) for other in elsewhere
-    )
+    agrees_elsewhere = True
+    for other in elsewhere:
+        agrees, seen = _agrees_elsewhere(model, loss, other, size, clipping, tolerance, layout)
+        agrees_elsewhere, layout = agrees_elsewhere and agrees, layout.merged(seen)
     return NormVerdict(verdicts, sum_agrees, isolated, agrees_elsewhere, layout, tolerance)
 
 
 def _agrees_elsewhere(
-    model: nn.Module,
-    loss: LossFunction,
-    batch: Any,
-    parameters: dict[str, nn.Parameter],
-    size: int,
-    clipping: Clipping,
-    tolerance: float,
-    layout: Layout,
-) -> bool:
-    """Whether norms and sum are right on examples that nobody gave, under the layout of those that were given."""
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, clipping: Clipping, tolerance: float, layout: Layout
+) -> tuple[bool, Layout]:
+    """Whether norms and sum are right on examples that nobody gave, and how uses carry them, as far as they come."""
+    parameters = trainable(model)
+    book = Book(parameters, examples=size, layout=layout, trust_folds=True)
     with frozen_state(model):
         expected = _brute_force(model, loss, batch, parameters, size, clipping)
     try:
-        book = _booked(model, loss, batch, size, layout=layout)
+        with frozen_state(model), guard(book):
+            backward(book, loss(model, batch))
         found = {name: torch.zeros_like(wanted) for name, wanted in expected.norms.items()}
         found |= book.parameter_norms(sure=True)
         sums = settle(book, clipping).tensors
     except UnsupportedUse:
-        return True  # so does training
+        return True, book.layout()  # training refuses it too
     finite = torch.stack([each.double() for each in (*expected.norms.values(), *found.values())]).isfinite().all(0)
     noise = _rounding(expected.norms, parameters, tolerance)
-    return all(
-        is_close(found[name][finite], wanted[finite], tolerance, noise=noise) for name, wanted in expected.norms.items()
-    ) and (not bool(finite.all()) or expected.sum_agrees(sums, max(tolerance, _ROUNDED_UP)))
+    agrees = not bool(finite.all()) or expected.sum_agrees(sums, max(tolerance, _ROUNDED_UP))
+    for name, wanted in expected.norms.items():
+        agrees &= is_close(found[name][finite], wanted[finite], tolerance, noise=noise)
+    return agrees, book.layout()
 
 
 def _booked(

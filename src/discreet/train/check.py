@@ -16,7 +16,7 @@ from torch import nn
 from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, batch_size_of
-from discreet.core.isolation import IsolationVerdict, examine_isolation
+from discreet.core.isolation import IsolationVerdict, examine_isolation, first_losses_agree
 from discreet.core.layout import frozen_state, take
 from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
@@ -49,6 +49,7 @@ class CheckRow:
     own: bool = False
 
 
+_LARGER = 8
 _REACHED = "norms agree wherever the examples of the check reach it; it gets noise in any case"
 
 
@@ -132,7 +133,7 @@ def check(
     """Check a model and a loss on one small batch, without changing either.
 
     **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes, and on examples
-    made up from these; isolation is tested by replacing and by removing examples; buffers that a forward changes
+    made up from these; isolation is tested by replacing, removing and adding examples; buffers that a forward changes
     depending on the data are named, and parameters that it writes at all; the loss of a `Tempered` model must depend on
     its temperature. The check is a test and no proof: it sees the control flow that these examples take.
 
@@ -148,10 +149,12 @@ def check(
     if size < 2:
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
     alone = examine_isolation(model, loss, batch, examples=size)
-    isolation = (*_isolation_rows(alone), *_moving_rows(model, loss, batch, size, alone.moving))
+    moving = _moving_rows(model, loss, batch, size, alone.moving)
+    isolation = (*_isolation_rows(alone), *moving)
     if alone.resized:
         # No gradient can be compared with one that a forward of another size has.
         return CheckReport(rows=isolation, layout=None)
+    isolation = (*isolation, _larger_row(model, loss, batch, size))
     others = elsewhere(batch, size=size, takes=lambda other: _takes(model, loss, other))
     try:
         verdict = compare_with_brute_force(
@@ -198,6 +201,19 @@ def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     )
     rows.append(_verdict_row("buffers", "no buffer that is saved changes its size", not verdict.resized, detail))
     return tuple(rows)
+
+
+def _larger_row(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> CheckRow:
+    """Whether losses stay what they are in a batch as large as those of training, made of the same examples again."""
+    larger = take(batch, [row % size for row in range(_LARGER * size)], size)
+    same = not _takes(model, loss, larger) or first_losses_agree(
+        model, loss, (batch, size), (larger, _LARGER * size), first=size
+    )
+    detail = (
+        "in a larger batch an example's loss is another one (negatives or statistics from so many examples on, room "
+        "for so many tokens); take each example by itself at every size."
+    )
+    return _verdict_row("isolation", "losses in a larger batch", same, detail)
 
 
 def _moving_rows(
