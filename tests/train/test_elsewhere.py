@@ -30,7 +30,8 @@ class _Placed(nn.Module):
         self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
 
     def forward(self, x: Tensor, key: Tensor) -> Tensor:
-        order = key.argsort(stable=True)
+        key = key > 0 if key.is_floating_point() else key
+        order = key.int().argsort(stable=True)
         turns = int((key != key[0]).any())
         matrix = F.one_hot(order, len(x)).to(x)
         back = order.argsort()
@@ -55,6 +56,7 @@ class _Placed(nn.Module):
 KEYS = {
     "ones": torch.ones(B),
     "zeros": torch.zeros(B),
+    "all above zero": torch.tensor([0.3, 0.4, 0.5, 0.6]),
     "one length": torch.full((B,), 7),
     "one label": torch.full((B,), 3),
     "the first label": torch.zeros(B, dtype=torch.long),
@@ -178,6 +180,7 @@ def test_what_is_made_up_stays_in_range():
     }
     made = elsewhere(given, size=B, takes=lambda batch: True)
     assert len(made) == 2
+    assert all(torch.equal(value.flip(0), made[1][name]) for name, value in made[0].items() if name != "constant")
     for batch in made:
         assert all(value.shape == given[name].shape for name, value in batch.items())
         assert all(value.dtype == given[name].dtype for name, value in batch.items())
@@ -189,9 +192,9 @@ def test_what_is_made_up_stays_in_range():
         assert batch["rare"].isfinite().all()
         assert batch["half"].isfinite().all()
         assert batch["constant"] is given["constant"]
-    assert not torch.equal(made[0]["ids"], made[1]["ids"])
-    assert made[1]["length"].unique().numel() > 1
-    assert made[1]["mask"].unique().numel() == 2
+    for name, least, most in (("length", 1, T), ("mask", 0, 1), ("ids", 0, int(given["ids"].max()))):
+        assert bool((made[0][name].amin(0) == least).all()), name
+        assert bool((made[0][name].amax(0) == most).all()), name
 
 
 def test_ids_that_have_nothing_in_between_are_used_again():
@@ -203,6 +206,19 @@ def test_ids_that_have_nothing_in_between_are_used_again():
     made = elsewhere(sparse, size=B, takes=takes)
     assert len(made) == 2
     assert all(takes(batch) for batch in made)
+
+
+def test_a_model_that_needs_a_tensor_whole_gets_that_of_another_example():
+    given = {"ids": torch.randint(0, V, (B, T)), "x": torch.rand(B, D)}
+
+    def takes(batch: dict[str, Tensor]) -> bool:
+        return all(any(torch.equal(row, whole) for whole in given["ids"]) for row in batch["ids"])
+
+    made = elsewhere(given, size=B, takes=takes)
+    assert len(made) == 2
+    assert all(takes(batch) for batch in made)
+    assert float(made[0]["x"].min()) >= float(given["x"].min())
+    assert float(made[0]["x"].max()) <= float(given["x"].max())
 
 
 def test_the_same_is_made_up_every_time():

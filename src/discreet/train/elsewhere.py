@@ -15,33 +15,33 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from discreet.core.layout import carries
+from discreet.core.layout import carries, take
 
 _SEED = 20_779
-_AT_AN_END = 0.25
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def elsewhere(batch: Any, *, size: int, takes: Callable[[Any], bool]) -> list[Any]:
-    """Up to two batches of the shapes of this one, in which examples differ.
+    """Two batches of the shapes of this one, in which examples differ; none where the model takes no such batch.
 
-    - Mixed: numbers between those of two examples; whole numbers of another. Each tensor has an order of its own.
-    - Redrawn: every entry by itself, from zero and the range that its place has in the batch. Whole numbers come from
-      the range of the tensor, down to 1 and up to 1, so that ids stay ids, and lengths lengths; or, for a model that
-      has none in between, they are those of the tensor. An index out of range would end the process on an accelerator,
-      so nothing is tried there that was not given.
+    Every entry is drawn by itself, from zero and the range that its place has in the batch; one example has its least
+    there, and another its most. Whole numbers come from the range of the tensor, down to 1 and up to 1, so that ids
+    stay ids, and lengths lengths. For a model that has none in between, they are those of the tensor; for one that
+    needs each tensor of an example whole, they are another example's, and other numbers lie between those of two. The
+    second batch is the first in reverse: a key of two values may have been in order already.
+
+    An index out of range would end the process on an accelerator, so nothing is tried there that was not given.
 
     Args:
         size: B.
         takes: whether the model takes a batch.
     """
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    drawings = (_redrawn, _reused) if all(leaf.device.type == "cpu" for leaf in leaves) else (_reused,)
-    alternatives = ((_mixed,), drawings)
-    made = ((_each(batch, size, draw) for draw in kinds) for kinds in alternatives)
-    taken = (next((each for each in some if takes(each)), None) for some in made)
-    return [each for each in taken if each is not None]
+    on_processor = all(leaf.device.type == "cpu" for leaf in leaves)
+    made = (_each(batch, size, draw) for draw in ((_redrawn,) if on_processor else ()) + (_reused, _mixed))
+    found = next((each for each in made if takes(each)), None)
+    return [] if found is None else [found, take(found, list(reversed(range(size))), size)]
 
 
 def _each(batch: Any, size: int, draw: Draw) -> Any:
@@ -73,7 +73,8 @@ def _redrawn(given: Tensor, generator: torch.Generator) -> Tensor:
     if given.is_complex() or least < 0:
         return _reused(given, generator)
     most = max(most, 1)
-    return torch.randint(0 if most == 1 else min(least, 1), most + 1, given.shape, generator=generator)
+    least = 0 if most == 1 else min(least, 1)
+    return (least + _shares(given, generator) * (most + 1 - least)).long().clamp(max=most)
 
 
 def _reused(given: Tensor, generator: torch.Generator) -> Tensor:
@@ -89,5 +90,10 @@ def _between(given: Tensor, generator: torch.Generator) -> Tensor:
     least = torch.where(silent, given.min().clamp(max=0.0), least)
     most = torch.where(silent, given.max().clamp(min=0.0), most)
     most = torch.where(least == most, 1.0, most)
-    share = torch.rand(given.shape, generator=generator, dtype=given.dtype) * (1 + 2 * _AT_AN_END) - _AT_AN_END
-    return torch.lerp(least.expand_as(given), most.expand_as(given), share.clamp(0.0, 1.0))
+    return torch.lerp(least.expand_as(given), most.expand_as(given), _shares(given, generator))
+
+
+def _shares(given: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1], float64; at each place the least of the examples is 0, and the largest 1."""
+    share = torch.rand(given.shape, generator=generator, dtype=torch.float64)
+    return share.masked_fill(share == share.amin(0), 0.0).masked_fill(share == share.amax(0), 1.0)
