@@ -15,6 +15,7 @@ MAY_DRAW = {
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
     "train/loop.py": "the random suffix of a new run folder's name",
     "train/examples.py": "a made-up example of the right shapes, the same in every run; puts the caller's state back",
+    "train/elsewhere.py": "batches that nobody gave, for the self-check, from a generator of its own: always the same",
     "train/throughput.py": "random numbers of the right shapes to measure on; puts the caller's state back",
     "train/trial.py": "starting weights and dropout, from the trial's key; puts the caller's state back",
     "train/probing.py": "seeds dropout inside a probe, from the run's key, in a state that the caller puts back",

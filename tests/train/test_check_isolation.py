@@ -174,3 +174,23 @@ def test_a_gradient_that_is_scaled_within_each_example_passes():
 
     model = built(lambda s, x: s.b(s.a(x).tanh()), a=nn.Linear(D, D), b=nn.Linear(D, 2))
     assert check(model, reversed_by_its_own_size, drawn(D)).passed
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_coupling_that_begins_at_a_size_is_caught(dropout):
+    """The examples of the check are four, and those of a microbatch are many."""
+
+    def forward(s, x: Tensor) -> Tensor:
+        h = s.a(x)
+        return s.b(s.d((h - h.mean(0) if len(x) >= 16 else h).tanh()))
+
+    model = built(forward, a=nn.Linear(D, D), d=nn.Dropout(dropout), b=nn.Linear(D, 2))
+    expect_failed(model, drawn(D), "losses in a larger batch")
+
+
+def test_a_model_that_takes_no_larger_batch_is_not_asked():
+    def forward(s, x: Tensor) -> Tensor:
+        assert len(x) <= B
+        return s.a(x)
+
+    assert check(built(forward, a=nn.Linear(D, 2)), loss, drawn(D)).passed

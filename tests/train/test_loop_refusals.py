@@ -70,6 +70,23 @@ def test_a_skipped_microbatch(tmp_path: Path) -> None:
         next(batches)
 
 
+def test_two_iterators_at_a_time(tmp_path: Path) -> None:
+    """Both give out parts of one batch: the second part was counted twice, and moved the sum by twice its bound."""
+    network = toys.model()
+    private = short_run(tmp_path, model=network, microbatch=4)
+
+    def settle(batches) -> None:
+        private.backward(toys.loss(network, next(batches)))
+
+    first = iter(private.loader)
+    settle(first)
+    second = iter(private.loader)
+    settle(second)
+    settle(second)
+    with pytest.raises(ConfigError, match="iterated twice at a time"):
+        settle(first)
+
+
 def test_a_batch_without_step(tmp_path: Path) -> None:
     private = short_run(tmp_path, microbatch=64)
     batches = iter(private.loader)

@@ -257,7 +257,8 @@ class Book:
             guessed = known is None and self.trusts and self.examples not in (1, rows)
             if known is Axis.SECOND or guessed:
                 return Axis.SECOND
-        if not operand.requires_grad and (known is Axis.SHARED or rows != self.examples):
+        strange = rows != self.examples and (known is not Axis.BATCH or self.trusts or self.examples == 1)
+        if not operand.requires_grad and (known is Axis.SHARED or strange):
             return Axis.SHARED  # always exact: nothing is split by its rows
         if known in (None, Axis.BATCH) and rows == self.examples:
             return Axis.BATCH

@@ -130,6 +130,21 @@ def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: in
     return True
 
 
+@uncompiled()
+def first_losses_agree(
+    model: nn.Module, loss: LossFunction, one: tuple[Any, int], other: tuple[Any, int], *, first: int
+) -> bool:
+    """Whether two batches, each with its size, begin with the same examples as far as their first losses show it."""
+    with awake(trainable(model)):
+        reference = _losses(model, loss, one[0], examples=one[1])
+        stochastic = not torch.equal(_losses(model, loss, one[0], examples=one[1], seed=SEED + 1), reference)
+        with evaluating(model) if stochastic else contextlib.nullcontext():
+            wanted = _losses(model, loss, one[0], examples=one[1]) if stochastic else reference
+            found = _losses(model, loss, other[0], examples=other[1])
+    narrow = computes_narrowly(lambda: _losses(model, loss, one[0], examples=one[1]))
+    return is_close(found[:first], wanted[:first], NARROW_GAP if narrow else 1e-3)  # kernels change with the size
+
+
 def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, seed: int = SEED) -> Tensor:
     with frozen_state(model, seed=seed), torch.no_grad():
         losses = loss(model, batch)

@@ -38,7 +38,7 @@ def observed_layout(
         UnsupportedUse: a use that has no rule, or whose batch axis is not dimension 0 at the other size.
         ConfigError: the batch cannot be given another size.
     """
-    if not any(_carries(leaf, size) for leaf in tree_leaves(batch)):
+    if not any(carries(leaf, size) for leaf in tree_leaves(batch)):
         raise ConfigError(
             f"a batch without any tensor of {size} rows: its layout cannot be verified; pass layout=check(...).layout."
         )
@@ -72,12 +72,13 @@ def take(batch: Any, rows: range | list[int], size: int) -> Any:
     """The given rows of every tensor in the batch whose dimension 0 is the batch; other leaves as they are."""
 
     def pick(leaf: Any) -> Any:
-        return leaf[torch.as_tensor(list(rows), device=leaf.device)] if _carries(leaf, size) else leaf
+        return leaf[torch.as_tensor(list(rows), device=leaf.device)] if carries(leaf, size) else leaf
 
     return tree_map(pick, batch)
 
 
-def _carries(leaf: Any, size: int) -> bool:
+def carries(leaf: Any, size: int) -> bool:
+    """Whether this part of a batch has a row for each example."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
 
 

@@ -34,6 +34,10 @@ _BY_AXIS = frozenset(
     f"{name}Backward0" for name in ("Split", "SplitWithSizes", "Slice", "Softmax", "Unsqueeze", "Select")
 )
 _PRODUCTS = {"MmBackward0": 0, "AddmmBackward0": 1}
+_TURNS = frozenset({"FlipBackward0", "RollBackward0", "Rot90Backward0"})
+_MIXES = frozenset({"GatherBackward0", "SortBackward0", "TopkBackward0"})
+_JOINS = frozenset({"CatBackward0", "StackBackward0"})
+_PIECES = frozenset({"SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0"})
 _VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0"})
 
 
@@ -55,6 +59,21 @@ class Picking:
             return False
         straight = torch.arange(len(self.owner), device=self.owner.device) // (len(self.owner) // examples)
         return bool(torch.equal(self.owner, straight))
+
+
+def _is_first(node: Any, dim: int) -> bool:
+    """Whether this is dimension 0 of what the node returns: the graph writes -2 as it was written."""
+    return dim in (0, _LAST + 1 - len(node._input_metadata[0].shape))
+
+
+def _place(node: Any, at: int) -> int | None:
+    """Where a piece of rows begins, or how many come before it; None of what is no such piece."""
+    name = node.name() if node is not None else ""
+    if name in _PIECES and node._saved_dim == 0:
+        return at
+    if name in ("SliceBackward0", "SelectBackward0") and node._saved_dim == 0:
+        return int(node._saved_start if name == "SliceBackward0" else node._saved_index)
+    return None
 
 
 class Trail:
@@ -97,14 +116,20 @@ class Trail:
         name = node.name()
         if name == "IndexBackward0":
             return self._picked(node, node._saved_indices, rows)
-        if name == "IndexSelectBackward0" and node._saved_dim == 0:
+        if name == "IndexSelectBackward0" and _is_first(node, node._saved_dim):
             return self._picked(node, (node._saved_index,), rows)
-        if (name == "GatherBackward0" and node._saved_dim == 0) or (name == "FlipBackward0" and 0 in node._saved_dims):
+        moved = node._saved_dims if name in _TURNS else (node._saved_dim,) if name in _MIXES else ()
+        if any(_is_first(node, dim) for dim in moved):
             return Picking(None, rows)
         if name in _PRODUCTS:  # by a frozen weight: the rows are those of the left operand
-            return self.back(node.next_functions[_PRODUCTS[name]][0], rows)
-        if name == "CatBackward0" and node._saved_dim == 0:
-            return Picking(None, rows) if any(self.back(part, rows) for part, _ in node.next_functions) else None
+            left = node.next_functions[_PRODUCTS[name]][0]
+            if left is None and name == "MmBackward0" and tuple(node._saved_self_sym_sizes) == (rows, rows) != (1, 1):
+                return Picking(None, rows)  # by a frozen matrix from the left, which may put them anywhere
+            return self.back(left, rows)
+        if name in _JOINS and _is_first(node, node._saved_dim):
+            places = [place for part, at in node.next_functions if (place := _place(part, at)) is not None]
+            apart = places != sorted(places) or any(self.back(part, rows) for part, _ in node.next_functions)
+            return Picking(None, rows) if apart else None
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             at = getattr(node, "rows_of", None)
             return None if at is None else self.back(node.next_functions[at][0], rows)

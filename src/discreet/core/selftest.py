@@ -26,6 +26,7 @@ from discreet.core.meeting import guard
 from discreet.core.precision import NARROW, NARROW_GAP, computes_narrowly, in_float32, is_close, widened
 from discreet.core.route import Route, forced
 from discreet.core.uses import zeros_like_sums
+from discreet.errors import UnsupportedUse
 
 _FLOAT32, _DEEP = 2e-3, 0.3
 """How far norms may be off: in float32, and in half precision where float32 was compared as well.
@@ -64,23 +65,34 @@ class NormVerdict:
 
     Attributes:
         isolated: no example's norms moved when all others became copies of it.
+        agrees_elsewhere: norms and sum are right for the batches that nobody gave.
     """
 
     parameters: tuple[ParameterVerdict, ...]
     sum_agrees: bool
     isolated: bool
+    agrees_elsewhere: bool
     layout: Layout
     tolerance: float
 
 
 @uncompiled()
 def compare_with_brute_force(
-    model: nn.Module, loss: LossFunction, batch: Any, *, clipping: Clipping, examples: int | None = None
+    model: nn.Module,
+    loss: LossFunction,
+    batch: Any,
+    *,
+    clipping: Clipping,
+    examples: int | None = None,
+    elsewhere: Sequence[Any] = (),
 ) -> NormVerdict:
     """Compare norms and clipped sum with autograd, one example at a time, for B and B - 1 examples and by every route.
 
     What `torch.compile` was asked to compile is compared as it will be trained, and as it is written. Entries of
     parameters that begin at zero are something else meanwhile (`discreet.core.layout.awake`).
+
+    Args:
+        elsewhere: batches of B that nobody gave. What is wrong there is wrong; what is refused or not finite is not.
 
     Raises:
         UnsupportedUse: a use without a rule.
@@ -90,20 +102,21 @@ def compare_with_brute_force(
     with awake(parameters):
         tolerance = _tolerance(model, loss, batch, parameters)
         if not any(parameter.dtype in NARROW for parameter in parameters.values()):
-            return _compare(model, loss, batch, parameters, size, clipping, tolerance)
-        wide = _compare_in_float32(model, loss, batch, size, clipping)
+            return _compare(model, loss, batch, parameters, size, clipping, tolerance, elsewhere)
+        wide = _compare_in_float32(model, loss, batch, size, clipping, elsewhere)
         if wide is None:
-            return _compare(model, loss, batch, parameters, size, clipping, tolerance)
-        return _both(wide, _compare(model, loss, batch, parameters, size, clipping, _DEEP))
+            return _compare(model, loss, batch, parameters, size, clipping, tolerance, elsewhere)
+        return _both(wide, _compare(model, loss, batch, parameters, size, clipping, _DEEP, ()))
 
 
 def _compare_in_float32(
-    model: nn.Module, loss: LossFunction, batch: Any, size: int, clipping: Clipping
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, clipping: Clipping, elsewhere: Sequence[Any]
 ) -> NormVerdict | None:
     """The verdict on a copy in float32; None where there is none: a forward asks for its own dtype, or memory ends."""
     try:
         twin = in_float32(model)
-        return _compare(twin, loss, widened(batch), trainable(twin), size, clipping, _FLOAT32)
+        others = [widened(other) for other in elsewhere]
+        return _compare(twin, loss, widened(batch), trainable(twin), size, clipping, _FLOAT32, others)
     except (RuntimeError, TypeError):
         return None
 
@@ -117,6 +130,7 @@ def _both(wide: NormVerdict, narrow: NormVerdict) -> NormVerdict:
         parameters=parameters,
         sum_agrees=narrow.sum_agrees and wide.sum_agrees,
         isolated=wide.isolated,
+        agrees_elsewhere=wide.agrees_elsewhere,
         tolerance=wide.tolerance,
     )
 
@@ -129,6 +143,7 @@ def _compare(
     size: int,
     clipping: Clipping,
     tolerance: float,
+    elsewhere: Sequence[Any],
 ) -> NormVerdict:
     rows = other_rows(parameters, batch, size=size)
     parts = ((take(batch, rows, size), len(rows)), (batch, size))
@@ -194,7 +209,35 @@ def _compare(
         )
         for name, value in parameters.items()
     )
-    return NormVerdict(verdicts, sum_agrees=sum_agrees, isolated=isolated, layout=layout, tolerance=tolerance)
+    agrees_elsewhere = True
+    for other in elsewhere:
+        agrees, seen = _agrees_elsewhere(model, loss, other, size, clipping, tolerance, layout)
+        agrees_elsewhere, layout = agrees_elsewhere and agrees, layout.merged(seen)
+    return NormVerdict(verdicts, sum_agrees, isolated, agrees_elsewhere, layout, tolerance)
+
+
+def _agrees_elsewhere(
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, clipping: Clipping, tolerance: float, layout: Layout
+) -> tuple[bool, Layout]:
+    """Whether norms and sum are right on examples that nobody gave, and how uses carry them, as far as they come."""
+    parameters = trainable(model)
+    book = Book(parameters, examples=size, layout=layout, trust_folds=True)
+    with frozen_state(model):
+        expected = _brute_force(model, loss, batch, parameters, size, clipping)
+    try:
+        with frozen_state(model), guard(book):
+            backward(book, loss(model, batch))
+        found = {name: torch.zeros_like(wanted) for name, wanted in expected.norms.items()}
+        found |= book.parameter_norms(sure=True)
+        sums = settle(book, clipping).tensors
+    except UnsupportedUse:
+        return True, book.layout()  # training refuses it too
+    finite = torch.stack([each.double() for each in (*expected.norms.values(), *found.values())]).isfinite().all(0)
+    noise = _rounding(expected.norms, parameters, tolerance)
+    agrees = not bool(finite.all()) or expected.sum_agrees(sums, max(tolerance, _ROUNDED_UP))
+    for name, wanted in expected.norms.items():
+        agrees &= is_close(found[name][finite], wanted[finite], tolerance, noise=noise)
+    return agrees, book.layout()
 
 
 def _booked(

@@ -16,10 +16,11 @@ from torch import nn
 from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, batch_size_of
-from discreet.core.isolation import IsolationVerdict, examine_isolation
+from discreet.core.isolation import IsolationVerdict, examine_isolation, first_losses_agree
 from discreet.core.layout import frozen_state, take
 from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
+from discreet.train.elsewhere import elsewhere
 from discreet.train.examples import made_up
 from discreet.train.stillness import Allowed
 from discreet.train.tempered import GROUPS, TEMPERATURE, Tempered
@@ -48,6 +49,9 @@ class CheckRow:
     own: bool = False
 
 
+_LARGER = 8
+_NOT_TAKEN = (ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, AssertionError)
+"""What a model may raise for a batch that nobody gave."""
 _REACHED = "norms agree wherever the examples of the check reach it; it gets noise in any case"
 
 
@@ -104,6 +108,15 @@ class CheckReport:
         ]
         return {"passed": True, "rows": rows}
 
+    def with_data_set(self, alone: bool) -> CheckReport:
+        """The same, and whether the data set gives each example whichever are fetched with it."""
+        detail = (
+            "what the data set or its collate function makes of an example depends on those that are fetched with it "
+            "(mixup, a standardisation, a number of the whole batch); do it within each example."
+        )
+        row = _verdict_row("isolation", "examples when others are fetched with them", alone, detail)
+        return replace(self, rows=(*self.rows, row))
+
     def raise_if_failed(self) -> None:
         """Raise `CheckFailed` with every failed row, if any; what two rows say alike is said once."""
         failed = dict.fromkeys(f"{row.name}: {row.detail}" for row in self.rows if row.status is Status.FAILED)
@@ -121,10 +134,10 @@ def check(
 ) -> CheckReport:
     """Check a model and a loss on one small batch, without changing either.
 
-    **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes; isolation is
-    tested by replacing and by removing examples; buffers that a forward changes depending on the data are named, and
-    parameters that it writes at all; the loss of a `Tempered` model must depend on its temperature. The check is a test
-    and no proof: it sees the control flow that these examples take.
+    **Guarantees.** Coverage, norms and the clipped sum are compared with autograd at two batch sizes, and on examples
+    made up from these; isolation is tested by replacing, removing and adding examples; buffers that a forward changes
+    depending on the data are named, and parameters that it writes at all; the loss of a `Tempered` model must depend on
+    its temperature. The check is a test and no proof: it sees the control flow that these examples take.
 
     Args:
         model: as it will be trained (its mode is kept; buffers, gradients and random state are put back; a parameter
@@ -138,12 +151,17 @@ def check(
     if size < 2:
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
     alone = examine_isolation(model, loss, batch, examples=size)
-    isolation = (*_isolation_rows(alone), *_moving_rows(model, loss, batch, size, alone.moving))
+    moving = _moving_rows(model, loss, batch, size, alone.moving)
+    isolation = (*_isolation_rows(alone), *moving)
     if alone.resized:
         # No gradient can be compared with one that a forward of another size has.
         return CheckReport(rows=isolation, layout=None)
+    isolation = (*isolation, _larger_row(model, loss, batch, size))
+    others = elsewhere(batch, size=size, takes=lambda other: _takes(model, loss, other))
     try:
-        verdict = compare_with_brute_force(model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size)
+        verdict = compare_with_brute_force(
+            model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size, elsewhere=others
+        )
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)
@@ -152,7 +170,13 @@ def check(
         "estimator, scaled by a statistic of the batch); scale it by a constant, or within each example."
     )
     alone_row = _verdict_row("isolation", "gradients when the others are replaced", verdict.isolated, detail)
-    rows = (*isolation, alone_row, *_norm_rows(verdict), *_tempered_rows(model, verdict))
+    detail = (
+        "on examples made up from these, gradients are not those of autograd: the model puts its batch in an order "
+        "that follows from the data (sorted by a key or a length), or couples examples that these leave apart; keep "
+        "each example at its place."
+    )
+    elsewhere_row = _verdict_row("isolation", "gradients of made-up examples", verdict.agrees_elsewhere, detail)
+    rows = (*isolation, alone_row, elsewhere_row, *_norm_rows(verdict), *_tempered_rows(model, verdict))
     report = CheckReport(rows=rows, layout=verdict.layout, allowed=Allowed(alone.moving, alone.tables))
     return report if report.passed else replace(report, layout=None)
 
@@ -181,24 +205,46 @@ def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     return tuple(rows)
 
 
+def _larger_row(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> CheckRow:
+    """Whether losses stay what they are in a batch as large as those of training, made of the same examples again."""
+    larger = take(batch, [row % size for row in range(_LARGER * size)], size)
+    try:
+        same = first_losses_agree(model, loss, (batch, size), (larger, _LARGER * size), first=size)
+    except _NOT_TAKEN:
+        same = True  # nor would it be in training
+    detail = (
+        "in a larger batch an example's loss is another one (negatives or statistics from so many examples on, room "
+        "for so many tokens); take each example by itself at every size."
+    )
+    return _verdict_row("isolation", "losses in a larger batch", same, detail)
+
+
 def _moving_rows(
     model: nn.Module, loss: LossFunction, batch: Any, size: int, moving: tuple[str, ...]
 ) -> tuple[CheckRow, ...]:
     """Whether a made-up example can move what every forward moves, as it will once for each update."""
     if not moving:
         return ()
-    what, works = "a made-up example moves what every forward moves", True
-    try:
-        with frozen_state(model):
-            loss(model, made_up(take(batch, [0], size)))
-    except (ValueError, RuntimeError, IndexError, KeyError, TypeError, ArithmeticError):
-        works = False
+    what, works = (
+        "a made-up example moves what every forward moves",
+        _takes(model, loss, made_up(take(batch, [0], size))),
+    )
     detail = (
         f"{', '.join(moving)}: every forward moves it, so it would tell how many examples were drawn; training moves "
         "it by a made-up example instead (random numbers, zeros for whole ones), which this model does not take; count "
         "in your own loop."
     )
     return (_verdict_row("buffers", what, works, detail),)
+
+
+def _takes(model: nn.Module, loss: LossFunction, batch: Any) -> bool:
+    """Whether a model has losses for a batch that nobody gave."""
+    try:
+        with frozen_state(model):
+            loss(model, batch)
+    except _NOT_TAKEN:
+        return False
+    return True
 
 
 def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:

@@ -70,6 +70,8 @@ class Examples:
             return made_up(self.fetch(np.zeros(1, dtype=np.int64), device=device))
 
     def _batch(self, indices: np.ndarray) -> Any:
+        if self._collate is not default_collate:
+            return self._collate([self._dataset[int(index)] for index in indices])
         if isinstance(self._dataset, TensorDataset):
             rows = torch.from_numpy(indices)
             return tuple(tensor[rows] for tensor in self._dataset.tensors)

@@ -28,6 +28,7 @@ from discreet.privacy.verification import verify
 from discreet.train.auto_lr import GradientNoise, LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
+from discreet.train.fetching import fetched_alone
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.probing import find_rate
 from discreet.train.run import Run
@@ -381,6 +382,8 @@ def self_check(
     batch = tree_map(_tame, examples.fetch(np.arange(count), device=device))
     compare = Clipping.automatic() if rule.kind is ClippingKind.NONE else rule
     report = check(model, loss, batch, clipping=compare, examples=count)
+    report.raise_if_failed()
+    report = report.with_data_set(fetched_alone(model, loss, examples, count=count, device=device))
     report.raise_if_failed()
     return report
 

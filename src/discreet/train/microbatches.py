@@ -37,6 +37,7 @@ class MicrobatchLoader:
         self._weight = 1.0
         self._moving: Moving | None = None
         self._is_first = self._is_last = False
+        self._turn = 0
         self.index = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -44,6 +45,7 @@ class MicrobatchLoader:
         updates = self._updates
         if updates.step.replay is not None:
             raise ConfigError("replay=True with private.loader: the forward of your loop is Python; iterate `private`.")
+        self._turn = turn = self._turn + 1
         while not updates.finished:
             find_rate(updates)
             if updates.finished:
@@ -55,6 +57,11 @@ class MicrobatchLoader:
             parts = updates.step.microbatch.split(indices) or [np.zeros(1, dtype=np.int64)]
             with updates.model_randomness():
                 for position, part in enumerate(parts):
+                    if turn != self._turn:
+                        raise ConfigError(
+                            "private.loader is iterated twice at a time: a microbatch would be counted twice; go on "
+                            "with the iterator that was made last."
+                        )
                     self._is_first, self._is_last = position == 0, position == len(parts) - 1
                     yield from self._give(part)
             if self._total is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from discreet.errors import UnsupportedUse
+from discreet.errors import ConfigError, UnsupportedUse
 
 WHOLE, SAMPLED = 4_096, 512
 """Tensors of up to so many entries are compared whole; of larger ones so many entries, evenly spaced."""
@@ -44,6 +44,7 @@ class Watch:
     def __init__(self, model: nn.Module, allowed: Allowed) -> None:
         self.allowed = allowed
         self._model = model
+        self._face = _face(model)
         self._views: dict[tuple[str, ...], _Views] = {}
 
     @contextmanager
@@ -55,6 +56,7 @@ class Watch:
 
         Raises:
             UnsupportedUse: a parameter or a buffer was written, exchanged, added or removed.
+            ConfigError: the model is no longer the one that the self-check saw (`refuse_another`).
         """
         before = self._values(but)
         views = self._views.get(but)
@@ -62,6 +64,7 @@ class Watch:
             views = self._views[but] = _Views.of(before)
         versions, contents = _versions(before), views.contents()
         yield
+        self.refuse_another()
         after = self._values(but)
         places, now = _places(after), _versions(after)
         names = [name for name in before | after if views.places.get(name) != places.get(name)]
@@ -71,6 +74,22 @@ class Watch:
                 f"{', '.join(names)}: a forward wrote it, as no example of the self-check made it do: it would carry "
                 "private statistics, and be saved without noise; use a layer that keeps none. Its batch is not "
                 "released."
+            )
+
+    def refuse_another(self) -> None:
+        """Refuse a model whose forward may do something else than the self-check saw.
+
+        Raises:
+            ConfigError: a module is in another mode, has other hooks, another forward, or is another one.
+        """
+        now = _face(self._model)
+        changed = [name or "the model" for name in now | self._face if now.get(name) != self._face.get(name)]
+        if changed:
+            others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{changed[0]}{others}: not in the mode (train or eval), or not with the hooks and the forward, that "
+                "the self-check saw; call model.train() and change modules before make_private, and put the mode back "
+                "after an evaluation. This batch is not released."
             )
 
     @contextmanager
@@ -156,6 +175,22 @@ class _Views:
                 pairs = zip(group, old.split(lengths), now.split(lengths), strict=True)
                 names += [name for name, one, other in pairs if not torch.equal(one, other)]
         return names
+
+
+def _face(model: nn.Module) -> dict[str, tuple[object, ...]]:
+    """All modules, and what besides parameters and buffers decides what they do: modes, hooks, exchanged forwards."""
+    return {
+        name: (
+            module,
+            module.training,
+            vars(module).get("forward"),
+            *module._forward_pre_hooks.values(),
+            *module._forward_hooks.values(),
+            *module._backward_pre_hooks.values(),
+            *module._backward_hooks.values(),
+        )
+        for name, module in model.named_modules()
+    }
 
 
 def _view(value: Tensor) -> Tensor | None:
