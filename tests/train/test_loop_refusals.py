@@ -87,6 +87,21 @@ def test_two_iterators_at_a_time(tmp_path: Path) -> None:
         settle(first)
 
 
+def test_a_step_of_the_class_past_the_gate(tmp_path: Path) -> None:
+    model = toys.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    private = short_run(tmp_path / "run", model=model, optimizer=optimizer)
+    before = toys.weights(model)
+    for _ in range(2):
+        toys.loss(model, toys.data()[:4]).mean().backward()
+        with pytest.raises(ConfigError, match=r"not released; call optimizer\.step\(\)"):
+            torch.optim.SGD.step(optimizer)
+        assert torch.equal(toys.weights(model), before)
+        next(iter(private))
+        assert not torch.equal(toys.weights(model), before)
+        before = toys.weights(model)
+
+
 def test_a_batch_without_step(tmp_path: Path) -> None:
     private = short_run(tmp_path, microbatch=64)
     batches = iter(private.loader)

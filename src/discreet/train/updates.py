@@ -112,7 +112,8 @@ class Updates:
         self.step = step
         self.done = done
         self.optimizer = optimizer
-        self._move = optimizer.step
+        self._move, self._moving = optimizer.step, False
+        optimizer.register_step_pre_hook(self._refuse_other_steps)
         self.rates = rates
         self._checkpoint_steps = checkpoint_steps
         self._process = os.getpid()
@@ -191,7 +192,11 @@ class Updates:
             return None
         write_gradient(released, self.step.parameters)
         rate = self.rates.before_update(index)
-        self._move()
+        self._moving = True
+        try:
+            self._move()
+        finally:
+            self._moving = False
         self.rates.after_update()
         self.step = self.step.after(released)
         self.done += 1
@@ -203,6 +208,14 @@ class Updates:
             verdict=self.verdict,
             charges=self._charges,
         )
+
+    def _refuse_other_steps(self, *_: object) -> None:
+        """A step that came past the gate, as by ``SGD.step(optimizer)``: its gradients are no released ones."""
+        if not self._moving:
+            raise ConfigError(
+                "a step of the optimizer's class: it would move the weights by gradients that are not released; call "
+                "optimizer.step(), or iterate `private`."
+            )
 
     def release_sum(self, total: ClippedSum, *, index: int) -> Released | None:
         """Release the one sum of an update, over the expected batch; be it a gradient or the answer to a probe.
