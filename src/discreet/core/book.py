@@ -337,8 +337,7 @@ class Book:
         """Shrinks factors by what one example may move the float32 rounding of a sum over all of them.
 
         One spacing for each example, and 256 for opposed uses that meet others in a sum: hostile batches moved 4e-5 R.
-        One example more may take one spacing more from all others, and no more than one: how many there may be is asked
-        for, and not how many go through the model at once, which may be half as many where memory ran out.
+        So many as there may be in a microbatch: one example more, where memory runs out, must not move all others.
         """
         if math.isinf(rule.clip_bound) or all(dtype is torch.float64 for dtype in self._dtypes.values()):
             return 1.0

@@ -25,7 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.clipping import ClippedSum, Clipping
-from discreet.core.gradient import LossFunction, batch_size_of, clipped_gradient, settled, trainable
+from discreet.core.gradient import LossFunction, batch_size_of, settled, trainable, zero_sum
 from discreet.core.recording import Recording
 from discreet.core.uses import identity_of, zeros_like_sums
 from discreet.errors import ConfigError, DiscreetError, UnsupportedUse
@@ -151,17 +151,11 @@ class Replay:
         """
         size = examples if examples is not None else batch_size_of(batch)
         at_most = max(size, at_most or size)
-        recorded = self._recording_for(batch, size, at_most) if size > 0 else None
+        if size == 0:
+            return zero_sum(trainable(self._model), self._clipping)
+        recorded = self._recording_for(batch, size, at_most)
         if recorded is None:
-            return clipped_gradient(
-                self._model,
-                self._loss,
-                batch,
-                clipping=self._clipping,
-                layout=self._layout,
-                examples=size,
-                at_most=at_most,
-            )
+            return self._sum(batch, size, at_most, None)
         if not recorded.run(batch, size):
             # As many rows as were recorded: an example with a norm in doubt must not change what others are.
             recording = Recording(recorded.takes_part_B, None)
@@ -172,7 +166,7 @@ class Replay:
         copies = dict(zip(names, torch._foreach_mul(values, 1.0), strict=True))
         return replace(recorded.total, tensors=copies)
 
-    def _sum(self, batch: Any, examples: int, at_most: int, recording: Recording) -> ClippedSum:
+    def _sum(self, batch: Any, examples: int, at_most: int, recording: Recording | None) -> ClippedSum:
         book = Book(
             trainable(self._model),
             examples=examples,
@@ -215,17 +209,13 @@ class Replay:
 
     def _check_leaves(self, leaves: list[Any]) -> None:
         for leaf in leaves:
-            if type(leaf) is Tensor and leaf.layout is torch.strided:
-                if leaf.device == self._device and not leaf.requires_grad:
-                    continue
-                said = f"a tensor on {leaf.device}, requires_grad={leaf.requires_grad}"
-            elif type(leaf) in _WORDS:
+            dense = type(leaf) is Tensor and leaf.layout is torch.strided and leaf.device == self._device
+            if type(leaf) in _WORDS or (dense and not leaf.requires_grad):
                 continue
-            else:
-                said = f"a {type(leaf).__name__}"
+            where = f" on {leaf.device}, requires_grad={leaf.requires_grad}" if isinstance(leaf, Tensor) else ""
             raise UnsupportedUse(
-                f"replay=True: the batch holds {said}; must be dense tensors on {self._device} without a graph, "
-                "numbers and words, in lists, tuples and dicts: let collate_fn give those, or leave replay out."
+                f"replay=True: the batch holds a {type(leaf).__name__}{where}; must be dense tensors on {self._device} "
+                "without a graph, numbers and words: let collate_fn give those, or leave replay out."
             )
 
     def _forget(self) -> None:
