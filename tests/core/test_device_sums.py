@@ -76,6 +76,27 @@ def test_factors_vanish_sooner_beside_a_large_bound():
     assert drop_vanishing(factor, bound=float("inf")).tolist() == [0.0, 1e-29, 1e-25, 1.0]
 
 
+@pytest.mark.parametrize("norms", [(1.0, 1e-9, 9e29), (9e29, 1e-9, 1.0), (9e29, 1.0, 1e-9)], ids=str)
+def test_a_long_gradient_beside_a_tiny_one_does_not_wipe_out_the_others(norms):
+    """With gamma at 1e-9 factors reached 1e9: their ratio to the least was no float32 number, and the sum was lost."""
+    rule, norm = Clipping.automatic(1e-9), torch.tensor(norms, dtype=torch.float64)
+    factor = drop_vanishing(rule.factor(norm), bound=rule.clip_bound, largest=rule.largest_factor)
+    assert rule.factor(torch.zeros(1)) <= rule.largest_factor
+    input, grad = draw(9, torch.bfloat16, (3, 1, 16, 8), (3, 1, 16, 8))
+    scale = (norm / each(input, grad).flatten(1).norm(dim=1)).sqrt().reshape(-1, 1, 1, 1)
+    input, grad = (input.double() * scale).bfloat16(), (grad.double() * scale).bfloat16()
+    wanted = (factor.reshape(-1, 1, 1, 1) * each(input, grad)).sum(0).float()
+    torch.testing.assert_close(_summed(input, grad, factor), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_chain_is_made_anew_for_factors_that_were_changed_in_place():
+    input, grad = draw(8, torch.bfloat16, (3, 1, 16, 8), (3, 1, 16, 8))
+    factor = torch.rand(3).to(DEVICE)
+    one = _summed(input, grad, factor)
+    factor.mul_(2.0)
+    torch.testing.assert_close(_summed(input, grad, factor), 2 * one)
+
+
 def test_a_chain_is_made_anew_for_other_factors():
     input, grad = draw(8, torch.bfloat16, (3, 1, 16, 8), (3, 1, 16, 8))
     for _ in range(3):

@@ -56,9 +56,12 @@ class Words(nn.Module):
         torch.manual_seed(3)
         self.table, self.mix, self.norm = nn.Embedding(20, 8), nn.Linear(8, 8), nn.LayerNorm(8)
         self.drop = nn.Dropout(0.0)
+        self.scale = torch.ones(8, device=DEVICE)
+        self.scales = {"mix": 1.0}
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.drop(torch.tanh(self.mix(self.table(ids_BT))))) @ self.table.weight.T
+        mixed = torch.tanh(self.mix(self.table(ids_BT)) * self.scales["mix"]) * self.scale
+        return self.norm(self.drop(mixed)) @ self.table.weight.T
 
 
 def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -116,7 +119,13 @@ def test_a_norm_in_doubt_is_taken_as_written(monkeypatch):
     _, made, wanted = _made()
     made.clipped_gradient(_batch(8))
     asked: list[int] = []
-    monkeypatch.setattr(replay, "clipped_gradient", lambda *a, **k: (asked.append(1), clipped_gradient(*a, **k))[1])
+    plain = Replay._sum
+
+    def noted(self: Replay, *given: object) -> ClippedSum:
+        asked.extend([1] if given[-1].answer is None else [])
+        return plain(self, *given)
+
+    monkeypatch.setattr(Replay, "_sum", noted)
     batch = _batch(8)
     for value in (float("nan"), float("inf"), 1e30):
         batch["weight"][2] = value
@@ -148,8 +157,12 @@ def test_what_stands_in_for_an_example_adds_nothing():
         lambda model: setattr(model.mix.weight, "data", model.mix.weight.detach().clone()),
         lambda model: model.drop.eval(),
         lambda model: setattr(model, "mix", copy.deepcopy(model.mix)),
+        lambda model: setattr(model.drop, "p", 1.0),
+        lambda model: model.mix.register_forward_hook(lambda module, args, output: output * 0.1),
+        lambda model: setattr(model, "scale", torch.full((8,), 0.1, device=DEVICE)),
+        lambda model: model.scales.__setitem__("mix", 0.1),
     ],
-    ids=["memory", "mode", "exchanged"],
+    ids=["memory", "mode", "exchanged", "a number", "a hook", "a tensor", "an entry of a table"],
 )
 def test_another_state_of_the_model_is_recorded_anew(change):
     model, made, wanted = _made()
@@ -277,3 +290,109 @@ class Counting(nn.Module):
 def test_a_buffer_that_every_forward_moves_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="replay=True with calls"):
         short_run(tmp_path / "run", model=Counting().to(DEVICE), replay=True)
+
+
+def _slopes(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return model(batch[0]).squeeze(1) * batch[1]
+
+
+def _aligned(count: int, *, last: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Examples whose gradients point one way, but for the last one."""
+    signs = torch.ones(count, device=DEVICE)
+    signs[-1] = last
+    return torch.full((count, 4), 10.0, device=DEVICE), signs
+
+
+@pytest.mark.parametrize(("last", "most"), [(-1.0, 1.0), (float("nan"), 1e-3)], ids=["opposed", "not finite"])
+def test_one_example_more_than_a_size_is_rounded_to_moves_the_sum_by_its_own_share(last, most):
+    """What is taken off for rounding must not follow the size that a microbatch is rounded up to: all would move."""
+    model, clipping = nn.Linear(4, 1, bias=False).to(DEVICE), Clipping.abadi(1.0)
+    layout = check(model, _slopes, _aligned(4, last=1.0), clipping=clipping).layout
+    made = Replay(model, _slopes, clipping=clipping, layout=layout)
+    with_it, signs = _aligned(3841, last=last)
+    one = made.clipped_gradient((with_it[:-1], signs[:-1]), examples=3840, at_most=4096)
+    other = made.clipped_gradient((with_it, signs), examples=3841, at_most=4096)
+    assert sorted(key[0] for key in made._recorded) == [3840, 4096]
+    assert float((one.tensors["weight"].double() - other.tensors["weight"].double()).norm()) <= most
+
+
+class Packed:
+    """A batch of a class of its own, which tells its first and last numbers only."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __repr__(self) -> str:
+        return f"Packed({self.x})"
+
+
+@pytest.mark.parametrize("wrap", [Packed, lambda x: x.cpu().numpy()], ids=["object", "array"])
+def test_a_batch_that_hides_its_numbers_is_refused(wrap):
+    """Its words are those of another batch: that one, which was recorded, would be summed again in its place."""
+    model, clipping = nn.Linear(4, 1).to(DEVICE), Clipping.abadi(1.0)
+
+    def loss(model: nn.Module, batch: list[object]) -> torch.Tensor:
+        hidden = batch[1].x if isinstance(batch[1], Packed) else torch.from_numpy(batch[1]).to(DEVICE)
+        return model(batch[0]).squeeze(1) * hidden[: len(batch[0])]
+
+    x = torch.ones(600, 4, device=DEVICE)
+    layout = check(model, loss, [x[:4], wrap(torch.ones(2000))], clipping=clipping, examples=4).layout
+    made = Replay(model, loss, clipping=clipping, layout=layout)
+    for seed in range(2):
+        weight = torch.ones(2000)
+        weight[100:1900] = torch.randn(1800, generator=torch.Generator().manual_seed(seed))
+        with pytest.raises(UnsupportedUse, match="replay=True: the batch holds a"):
+            made.clipped_gradient([x, wrap(weight.to(DEVICE))], examples=600)
+
+
+def test_a_leaf_with_a_graph_is_refused():
+    _, made, _ = _made()
+    batch = _batch(8)
+    batch["weight"].requires_grad_()
+    with pytest.raises(UnsupportedUse, match="requires_grad=True; must be dense tensors"):
+        made.clipped_gradient(batch)
+
+
+def test_a_constant_of_the_batch_may_have_as_many_rows_as_there_are_examples():
+    """Weights of classes are no rows of examples, at whatever size: sizes at which they differ tell so."""
+    model, clipping = nn.Linear(4, 3).to(DEVICE), Clipping.abadi(1.0)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return model(batch[0]).square().sum(1) / batch[1].sum()
+
+    x, weight = torch.randn(20, 4).to(DEVICE), torch.arange(1.0, 8.0).to(DEVICE)
+    layout = check(model, loss, (x[:4], weight), clipping=clipping, examples=4).layout
+    made = Replay(model, loss, clipping=clipping, layout=layout)
+    for count in (6, 7, 7, 8):
+        found = made.clipped_gradient((x[:count], weight), examples=count, at_most=64)
+        wanted = clipped_gradient(model, loss, (x[:count], weight), clipping=clipping, layout=layout, examples=count)
+        for name, value in wanted.tensors.items():
+            torch.testing.assert_close(found.tensors[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_forward_keeps_for_itself_outlives_its_recording():
+    """A table that grows with the length is made anew; a recording for shorter ones still reads the former."""
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.kept = nn.Linear(4, 4), torch.zeros(0, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(self.kept) < x.shape[1]:
+                self.kept = torch.ones(x.shape[1], 4, device=x.device)
+            return self.inner(x * self.kept[: x.shape[1]])
+
+    model, clipping = Growing().to(DEVICE), Clipping.abadi(1.0)
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x).square().sum((1, 2))
+
+    layout = check(model, loss, torch.randn(4, 2, 4).to(DEVICE), clipping=clipping).layout
+    made = Replay(model, loss, clipping=clipping, layout=layout)
+    made.clipped_gradient(torch.randn(8, 3, 4).to(DEVICE))
+    place = model.kept.data_ptr()
+    made.clipped_gradient(torch.randn(8, 5, 4).to(DEVICE))
+    assert model.kept.data_ptr() != place
+    assert any(isinstance(each, torch.Tensor) and each.data_ptr() == place for each in made._held)
+    assert len(made._recorded) == 2

@@ -144,3 +144,32 @@ def test_a_sum_of_sums_leaves_those_that_it_was_made_from_alone() -> None:
     assert two.tensors["w"].tolist() == [2.0] * 3
     with pytest.raises(ConfigError, match="one Clipping"):
         total += ClippedSum({"w": torch.zeros(3)}, sensitivity=2.0)
+
+
+def test_memory_that_runs_out_for_one_example_more_does_not_move_the_shares_of_all_others() -> None:
+    """What is taken off for rounding was told by the microbatch that fitted: half of it moved 4,096 by one share."""
+    full = 4096
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > full:
+            raise torch.OutOfMemoryError("no room")
+        return model(batch).squeeze(1)
+
+    torch.manual_seed(0)
+    rows = torch.full((full + 1, 4), 10.0)
+    sums = []
+    for count in (full, full + 1):
+        model = nn.Linear(4, 1, bias=False)
+        step = ClippedStep(
+            model=model,
+            loss=loss,
+            fetch=lambda indices: rows[torch.from_numpy(indices)],
+            parameters=trainable(model),
+            clipping=Clipping.abadi(1.0),
+            layout=None,
+            microbatch=Microbatch(2 * full),
+            watch=None,
+        )
+        sums.append(step.clipped_sum(np.arange(count)).tensors["weight"].double())
+    assert step.microbatch.size < full
+    assert float((sums[1] - sums[0]).norm()) <= 1.0

@@ -39,6 +39,7 @@ class Book:
         trust_folds: accept such operands as (B, k) rows; only the self-check may, because it then compares the norms.
         clipping: how it will be settled. With it, groups of parameters are settled as soon as their norms are complete.
         recording: the settlement is recorded, and asks the data nothing.
+        at_most: the most examples that any microbatch of this batch may have: its factors must not tell how it is cut.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Book:
         trust_folds: bool = False,
         clipping: Clipping | None = None,
         recording: Recording | None = None,
+        at_most: int = 0,
     ) -> None:
         self.parameters = dict(parameters)
         self.examples = examples
@@ -66,6 +68,7 @@ class Book:
         self._expected: dict[str, int] = defaultdict(int)
         self._collecting = False
         self._clipping, self._recording = clipping, recording
+        self._company = max(examples, at_most)
         self._sums: dict[str, Tensor] = {}
         self._division = clipping.divide(self.parameters) if clipping is not None else Division({}, {}, 0.0)
         groups = self._division.groups
@@ -303,7 +306,8 @@ class Book:
         rule = self._division.rules[group]
         parts = self.parts(group)
         norm_B, all_finite = self._norms(parts)
-        factor_B = drop_vanishing(rule.factor(norm_B), bound=rule.clip_bound) * self._summing_margin(rule)
+        factor_B = drop_vanishing(rule.factor(norm_B), bound=rule.clip_bound, largest=rule.largest_factor)
+        factor_B = factor_B * self._summing_margin(rule)
         if self._recording is not None:
             factor_B = torch.where(self._recording.takes_part_B, factor_B, 0.0)
         if rule.following is not None:
@@ -334,10 +338,11 @@ class Book:
         """Shrinks factors by what one example may move the float32 rounding of a sum over all of them.
 
         One spacing for each example, and 256 for opposed uses that meet others in a sum: hostile batches moved 4e-5 R.
+        So many as there may be in a microbatch: one example more, where memory runs out, must not move all others.
         """
         if math.isinf(rule.clip_bound) or all(dtype is torch.float64 for dtype in self._dtypes.values()):
             return 1.0
-        return 1.0 - (256 + self.examples) * torch.finfo(torch.float32).eps
+        return 1.0 - (256 + self._company) * torch.finfo(torch.float32).eps
 
     def _norms(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
         """Norms over these parts, (B,), float64, and whether all are known to be finite.
@@ -350,7 +355,7 @@ class Book:
             norm_B = torch.stack([part.quick_norm2() for part in parts]).sum(0).sqrt()
         else:
             norm_B = torch.zeros(self.examples, dtype=torch.float64, device=self.sink.device)
-        if self._recording is not None:
+        if self._recording is not None and self._recording.answer is not None:
             self._recording.note(norm_B, groups=len(self._division.groups))
             return norm_B, True
         if math.isfinite(norm_B.sum()):

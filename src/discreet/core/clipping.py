@@ -207,6 +207,13 @@ class Clipping:
         return self.clip_bound
 
     @property
+    def largest_factor(self) -> float:
+        """No factor is above it, whatever the norm."""
+        if self.kind is ClippingKind.NORMALIZED:
+            return self.clip_bound / _NO_DIRECTION
+        return max(1.0, self.clip_bound / self.gamma) if self.kind in _SOFTENED else 1.0
+
+    @property
     def replace_one_sensitivity(self) -> float:
         """Largest L2 change when one example takes the place of another: both at the bound, and opposed."""
         return 2.0 * self.sensitivity

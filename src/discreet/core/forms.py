@@ -248,13 +248,14 @@ def wide_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype is torch.float64 else torch.float32
 
 
-def drop_vanishing(factor_B: Tensor, *, bound: float) -> Tensor:
+def drop_vanishing(factor_B: Tensor, *, bound: float, largest: float = 1.0) -> Tensor:
     """Factors with those set to 0 that come near the subnormal numbers, which keep only a few bits.
 
     Args:
         bound: the clip bound. Beside one above 1 factors vanish sooner: a sum over the least of them is still finite.
+        largest: no factor is above it; two of them are never 1e36 apart, so that their ratio is a float32 number.
     """
-    least = _VANISHING * max(1.0, bound) if math.isfinite(bound) else _VANISHING
+    least = _VANISHING * max(1.0, bound if math.isfinite(bound) else 1.0, largest * 1e-6)
     return torch.where(factor_B < least, torch.zeros_like(factor_B), factor_B)
 
 

@@ -38,6 +38,7 @@ def clipped_gradient(
     clipping: Clipping,
     layout: Layout | None = None,
     examples: int | None = None,
+    at_most: int = 0,
 ) -> ClippedSum:
     """Clip each example's gradient, and sum.
 
@@ -58,6 +59,7 @@ def clipped_gradient(
         layout: how every use carries the batch (``CheckReport.layout``, from the self-check). Without it, a forward at
             another batch size finds out first, and folded axes are refused.
         examples: B, when it cannot be read off the batch.
+        at_most: of a batch that is cut into microbatches, the most examples that one of them may have.
 
     Raises:
         UnsupportedUse: a use without an exact rule.
@@ -69,7 +71,8 @@ def clipped_gradient(
         return zero_sum(parameters, clipping)
     if layout is None and size > 1:
         layout = observed_layout(model, loss, batch, parameters=parameters, size=size)
-    return settled(Book(parameters, examples=size, layout=layout, clipping=clipping), model, loss, batch, clipping)
+    book = Book(parameters, examples=size, layout=layout, clipping=clipping, at_most=at_most)
+    return settled(book, model, loss, batch, clipping)
 
 
 def settled(book: Book, model: nn.Module, loss: LossFunction, batch: Any, clipping: Clipping) -> ClippedSum:
@@ -100,10 +103,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def open_book(
-    model: nn.Module, *, examples: int, layout: Layout | None = None, clipping: Clipping | None = None
+    model: nn.Module,
+    *,
+    examples: int,
+    layout: Layout | None = None,
+    clipping: Clipping | None = None,
+    at_most: int = 0,
 ) -> Book:
     """A book for one microbatch of this model. Without a layout, dimension 0 of every operand is taken as it looks."""
-    return Book(trainable(model), examples=examples, layout=layout, clipping=clipping)
+    return Book(trainable(model), examples=examples, layout=layout, clipping=clipping, at_most=at_most)
 
 
 def backward(book: Book, losses_B: Tensor) -> None:

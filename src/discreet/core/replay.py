@@ -6,8 +6,8 @@ made; then the microbatch is done again as it is written. Sizes are rounded up, 
 recordings; a row that stands in for an example has a factor of 0.
 
 What Python decided while it was recorded holds for every replay: a forward that draws random numbers in Python, counts
-its calls or changes a constant is not for this. Parameters and buffers that were exchanged, frozen or thawed, modes of
-modules and precision are compared at each call, and recorded anew.
+its calls or changes a constant is not for this. What the modules hold is compared at each call, and recorded anew where
+something else changed it: parameters, buffers, other tensors, numbers and words, hooks; so are modes and precision.
 
 Shape legend: B = examples of the microbatch, rounded up.
 """
@@ -20,20 +20,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.clipping import ClippedSum, Clipping
-from discreet.core.gradient import LossFunction, batch_size_of, clipped_gradient, settled, trainable
+from discreet.core.gradient import LossFunction, batch_size_of, settled, trainable, zero_sum
 from discreet.core.recording import Recording
-from discreet.core.uses import zeros_like_sums
+from discreet.core.uses import identity_of, zeros_like_sums
 from discreet.errors import ConfigError, DiscreetError, UnsupportedUse
 
 _STEPS, _MOST = 16, 32
 """Sizes are rounded up to this share of the largest; recordings that are kept."""
 
 _UNKNOWN = 2
+
+_WORDS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+"""What is told by how it is written. Of an array, or of an object that holds tensors, that is only the first and last
+numbers."""
+_FEW, _DEPTH = 64, 8
+"""Entries of a list or a table that a module holds, up to which each is compared; and lists in lists."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class _Recorded:
 
     Attributes:
         batch: its input; rows from ``examples`` on stand in for none.
+        structure: of it.
+        rows: which leaves of it have one row for each example.
         takes_part_B: which rows are examples.
         answer: (1,), of the host: 0 or 1 for a norm in doubt, once that is known.
         total: its result.
@@ -49,15 +57,18 @@ class _Recorded:
 
     replay: Callable[[], None]
     batch: Any
+    structure: TreeSpec
+    rows: tuple[bool, ...]
     takes_part_B: Tensor
     answer: Tensor
     total: ClippedSum
 
     def run(self, batch: Any, examples: int) -> bool:
         """Put these examples in the place of those that were recorded, and replay; whether all norms are sure."""
-        for place, leaf in zip(tree_flatten(self.batch)[0], tree_flatten(batch)[0], strict=True):
+        leaves = zip(tree_flatten(self.batch)[0], tree_flatten(batch)[0], self.rows, strict=True)
+        for place, leaf, by_row in leaves:
             if isinstance(leaf, Tensor):
-                _fill(place, leaf, examples)
+                _fill(place, leaf, by_row=by_row)
         self.takes_part_B[:examples] = True
         self.takes_part_B[examples:] = False
         self.answer.fill_(_UNKNOWN)
@@ -122,6 +133,9 @@ class Replay:
         self._recorded: dict[object, _Recorded] = {}
         self._sums: dict[str, Tensor] = {}
         self._state: tuple[object, ...] = ()
+        self._held: list[object] = []
+        self._shared: dict[str, set[int]] = {}
+        self._device = next(iter(devices))
         self._recorder: Recorder | None = None
 
     def clipped_gradient(self, batch: Any, *, examples: int | None = None, at_most: int | None = None) -> ClippedSum:
@@ -130,50 +144,94 @@ class Replay:
         Args:
             batch: as `clipped_gradient` takes it.
             examples: how many there are, when it cannot be read off the batch.
-            at_most: the largest microbatch of this run, by which sizes are rounded.
+            at_most: the largest microbatch of this run, by which sizes are rounded, and as `clipped_gradient` takes it.
 
         Raises:
-            UnsupportedUse: the model cannot be recorded.
+            UnsupportedUse: the model cannot be recorded, or the batch holds what a recording cannot be given.
         """
         size = examples if examples is not None else batch_size_of(batch)
-        if size > 0:
-            recorded = self._recording_for(batch, size, max(size, at_most or size))
-            if recorded is not None and recorded.run(batch, size):
-                names, values = zip(*recorded.total.tensors.items(), strict=True)
-                copies = dict(zip(names, torch._foreach_mul(values, 1.0), strict=True))
-                return replace(recorded.total, tensors=copies)
-        return clipped_gradient(
-            self._model, self._loss, batch, clipping=self._clipping, layout=self._layout, examples=size
+        at_most = max(size, at_most or size)
+        if size == 0:
+            return zero_sum(trainable(self._model), self._clipping)
+        recorded = self._recording_for(batch, size, at_most)
+        if recorded is None:
+            return self._sum(batch, size, at_most, None)
+        if not recorded.run(batch, size):
+            # As many rows as were recorded: an example with a norm in doubt must not change what others are.
+            recording = Recording(recorded.takes_part_B, None)
+            total = self._sum(recorded.batch, len(recorded.takes_part_B), at_most, recording)
+            self._state = _state_of(self._model)
+            return total
+        names, values = zip(*recorded.total.tensors.items(), strict=True)
+        copies = dict(zip(names, torch._foreach_mul(values, 1.0), strict=True))
+        return replace(recorded.total, tensors=copies)
+
+    def _sum(self, batch: Any, examples: int, at_most: int, recording: Recording | None) -> ClippedSum:
+        book = Book(
+            trainable(self._model),
+            examples=examples,
+            layout=self._layout,
+            clipping=self._clipping,
+            recording=recording,
+            at_most=at_most,
         )
+        return settled(book, self._model, self._loss, batch, self._clipping)
 
     def _recording_for(self, batch: Any, size: int, at_most: int) -> _Recorded | None:
         state = _state_of(self._model)
         if state != self._state:
             self._forget()
-            self._state = state
+            self._device = next(iter(trainable(self._model).values())).device
+        leaves, structure = tree_flatten(batch)
+        self._check_leaves(leaves)
+        rows = self._rows(leaves, structure, size)
         step = -(-at_most // _STEPS)
         rounded = min(at_most, -(-size // step) * step)
-        key = (rounded, _form_of(batch, size))
-        if key not in self._recorded and len(self._recorded) < _MOST:
-            self._recorded[key] = self._record(batch, size, rounded)
-        return self._recorded.get(key)
+        key = (rounded, at_most, str(structure), tuple(map(_form_of, leaves, rows)))
+        known = self._recorded.get(key)
+        if known is not None and known.structure == structure:
+            return known
+        if known is not None or len(self._recorded) < _MOST:
+            own = [_room_for(leaf, rounded, by_row=by_row) for leaf, by_row in zip(leaves, rows, strict=True)]
+            known = self._record(tree_unflatten(own, structure), rows, size, rounded, at_most)
+            self._state = _state_of(self._model, self._held)
+            self._recorded[key] = known
+        return known
+
+    def _rows(self, leaves: list[Any], structure: TreeSpec, size: int) -> tuple[bool, ...]:
+        """Which leaves have a row for each example; one that had another number of rows once may have B by chance."""
+        other = {at for at, leaf in enumerate(leaves) if not _has_rows(leaf, size)}
+        shared = self._shared.setdefault(str(structure), other)
+        if not other <= shared:
+            shared |= other
+            self._recorded.clear()
+        return tuple(at not in shared for at in range(len(leaves)))
+
+    def _check_leaves(self, leaves: list[Any]) -> None:
+        for leaf in leaves:
+            dense = type(leaf) is Tensor and leaf.layout is torch.strided and leaf.device == self._device
+            if type(leaf) in _WORDS or (dense and not leaf.requires_grad):
+                continue
+            where = f" on {leaf.device}, requires_grad={leaf.requires_grad}" if isinstance(leaf, Tensor) else ""
+            raise UnsupportedUse(
+                f"replay=True: the batch holds a {type(leaf).__name__}{where}; must be dense tensors on {self._device} "
+                "without a graph, numbers and words: let collate_fn give those, or leave replay out."
+            )
 
     def _forget(self) -> None:
         self._recorded.clear()
         self._sums.clear()
+        self._held.clear()
         self._recorder = None
 
-    def _record(self, batch: Any, size: int, rounded: int) -> _Recorded:
+    def _record(self, own: Any, rows: tuple[bool, ...], size: int, rounded: int, at_most: int) -> _Recorded:
         parameters = trainable(self._model)
         device = next(iter(parameters.values())).device
-        own = tree_map(lambda leaf: _room_for(leaf, size, rounded) if isinstance(leaf, Tensor) else leaf, batch)
         takes_part_B = torch.arange(rounded, device=device) < size
         answer = torch.empty(1, dtype=torch.int8, pin_memory=device.type == "cuda")
 
         def once() -> ClippedSum:
-            recording = Recording(takes_part_B, answer)
-            book = Book(parameters, examples=rounded, layout=self._layout, clipping=self._clipping, recording=recording)
-            total = settled(book, self._model, self._loss, own, self._clipping)
+            total = self._sum(own, rounded, at_most, Recording(takes_part_B, answer))
             # All recordings write where the first one did: sums of their own would be a model's size for each.
             torch._foreach_copy_([self._sums[name] for name in total.tensors], list(total.tensors.values()))
             return replace(total, tensors=dict(self._sums))
@@ -193,45 +251,69 @@ class Replay:
                 f"replay=True: the model cannot be recorded ({str(error).splitlines()[0]}); its forward must not ask "
                 "for the value of a tensor (.item(), if tensor:, a mask as an index); leave replay out."
             ) from error
-        return _Recorded(again, own, takes_part_B, answer, total)
+        return _Recorded(again, own, tree_flatten(own)[1], rows, takes_part_B, answer, total)
 
 
-def _room_for(leaf: Tensor, size: int, rounded: int) -> Tensor:
-    if leaf.dim() == 0 or leaf.shape[0] != size:
-        return leaf.clone()
-    room = leaf.new_empty(rounded, *leaf.shape[1:])
-    _fill(room, leaf, size)
+def _has_rows(leaf: object, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+
+def _room_for(leaf: Any, rounded: int, *, by_row: bool) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    room = leaf.new_empty(rounded, *leaf.shape[1:]) if by_row else torch.empty_like(leaf)
+    _fill(room, leaf, by_row=by_row)
     return room
 
 
-def _fill(place: Tensor, leaf: Tensor, examples: int) -> None:
+def _fill(place: Tensor, leaf: Tensor, *, by_row: bool) -> None:
     """Copy a leaf of a batch; rows beyond its examples are its first example again."""
-    if leaf.dim() == 0 or leaf.shape[0] != examples:
+    if not by_row:
         place.copy_(leaf)
         return
-    place[:examples].copy_(leaf)
-    if len(place) > examples:
-        place[examples:] = leaf[0]
+    place[: len(leaf)].copy_(leaf)
+    if len(place) > len(leaf):
+        place[len(leaf) :] = leaf[0]
 
 
-def _form_of(batch: Any, size: int) -> object:
-    """What must be equal for two batches to be run by one recording: structure, shapes of rows, all but tensors."""
-    leaves, structure = tree_flatten(batch)
-    kinds = (
-        (tuple(leaf.shape[1:] if leaf.dim() and leaf.shape[0] == size else (-1, *leaf.shape)), leaf.dtype, leaf.device)
-        if isinstance(leaf, Tensor)
-        else repr(leaf)
-        for leaf in leaves
-    )
-    return str(structure), tuple(kinds)
+def _form_of(leaf: Any, by_row: bool) -> object:
+    """What must be equal for two leaves to be run by one recording: shapes of rows, dtypes, what is no tensor."""
+    if not isinstance(leaf, Tensor):
+        return type(leaf), repr(leaf)
+    return by_row, tuple(leaf.shape[1:] if by_row else leaf.shape), leaf.dtype
 
 
-def _state_of(model: nn.Module) -> tuple[object, ...]:
-    """What a recording depends on beside the batch: where parameters and buffers lie, modes, precision."""
-    held = (*model.named_parameters(), *model.named_buffers())
+def _state_of(model: nn.Module, held: list[object] | None = None) -> tuple[object, ...]:
+    """What a recording depends on beside the batch: what the modules hold, and where it lies; precision.
+
+    Args:
+        held: gets what is told by where it lies, so that nothing else comes to lie there as long as that is compared;
+            a recording reads tensors that a forward made once, and may make anew for another batch.
+    """
+    values = (*model.named_parameters(), *model.named_buffers())
     return (
-        tuple((name, value.data_ptr(), value.shape, value.dtype, value.requires_grad) for name, value in held),
-        tuple(module.training for module in model.modules()),
+        tuple((name, _said(value, held), value.requires_grad) for name, value in values),
+        tuple((id(module), _attributes(module, held)) for module in model.modules()),
         (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.get_float32_matmul_precision()),
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _attributes(module: nn.Module, held: list[object] | None) -> tuple[object, ...]:
+    named = ("_parameters", "_buffers", "_modules")
+    return tuple((name, _said(value, held)) for name, value in vars(module).items() if name not in named)
+
+
+def _said(value: Any, held: list[object] | None, depth: int = 0) -> object:
+    if type(value) in _WORDS:
+        return type(value), value if value == value else None  # NaN is not itself
+    if isinstance(value, Tensor) and value.layout is torch.strided and type(value.data) is Tensor:
+        if held is not None:
+            held.append(value.detach())
+        return identity_of(value)
+    if isinstance(value, (list, tuple, dict)) and len(value) <= _FEW and depth < _DEPTH:
+        entries = value.items() if isinstance(value, dict) else value
+        return type(value), tuple(_said(entry, held, depth + 1) for entry in entries)
+    if held is not None:
+        held.append(value)
+    return id(value)

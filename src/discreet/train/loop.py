@@ -333,7 +333,7 @@ def make_private(
         even = parameters.keys().isdisjoint(division.noise_weights)
         noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, division.sensitivity, even)
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
-        size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size))
+        size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size), batch=_whole(the_plan.batch_size))
         report = self_check(model, loss, examples, rule, device)
         recorded = replay_of(model, loss, rule, report) if replay else None
         if run is None:
@@ -398,4 +398,9 @@ def _microbatch_size(asked: int | None, device: torch.device, batch_size: int) -
     if asked is not None:
         return asked
     # On an accelerator a whole realised batch is tried first.
-    return CPU_MICROBATCH if device.type == "cpu" else batch_size + 6 * math.isqrt(batch_size) + 16
+    return CPU_MICROBATCH if device.type == "cpu" else _whole(batch_size)
+
+
+def _whole(batch_size: int) -> int:
+    """More examples than a Poisson batch ever has, but once in a hundred million."""
+    return batch_size + 6 * math.isqrt(batch_size) + 16

@@ -115,7 +115,13 @@ class MicrobatchLoader:
     def _give(self, part: np.ndarray) -> Iterator[Any]:
         step = self._updates.step
         batch = step.fetch(part)
-        book = open_book(step.model, examples=len(part), layout=step.layout, clipping=step.clipping)
+        book = open_book(
+            step.model,
+            examples=len(part),
+            layout=step.layout,
+            clipping=step.clipping,
+            at_most=step.microbatch.at_most,
+        )
         with ExitStack() as stack:
             if self._moving is not None:
                 self._moving.put_back()

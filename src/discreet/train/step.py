@@ -26,16 +26,23 @@ _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 class Microbatch:
     """How many examples go through the model at once. It never changes the result, only memory and speed.
 
+    Args:
+        size: the largest microbatch, as long as memory lasts.
+        batch: examples that a batch hardly ever passes; None: ``size`` of them.
+
     Attributes:
         size: the largest microbatch.
+        at_most: the largest that there is in this run, also once memory ran out; what one example may move is told by
+            it, and must not be told by what fitted.
         on_halving: called after the size was halved, before the batch is begun again; a checkpoint then holds the size
             with which a replay must split.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, batch: int | None = None) -> None:
         if size < 1:
             raise ConfigError(f"microbatch={size}: must be at least 1; leave it None for a default.")
         self.size = size
+        self.at_most = min(size, batch or size)
         self.on_halving: Callable[[], object] = _nothing
 
     def halve(self, *, realised: int) -> None:
@@ -119,10 +126,16 @@ class ClippedStep:
             batch = self.fetch(part)
             if self.replay is None:
                 share = clipped_gradient(
-                    self.model, self.loss, batch, clipping=self.clipping, layout=self.layout, examples=len(part)
+                    self.model,
+                    self.loss,
+                    batch,
+                    clipping=self.clipping,
+                    layout=self.layout,
+                    examples=len(part),
+                    at_most=self.microbatch.at_most,
                 )
             else:
-                share = self.replay.clipped_gradient(batch, examples=len(part), at_most=self.microbatch.size)
+                share = self.replay.clipped_gradient(batch, examples=len(part), at_most=self.microbatch.at_most)
             if total is None:
                 total = share
             else:

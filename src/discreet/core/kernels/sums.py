@@ -58,15 +58,16 @@ class _Chain:
         return cls(ratio, factor, begin, end)
 
 
-_last: tuple[weakref.ref[Tensor], _Chain] | None = None
+_last: tuple[weakref.ref[Tensor], int, _Chain] | None = None
 
 
 def _chained(factor_B: Tensor) -> _Chain:
     """The chain of these factors; made once for all sums that they are used for in a row."""
     global _last
-    if _last is None or _last[0]() is not factor_B:
-        _last = (weakref.ref(factor_B), _Chain.of(factor_B))
-    return _last[1]
+    known = _last  # asked for once: another thread, of another device, may put its own there meanwhile
+    if known is None or known[0]() is not factor_B or known[1] != factor_B._version:
+        known = _last = (weakref.ref(factor_B), factor_B._version, _Chain.of(factor_B))
+    return known[2]
 
 
 def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Tensor:
