@@ -173,3 +173,15 @@ def test_memory_that_runs_out_for_one_example_more_does_not_move_the_shares_of_a
         sums.append(step.clipped_sum(np.arange(count)).tensors["weight"].double())
     assert step.microbatch.size < full
     assert float((sums[1] - sums[0]).norm()) <= 1.0
+
+
+def test_a_microbatch_that_is_restored_is_never_above_the_most() -> None:
+    asked = Microbatch(8, batch=100)
+    asked.restore(64)
+    assert (asked.size, asked.at_most) == (64, 64)
+    asked.halve(realised=64)
+    assert (asked.size, asked.at_most) == (32, 64)
+    larger = Microbatch(500, batch=100)
+    assert (larger.size, larger.at_most) == (500, 100)
+    larger.restore(20)
+    assert (larger.size, larger.at_most) == (20, 100)

@@ -43,13 +43,38 @@ _FEW, _DEPTH = 64, 8
 
 
 @dataclass(frozen=True)
+class _Form:
+    """What a batch is like.
+
+    Attributes:
+        structure: how its leaves lie in tuples, lists and tables.
+        rows: which leaves have one row for each example.
+        size, at_most: how many examples there are, and the most that there are in any microbatch.
+    """
+
+    structure: TreeSpec
+    rows: tuple[bool, ...]
+    size: int
+    at_most: int
+
+    @property
+    def rounded(self) -> int:
+        """B."""
+        step = -(-self.at_most // _STEPS)
+        return min(self.at_most, -(-self.size // step) * step)
+
+    def key(self, leaves: list[Any]) -> object:
+        """What is equal for two batches that one recording runs, but for the structure, of which this is the text."""
+        return self.rounded, self.at_most, str(self.structure), tuple(map(_form_of, leaves, self.rows))
+
+
+@dataclass(frozen=True)
 class _Recorded:
     """One recording, and the memory that it reads and writes.
 
     Attributes:
         batch: its input; rows from ``examples`` on stand in for none.
-        structure: of it.
-        rows: which leaves of it have one row for each example.
+        form: of it.
         takes_part_B: which rows are examples.
         answer: (1,), of the host: 0 or 1 for a norm in doubt, once that is known.
         total: its result.
@@ -57,15 +82,14 @@ class _Recorded:
 
     replay: Callable[[], None]
     batch: Any
-    structure: TreeSpec
-    rows: tuple[bool, ...]
+    form: _Form
     takes_part_B: Tensor
     answer: Tensor
     total: ClippedSum
 
-    def run(self, batch: Any, examples: int) -> bool:
-        """Put these examples in the place of those that were recorded, and replay; whether all norms are sure."""
-        leaves = zip(tree_flatten(self.batch)[0], tree_flatten(batch)[0], self.rows, strict=True)
+    def start(self, batch: Any, examples: int) -> None:
+        """Put these examples in the place of those that were recorded, and replay."""
+        leaves = zip(tree_flatten(self.batch)[0], tree_flatten(batch)[0], self.form.rows, strict=True)
         for place, leaf, by_row in leaves:
             if isinstance(leaf, Tensor):
                 _fill(place, leaf, by_row=by_row)
@@ -73,6 +97,9 @@ class _Recorded:
         self.takes_part_B[examples:] = False
         self.answer.fill_(_UNKNOWN)
         self.replay()
+
+    def is_sure(self) -> bool:
+        """Whether all norms are sure; waits until they are there, and not for the sums."""
         answer = self.answer.numpy()
         while answer[0] == _UNKNOWN:
             if torch.cuda.current_stream().query() and answer[0] == _UNKNOWN:  # raises what made the accelerator stop
@@ -135,7 +162,6 @@ class Replay:
         self._state: tuple[object, ...] = ()
         self._held: list[object] = []
         self._shared: dict[str, set[int]] = {}
-        self._device = next(iter(devices))
         self._recorder: Recorder | None = None
 
     def clipped_gradient(self, batch: Any, *, examples: int | None = None, at_most: int | None = None) -> ClippedSum:
@@ -153,10 +179,23 @@ class Replay:
         at_most = max(size, at_most or size)
         if size == 0:
             return zero_sum(trainable(self._model), self._clipping)
-        recorded = self._recording_for(batch, size, at_most)
+        leaves, structure = tree_flatten(batch)
+        self._check_leaves(leaves)
+        form = _Form(structure, self._rows(leaves, structure, size), size, at_most)
+        recorded = self._known(leaves, form)
+        if recorded is not None:
+            recorded.start(batch, size)
+            # Looked for while the accelerator is at work. What the recording reads is held, whatever the model has now.
+            if _state_of(self._model) != self._state:
+                recorded.is_sure()
+                self._forget()
+                recorded = None
         if recorded is None:
-            return self._sum(batch, size, at_most, None)
-        if not recorded.run(batch, size):
+            recorded = self._record(leaves, form)
+            if recorded is None:
+                return self._sum(batch, size, at_most, None)
+            recorded.start(batch, size)
+        if not recorded.is_sure():
             # As many rows as were recorded: an example with a norm in doubt must not change what others are.
             recording = Recording(recorded.takes_part_B, None)
             total = self._sum(recorded.batch, len(recorded.takes_part_B), at_most, recording)
@@ -177,26 +216,21 @@ class Replay:
         )
         return settled(book, self._model, self._loss, batch, self._clipping)
 
-    def _recording_for(self, batch: Any, size: int, at_most: int) -> _Recorded | None:
-        state = _state_of(self._model)
-        if state != self._state:
+    def _known(self, leaves: list[Any], form: _Form) -> _Recorded | None:
+        known = self._recorded.get(form.key(leaves))
+        return known if known is not None and known.form.structure == form.structure else None
+
+    def _record(self, leaves: list[Any], form: _Form) -> _Recorded | None:
+        """The recording of a batch like this, or None where there are too many."""
+        if self._recorded and _state_of(self._model) != self._state:
             self._forget()
-            self._device = next(iter(trainable(self._model).values())).device
-        leaves, structure = tree_flatten(batch)
-        self._check_leaves(leaves)
-        rows = self._rows(leaves, structure, size)
-        step = -(-at_most // _STEPS)
-        rounded = min(at_most, -(-size // step) * step)
-        key = (rounded, at_most, str(structure), tuple(map(_form_of, leaves, rows)))
-        known = self._recorded.get(key)
-        if known is not None and known.structure == structure:
-            return known
-        if known is not None or len(self._recorded) < _MOST:
-            own = [_room_for(leaf, rounded, by_row=by_row) for leaf, by_row in zip(leaves, rows, strict=True)]
-            known = self._record(tree_unflatten(own, structure), rows, size, rounded, at_most)
-            self._state = _state_of(self._model, self._held)
-            self._recorded[key] = known
-        return known
+        key = form.key(leaves)
+        if key not in self._recorded and len(self._recorded) >= _MOST:
+            return None
+        own = [_room_for(leaf, form.rounded, by_row=by_row) for leaf, by_row in zip(leaves, form.rows, strict=True)]
+        self._recorded[key] = made = self._recording_of(tree_unflatten(own, form.structure), form)
+        self._state = _state_of(self._model, self._held)
+        return made
 
     def _rows(self, leaves: list[Any], structure: TreeSpec, size: int) -> tuple[bool, ...]:
         """Which leaves have a row for each example; one that had another number of rows once may have B by chance."""
@@ -208,30 +242,33 @@ class Replay:
         return tuple(at not in shared for at in range(len(leaves)))
 
     def _check_leaves(self, leaves: list[Any]) -> None:
+        device = next(self._model.parameters()).device
         for leaf in leaves:
-            dense = type(leaf) is Tensor and leaf.layout is torch.strided and leaf.device == self._device
+            dense = type(leaf) is Tensor and leaf.layout is torch.strided and leaf.device == device
             if type(leaf) in _WORDS or (dense and not leaf.requires_grad):
                 continue
             where = f" on {leaf.device}, requires_grad={leaf.requires_grad}" if isinstance(leaf, Tensor) else ""
             raise UnsupportedUse(
-                f"replay=True: the batch holds a {type(leaf).__name__}{where}; must be dense tensors on {self._device} "
+                f"replay=True: the batch holds a {type(leaf).__name__}{where}; must be dense tensors on {device} "
                 "without a graph, numbers and words: let collate_fn give those, or leave replay out."
             )
 
     def _forget(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # one of them may be at work
         self._recorded.clear()
         self._sums.clear()
         self._held.clear()
         self._recorder = None
 
-    def _record(self, own: Any, rows: tuple[bool, ...], size: int, rounded: int, at_most: int) -> _Recorded:
+    def _recording_of(self, own: Any, form: _Form) -> _Recorded:
         parameters = trainable(self._model)
         device = next(iter(parameters.values())).device
-        takes_part_B = torch.arange(rounded, device=device) < size
+        takes_part_B = torch.arange(form.rounded, device=device) < form.size
         answer = torch.empty(1, dtype=torch.int8, pin_memory=device.type == "cuda")
 
         def once() -> ClippedSum:
-            total = self._sum(own, rounded, at_most, Recording(takes_part_B, answer))
+            total = self._sum(own, form.rounded, form.at_most, Recording(takes_part_B, answer))
             # All recordings write where the first one did: sums of their own would be a model's size for each.
             torch._foreach_copy_([self._sums[name] for name in total.tensors], list(total.tensors.values()))
             return replace(total, tensors=dict(self._sums))
@@ -251,7 +288,7 @@ class Replay:
                 f"replay=True: the model cannot be recorded ({str(error).splitlines()[0]}); its forward must not ask "
                 "for the value of a tensor (.item(), if tensor:, a mask as an index); leave replay out."
             ) from error
-        return _Recorded(again, own, tree_flatten(own)[1], rows, takes_part_B, answer, total)
+        return _Recorded(again, own, form, takes_part_B, answer, total)
 
 
 def _has_rows(leaf: object, size: int) -> bool:

@@ -45,6 +45,11 @@ class Microbatch:
         self.at_most = min(size, batch or size)
         self.on_halving: Callable[[], object] = _nothing
 
+    def restore(self, size: int) -> None:
+        """Go on with the microbatches of an earlier process, which may be larger than what is asked for now."""
+        self.size = size
+        self.at_most = max(self.at_most, size)
+
     def halve(self, *, realised: int) -> None:
         """Use microbatches of at most half of what did not fit: of the size, or of a smaller realised batch."""
         self.size = max(1, min(self.size, realised) // 2)

@@ -359,7 +359,7 @@ def begin(
     found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
     if found is not None:
         checkpoints.restore(found, model=step.model, optimizer=optimizer, rates=rates)
-        step.microbatch.size = found.microbatch
+        step.microbatch.restore(found.microbatch)
     environment = describe_environment(
         model=step.model,
         loss=step.loss,
