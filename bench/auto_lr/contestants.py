@@ -28,7 +28,7 @@ from discreet.privacy.tuning import plan_search
 from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.examples import Examples as Fetched
 from discreet.train.loop import make_private, self_check
-from discreet.train.step import ClippedStep, Microbatch, write_gradient
+from discreet.train.step import ClippedStep, Microbatch, whole_batch, write_gradient
 from discreet.train.stillness import Watch
 from discreet.train.updates import Step
 
@@ -169,7 +169,7 @@ def trained(
     peak = float(optimizer.param_groups[0]["lr"])
     key = seed_key(seed)
     source = NoiseSource.keyed(subkey(key, "noise for gradient"), private=False)
-    step = _step(task, model)
+    step = _step(task, model, batch_size=plan.batch_size)
     for index in range(plan.steps):
         torch.manual_seed(seed * plan.steps + index)
         total = step.clipped_sum(plan.sampling.draw(key=subkey(key, "sampling"), step=index))
@@ -181,7 +181,7 @@ def trained(
         optimizer.step()
 
 
-def _step(task: Task, model: nn.Module) -> ClippedStep:
+def _step(task: Task, model: nn.Module, *, batch_size: int) -> ClippedStep:
     fetched = Fetched(task.train)
     device = torch.device("cpu")
     clipping = Clipping.automatic()
@@ -193,7 +193,7 @@ def _step(task: Task, model: nn.Module) -> ClippedStep:
         parameters=trainable(model),
         clipping=clipping,
         layout=report.layout,
-        microbatch=Microbatch(512),
+        microbatch=Microbatch(512, batch=whole_batch(batch_size)),
         watch=Watch(model, report.allowed),
     )
 

@@ -20,6 +20,7 @@ from discreet.insight.simulated_run import Candidate, Origin, Proxy, run_simulat
 from discreet.insight.simulation import NonPrivateSimulation, Simulation, simulate, usual_scales
 from discreet.privacy.plan import Plan
 from discreet.train.examples import Examples
+from discreet.train.step import whole_batch
 from discreet.train.trial import Optimiser, Recipe, run_trial
 from train import toys
 
@@ -104,7 +105,12 @@ def test_a_trial_is_the_engine_step_by_step(optimiser):
     for step in range(STEPS):
         rows = torch.from_numpy(schedule.sampling.draw(key=subkey(key, "trial batches"), step=step))
         total = clipped_gradient(
-            twin, toys.loss, (features[rows], targets[rows]), clipping=clipping, examples=len(rows)
+            twin,
+            toys.loss,
+            (features[rows], targets[rows]),
+            clipping=clipping,
+            examples=len(rows),
+            at_most=whole_batch(schedule.sampling.batch_size),
         )
         released = release(
             total, noise_multiplier=schedule.noise_multiplier, source=source, divisor=schedule.sampling.batch_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -42,7 +41,7 @@ from discreet.train.setup import (
     rule_for,
     solve_plan,
 )
-from discreet.train.step import ClippedStep, Microbatch
+from discreet.train.step import ClippedStep, Microbatch, whole_batch
 from discreet.train.stillness import Watch
 from discreet.train.tempered import check_tempered
 from discreet.train.throughput import CHECK_EXAMPLES, CPU_MICROBATCH, measure
@@ -333,7 +332,9 @@ def make_private(
         even = parameters.keys().isdisjoint(division.noise_weights)
         noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, division.sensitivity, even)
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
-        size = Microbatch(_microbatch_size(microbatch, device, the_plan.batch_size), batch=_whole(the_plan.batch_size))
+        size = Microbatch(
+            _microbatch_size(microbatch, device, the_plan.batch_size), batch=whole_batch(the_plan.batch_size)
+        )
         report = self_check(model, loss, examples, rule, device)
         recorded = replay_of(model, loss, rule, report) if replay else None
         if run is None:
@@ -394,13 +395,8 @@ def _tame(leaf: Any) -> Any:
     return leaf.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(-CHECK_RANGE, CHECK_RANGE)
 
 
-def _microbatch_size(asked: int | None, device: torch.device, batch_size: int) -> int:
+def _microbatch_size(asked: int | None, device: torch.device, most: int) -> int:
     if asked is not None:
         return asked
     # On an accelerator a whole realised batch is tried first.
-    return CPU_MICROBATCH if device.type == "cpu" else _whole(batch_size)
-
-
-def _whole(batch_size: int) -> int:
-    """More examples than a Poisson batch ever has, but once in a hundred million."""
-    return batch_size + 6 * math.isqrt(batch_size) + 16
+    return CPU_MICROBATCH if device.type == "cpu" else most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,11 @@ from discreet.train.stillness import Moving, Watch
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
 
+def whole_batch(batch_size: int) -> int:
+    """More examples than a Poisson batch of this expected size ever has, but once in a hundred million."""
+    return batch_size + 6 * math.isqrt(batch_size) + 16
+
+
 class Microbatch:
     """How many examples go through the model at once. It never changes the result, only memory and speed.
 
@@ -41,14 +47,14 @@ class Microbatch:
     def __init__(self, size: int, *, batch: int | None = None) -> None:
         if size < 1:
             raise ConfigError(f"microbatch={size}: must be at least 1; leave it None for a default.")
-        self.size = size
+        self.size, self._batch = size, batch
         self.at_most = min(size, batch or size)
         self.on_halving: Callable[[], object] = _nothing
 
     def restore(self, size: int) -> None:
         """Go on with the microbatches of an earlier process, which may be larger than what is asked for now."""
         self.size = size
-        self.at_most = max(self.at_most, size)
+        self.at_most = max(self.at_most, min(size, self._batch or size))
 
     def halve(self, *, realised: int) -> None:
         """Use microbatches of at most half of what did not fit: of the size, or of a smaller realised batch."""

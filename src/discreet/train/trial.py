@@ -27,7 +27,7 @@ from discreet.errors import ConfigError
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.auto_lr import RateControl
 from discreet.train.examples import Examples
-from discreet.train.step import ClippedStep, Microbatch, gradient_memory, write_gradient
+from discreet.train.step import ClippedStep, Microbatch, gradient_memory, whole_batch, write_gradient
 from discreet.train.stillness import Allowed, Watch
 
 MICROBATCH = 512
@@ -153,7 +153,7 @@ def run_trial(
         parameters=parameters,
         clipping=clipping,
         layout=layout,
-        microbatch=Microbatch(MICROBATCH),
+        microbatch=Microbatch(MICROBATCH, batch=whole_batch(schedule.sampling.batch_size)),
         watch=Watch(model, permitted) if private else None,
         made_up=examples.made_up(device=device) if permitted.moving else None,
     )
