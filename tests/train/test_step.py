@@ -12,8 +12,10 @@ from discreet.core.rng import NoiseSource
 from discreet.errors import ConfigError
 from discreet.train.check import check
 from discreet.train.examples import Examples
-from discreet.train.step import ClippedStep, Microbatch, is_out_of_memory, write_gradient
+from discreet.train.loop import _microbatch_size
+from discreet.train.step import ClippedStep, Microbatch, is_out_of_memory, whole_batch, write_gradient
 from discreet.train.stillness import Allowed, Watch
+from discreet.train.throughput import CPU_MICROBATCH
 from train import toys
 
 
@@ -186,3 +188,11 @@ def test_a_microbatch_that_is_restored_is_never_above_the_most() -> None:
     for size in (20, 500, 512):
         larger.restore(size)
         assert (larger.size, larger.at_most) == (size, 100)
+
+
+@pytest.mark.parametrize("asked", [None, 7])
+def test_an_accelerator_tries_a_whole_batch_and_a_processor_does_not(asked: int | None) -> None:
+    most = whole_batch(100)
+    assert most == 176
+    sizes = [_microbatch_size(asked, torch.device(kind), most) for kind in ("cuda", "cpu")]
+    assert sizes == ([asked, asked] if asked else [most, CPU_MICROBATCH])

@@ -332,9 +332,8 @@ def make_private(
         even = parameters.keys().isdisjoint(division.noise_weights)
         noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, division.sensitivity, even)
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
-        size = Microbatch(
-            _microbatch_size(microbatch, device, the_plan.batch_size), batch=whole_batch(the_plan.batch_size)
-        )
+        most = whole_batch(the_plan.batch_size)
+        size = Microbatch(_microbatch_size(microbatch, device, most), batch=most)
         report = self_check(model, loss, examples, rule, device)
         recorded = replay_of(model, loss, rule, report) if replay else None
         if run is None:
