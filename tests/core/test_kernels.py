@@ -276,13 +276,15 @@ compile, built = JITFunction.run, []
 JITFunction.run = lambda self, *args, grid, warmup, **named: built.append(
     compile(self, *args, grid=grid, warmup=True, **named))
 driver.set_active(NoDevice())
-from discreet.core.kernels import dispatch, noise, operands
+from discreet.core.kernels import digest, dispatch, noise, operands
 operands._copies = lambda device: NoDevice.architecture >= 90
 for value in (torch.ones(9), torch.ones(9).double()):
     noise.add([noise.Stretch(value, value, (bytes(32),) * (1 + (value.dtype is torch.float64)), 1.5)], share=0.3)
     code = built.pop().asm["ptx"]
     assert "sqrt.rn.f64" in code and "div.rn.f64" in code
     assert not re.search(r"\\bfma|[.]f32x|[.]ftz|[.]local[.]|[.]approx", code), "not the bits of the definition"
+digest.digests([torch.ones(9)], bytes(16))
+assert ".local." not in built.pop().asm["ptx"]
 for NoDevice.architecture, dtype in ((80, torch.float32), (80, torch.bfloat16), (90, torch.bfloat16)):
     a, g = torch.ones(2, 1, 130, 70, dtype=dtype), torch.ones(2, 1, 130, 40, dtype=dtype)
     dispatch.gram_products([a], [g, g[..., 1:]])

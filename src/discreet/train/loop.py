@@ -395,7 +395,6 @@ def _tame(leaf: Any) -> Any:
 
 
 def _microbatch_size(asked: int | None, device: torch.device, most: int) -> int:
-    if asked is not None:
-        return asked
     # On an accelerator a whole realised batch is tried first.
-    return CPU_MICROBATCH if device.type == "cpu" else most
+    default = CPU_MICROBATCH if device.type == "cpu" else most
+    return default if asked is None else asked

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.operands import PLAIN, TENSOR_CORES, chain, described, narrow, on_device_of, widened
+from discreet.core.kernels.operands import PLAIN, TENSOR_CORES, chain, described, loaded, narrow, on_device_of, widened
 from discreet.core.kernels.results import Squares
 
 
@@ -107,21 +107,3 @@ def _product_kernel(
     else:
         total = tl.sum(tl.sum(product * product, axis=1).to(tl.float64), axis=0)
         tl.store(out + (owner * tl.num_programs(1) + tile) * input_tiles + place % input_tiles, total)
-
-
-@triton.jit
-def loaded(
-    operand: tl.tensor, stride_b: tl.tensor, stride_k: tl.tensor, stride_s: tl.tensor, stride_w: tl.tensor,
-    example: tl.tensor, group: tl.tensor, position: tl.tensor, column: tl.tensor, positions: tl.tensor,
-    width: tl.tensor, DEPTH: tl.constexpr, SIDE: tl.constexpr, DESCRIBED: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """(DEPTH, SIDE) entries of one example: zeros beyond its positions, and beyond its width."""
-    if DESCRIBED:
-        value = operand.load([example.to(tl.int32), group.to(tl.int32), position, column]).reshape(DEPTH, SIDE)
-    else:
-        rows = position + tl.arange(0, DEPTH)
-        columns = column + tl.arange(0, SIDE)
-        at = operand + example.to(tl.int64) * stride_b + group.to(tl.int64) * stride_k
-        at += rows.to(tl.int64)[:, None] * stride_s + columns.to(tl.int64)[None, :] * stride_w
-        value = tl.load(at, mask=(rows < positions)[:, None] & (columns < width)[None, :], other=0.0)
-    return value

@@ -25,6 +25,7 @@ from discreet.core.kernels.operands import (
     described,
     flat_strides,
     is_long,
+    loaded,
     narrow,
     on_device_of,
     widened,
@@ -135,8 +136,8 @@ def _entries(
         if DESCRIBED:
             base = described
         else:
-            base = operands[n] + example * strides[4 * n] + group * strides[4 * n + 1]
-        steps = (strides[4 * n + 2], strides[4 * n + 3])
+            base = operands[n]
+        steps = (strides[4 * n], strides[4 * n + 1], strides[4 * n + 2], strides[4 * n + 3])
         if LONG:
             for block in range(0, widths[n], DEPTH * _RUNS):
                 part = tl.full((TILE, TILE), 0.0, tl.float32)
@@ -161,28 +162,18 @@ def _run(
     TILE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """What these entries add, in an accumulator of its own: a chain as long as the operand would hide half a norm."""
-    one = _loaded(base, steps, example, group, top, positions, start, width, TILE, DEPTH, DESCRIBED)
+    one = loaded(
+        base, steps[0], steps[1], steps[2], steps[3], example, group, top, start, positions, width, TILE, DEPTH,
+        DESCRIBED,
+    )  # fmt: skip
     if ONE:
         two = one
     else:
-        two = _loaded(base, steps, example, group, side, positions, start, width, TILE, DEPTH, DESCRIBED)
+        two = loaded(
+            base, steps[0], steps[1], steps[2], steps[3], example, group, side, start, positions, width, TILE, DEPTH,
+            DESCRIBED,
+        )  # fmt: skip
     if WIDE:
         one = one.to(tl.float32)
         two = two.to(tl.float32)
     return tl.dot(one, tl.trans(two), input_precision="ieee", max_num_imprecise_acc=DEPTH)
-
-
-@triton.jit
-def _loaded(
-    base, steps, example, group, first, positions, start, width,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
-):  # fmt: skip
-    """(TILE, DEPTH) entries of one example: zeros beyond its positions, and beyond its width."""
-    if DESCRIBED:
-        value = base.load([example.to(tl.int32), group.to(tl.int32), first, start]).reshape(TILE, DEPTH)
-    else:
-        rows = first + tl.arange(0, TILE)
-        depth = start + tl.arange(0, DEPTH)
-        at = base + rows.to(tl.int64)[:, None] * steps[0] + depth.to(tl.int64)[None, :] * steps[1]
-        value = tl.load(at, mask=(depth < width)[None, :] & (rows < positions)[:, None], other=0.0)
-    return value

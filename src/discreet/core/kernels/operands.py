@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -144,3 +145,21 @@ def _copies(device: torch.device) -> bool:
 def processors(device: torch.device) -> int:
     """How many processors a card has; four for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@triton.jit
+def loaded(
+    operand: tl.tensor, stride_b: tl.tensor, stride_k: tl.tensor, stride_s: tl.tensor, stride_w: tl.tensor,
+    example: tl.tensor, group: tl.tensor, position: tl.tensor, column: tl.tensor, positions: tl.tensor,
+    width: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """(ROWS, COLUMNS) entries of one example: zeros beyond its positions, and beyond its width."""
+    if DESCRIBED:
+        value = operand.load([example.to(tl.int32), group.to(tl.int32), position, column]).reshape(ROWS, COLUMNS)
+    else:
+        rows = position + tl.arange(0, ROWS)
+        columns = column + tl.arange(0, COLUMNS)
+        at = operand + example.to(tl.int64) * stride_b + group.to(tl.int64) * stride_k
+        at += rows.to(tl.int64)[:, None] * stride_s + columns.to(tl.int64)[None, :] * stride_w
+        value = tl.load(at, mask=(rows < positions)[:, None] & (columns < width)[None, :], other=0.0)
+    return value

@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discreet.core.kernels.direct import loaded
-from discreet.core.kernels.operands import described, interpreted, on_device_of, processors
+from discreet.core.kernels.operands import described, interpreted, loaded, on_device_of, processors
 
 _SIDE, _DEPTH, _SHALLOW, _AT_ONCE, _BAND = 128, 64, 32, 2, 8
 """Side of a tile; positions of a step, and where they would leave a tenth of it empty; programs that a processor holds;
