@@ -20,6 +20,10 @@ _PER_BACKEND = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= 
 NARROW = (torch.bfloat16, torch.float16)
 NARROW_GAP = 5e-2
 """How far two ways to one number may be apart where something is computed in half precision."""
+ROUNDING_GAP = 1e-3
+"""And where nothing is: kernels change with the size of a batch, and with the examples that a router sends together."""
+_LEAST = 1e-5
+"""Below it, losses are rounding of their logits."""
 
 
 class _Watch(TorchDispatchMode):
@@ -102,3 +106,12 @@ def is_close(
     gap = found[finite] - expected[finite]
     most = max(tolerance, above or 0.0)
     return bool(((gap >= -tolerance * scale - noise) & (gap <= most * scale + noise)).all())
+
+
+def each_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Equal within the tolerance, each relative to itself or the median: one that is huge must not hide the others."""
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)) or not finite.any():
+        return torch.equal(finite, torch.isfinite(found))
+    size, gap = expected[finite].abs(), (found[finite] - expected[finite]).abs()
+    return bool((gap <= tolerance * size.clamp(min=size.median()) + _LEAST).all())

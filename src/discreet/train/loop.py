@@ -131,7 +131,10 @@ class Private:
         """Clip and add the microbatch that `loader` gave out: the place of ``loss.backward()`` in an unchanged loop.
 
         Args:
-            losses: one per example of that microbatch, shape (B,).
+            losses: one per example of that microbatch, shape (B,): those of the ``loss`` that was checked.
+
+        Raises:
+            CheckFailed: they are others (asked at updates 0, 1, 3, 7, ...).
         """
         self.loader.settle(losses)
 

@@ -15,6 +15,7 @@ from discreet.core.gradient import backward, open_book, settle
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 from discreet.train.probing import find_rate
+from discreet.train.recheck import HandedOut, is_due
 from discreet.train.stillness import Moving
 from discreet.train.updates import Updates
 
@@ -36,6 +37,7 @@ class MicrobatchLoader:
         self._total: ClippedSum | None = None
         self._weight = 1.0
         self._moving: Moving | None = None
+        self._handed_out: HandedOut | None = None
         self._is_first = self._is_last = False
         self._turn = 0
         self.index = 0
@@ -77,15 +79,22 @@ class MicrobatchLoader:
 
         Raises:
             ConfigError: there is none, or the losses are not one per example.
+            CheckFailed: they are not those of the loss that was checked, or depend on other examples.
         """
         if self._book is None or self._total is None:
             raise ConfigError("private.backward() without a batch: iterate private.loader, and call it once per batch.")
         book, self._book = self._book, None
+        handed_out, self._handed_out = self._handed_out, None
         with self._guarded:
             backward(book, losses_B * self._weight)
         if self._moving is not None and self._is_last:
             self._moving.move()
         share = settle(book, self._updates.step.clipping)
+        if handed_out is not None:
+            total, self._total = self._total, None  # nothing to step with, if this fails
+            handed_out.require_same(losses_B.detach(), book)
+            handed_out.require_alone(examples=book.examples, update=self.index)
+            self._total = total
         # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.
         if self._weight and self._is_first:
             self._total = share
@@ -129,6 +138,8 @@ class MicrobatchLoader:
                 stack.enter_context(step.watch.still())
             stack.enter_context(guard(book))
             self._book, self._guarded = book, stack
+            if self._is_first and is_due(self.index):
+                self._handed_out = HandedOut.now(step.model, step.loss, batch, devices=self._updates.devices)
             try:
                 yield batch
                 skipped = self._book is not None

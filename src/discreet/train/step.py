@@ -19,6 +19,7 @@ from discreet.core.noise import Released
 from discreet.core.replay import Replay
 from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
+from discreet.train.recheck import require_alone
 from discreet.train.stillness import Moving, Watch
 
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
@@ -101,6 +102,11 @@ class ClippedStep:
             total = self.fitted(lambda: self._attempt(indices, moving), realised=len(indices))
             moving.move()
         return total
+
+    def require_alone(self, indices: np.ndarray, *, update: int) -> None:
+        """Ask the first microbatch of a batch whether each of its examples is alone; raises `CheckFailed`."""
+        for part in self.microbatch.split(indices)[:1]:
+            require_alone(self.model, self.loss, self.fetch(part), examples=len(part), update=update)
 
     def forward_made_up(self) -> None:
         """A forward that no example takes part in; what every forward moves moves."""

@@ -26,6 +26,7 @@ from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
 from discreet.train.horizon import Charges, replaced_because, updates_allowed
+from discreet.train.recheck import is_due
 from discreet.train.run import Run, Stage
 from discreet.train.seeded import seeded
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
@@ -167,7 +168,10 @@ class Updates:
         """The clipped sum of the next update."""
         indices = self.draw()
         with self.model_randomness():
-            return self.step.clipped_sum(indices)
+            total = self.step.clipped_sum(indices)
+            if is_due(self.done):
+                self.step.require_alone(indices, update=self.done)
+        return total
 
     def empty_sum(self) -> ClippedSum:
         """The clipped sum of no example."""
@@ -306,11 +310,15 @@ class Updates:
             )
         refuse_unreleased(self.optimizer, self.step.parameters)
 
+    @property
+    def devices(self) -> list[int]:
+        """Indices of the CUDA devices that the model is on."""
+        return sorted({p.device.index or 0 for p in self.step.parameters.values() if p.device.type == "cuda"})
+
     @contextmanager
     def model_randomness(self) -> Iterator[None]:
         """Dropout and augmentation as a function of (key, step); the caller's generators are put back afterwards."""
-        devices = sorted({p.device.index or 0 for p in self.step.parameters.values() if p.device.type == "cuda"})
-        with seeded(self.run.torch_seed(self.done), devices=devices):
+        with seeded(self.run.torch_seed(self.done), devices=self.devices):
             yield
 
     def checkpoint_if_due(self) -> None:

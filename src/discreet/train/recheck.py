@@ -1,0 +1,126 @@
+"""The self-check goes on: updates 0, 1, 3, 7, ... ask again, of what they draw.
+
+Before the first update it sees four examples and the model as it begins. It cannot see what comes later (a term that a
+loss adds after a thousand updates, values that the four do not have, what a model does from a hundred examples on), nor
+what a loop of one's own makes of the batches that it is given. So ever fewer updates ask two more questions, before
+anything of them is released: are the losses of some examples what they are in other company, and are the losses
+that a loop hands in those of the loss that was checked?
+
+Shape legend: B = examples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from discreet.core.book import Book
+from discreet.core.gradient import LossFunction
+from discreet.core.isolation import first_losses_agree
+from discreet.core.layout import copies, put_back, take
+from discreet.core.precision import NARROW_GAP, ROUNDING_GAP, computes_narrowly, each_close
+from discreet.core.traced import KIND
+from discreet.errors import CheckFailed
+from discreet.train.seeded import Moment
+
+_EVERY = 8
+
+
+def is_due(update: int) -> bool:
+    """Whether an update asks: 0, 1, 3, 7, 15 and so on, so that a run of any length pays for a few."""
+    return update & (update + 1) == 0
+
+
+def require_alone(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, update: int) -> None:
+    """Replace most of a microbatch by copies of the others, whose losses must stay what they are.
+
+    One in `_EVERY` stays: the fewer, the less likely that what couples them (a rare value, a long text) stays too.
+
+    Args:
+        batch: one microbatch as training draws it.
+        examples: B.
+        update: which of them stay follows from it.
+
+    Raises:
+        CheckFailed: they do not.
+    """
+    if examples < 2:
+        return
+    stay = list(range(update.bit_length() % min(_EVERY, examples), examples, _EVERY))
+    others = sorted(set(range(examples)) - set(stay))
+    copied = [stay[place % len(stay)] for place in range(examples)]
+    given, replaced = (take(batch, rows, examples) for rows in (stay + others, copied))
+    if not first_losses_agree(model, loss, (given, examples), (replaced, examples), first=len(stay)):
+        raise CheckFailed(
+            f"update {update}: an example's loss depends on others of its microbatch, as no example of the self-check "
+            "showed (a term that has begun since, values that those did not have, a number of examples); take each "
+            "example by itself. This batch is not released."
+        )
+
+
+@dataclass(frozen=True)
+class HandedOut:
+    """A microbatch that was given to a loop of one's own, and what its losses have to be.
+
+    Attributes:
+        batch: as it was handed out: the loop may take things out of its own dict.
+        moment: where the generators stood, so that dropout draws the same masks again.
+        buffers: of the model, then.
+    """
+
+    model: nn.Module
+    loss: LossFunction
+    batch: Any
+    moment: Moment
+    buffers: Mapping[str, Tensor]
+
+    @classmethod
+    def now(cls, model: nn.Module, loss: LossFunction, batch: Any, *, devices: Sequence[int]) -> HandedOut:
+        """A microbatch that is handed out now."""
+        kept = tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else copy.copy(leaf), batch)
+        return cls(model, loss, kept, Moment.now(devices=devices), copies(model))
+
+    def require_same(self, losses_B: Tensor, book: Book) -> None:
+        """Compare the losses of the loop with those of the loss that was checked.
+
+        What a compiler makes of dropout draws other masks; then there is nothing to compare.
+
+        Args:
+            losses_B: what the loop made of the batch.
+            book: what its forward booked.
+
+        Raises:
+            CheckFailed: they are others.
+        """
+        wanted_B = self._losses(self.moment)
+        if each_close(losses_B, wanted_B, ROUNDING_GAP):
+            return
+        if computes_narrowly(lambda: self._losses(self.moment)) and each_close(losses_B, wanted_B, NARROW_GAP):
+            return
+        compiled = any(function.startswith(KIND) for _, function, _ in book.layout().axes)
+        if compiled and not torch.equal(self._losses(Moment.now(devices=tuple(self.moment.devices))), wanted_B):
+            return
+        raise CheckFailed(
+            "the losses of this loop are not those of loss=, which the self-check has seen: what else the loop does "
+            "with a batch (mixup, an augmentation, a GradScaler, a weight or a mean over it) may couple its examples; "
+            "do it in loss= or in the data set. This batch is not released."
+        )
+
+    def require_alone(self, *, examples: int, update: int) -> None:
+        """`require_alone` of this microbatch."""
+        require_alone(self.model, self.loss, self.batch, examples=examples, update=update)
+
+    def _losses(self, moment: Moment) -> Tensor:
+        kept = copies(self.model)
+        put_back(self.model, self.buffers)
+        try:
+            with moment.again(), torch.no_grad():
+                return self.loss(self.model, self.batch).detach().clone()
+        finally:
+            put_back(self.model, kept)

@@ -1,0 +1,204 @@
+"""What the self-check before update 0 cannot see is asked again while training draws its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from discreet.core.precision import each_close
+from discreet.errors import CheckFailed, ConfigError
+from discreet.train.loop import Private
+from discreet.train.recheck import is_due, require_alone
+from train import toys
+from train.short_run import short_run
+
+Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def _plain(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(network(rows), targets, reduction="none")
+
+
+def _mixed(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    return _plain(network, 0.9 * rows + 0.1 * rows.roll(1, 0), targets)
+
+
+def _averaged(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    return _plain(network, rows, targets) / len(rows)
+
+
+def _standardised(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    return _plain(network, (rows - rows.mean(0)) / rows.std(0), targets)
+
+
+def _balanced(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    losses_B = _plain(network, rows, targets)
+    return losses_B + 0.01 * losses_B.mean()
+
+
+def _weighted(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    """Every Jacobian entry between two examples is zero, and yet each depends on all labels."""
+    return _plain(network, rows, targets) / targets.float().mean()
+
+
+def _loop(private: Private, optimizer: torch.optim.Optimizer, losses: Losses) -> None:
+    for rows, targets in private.loader:
+        private.backward(losses(private.model, rows, targets))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _private(run_dir: Path, **changes: object) -> tuple[Private, torch.optim.Optimizer]:
+    network = changes.pop("network", None) or toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    return short_run(run_dir, model=network, optimizer=optimizer, **changes), optimizer
+
+
+def test_ever_fewer_updates_ask() -> None:
+    assert [update for update in range(70) if is_due(update)] == [0, 1, 3, 7, 15, 31, 63]
+
+
+@pytest.mark.parametrize("losses", [_mixed, _averaged, _standardised, _balanced, _weighted])
+def test_a_loop_that_couples_what_it_is_given(tmp_path: Path, losses: Losses) -> None:
+    private, optimizer = _private(tmp_path)
+    before = toys.weights(private.model)
+    with pytest.raises(CheckFailed, match="losses of this loop are not those of loss="):
+        _loop(private, optimizer, losses)
+    with pytest.raises(ConfigError, match="without a clipped gradient"):
+        optimizer.step()
+    assert torch.equal(toys.weights(private.model), before)
+
+
+def test_a_scaled_loss(tmp_path: Path) -> None:
+    private, optimizer = _private(tmp_path)
+    with pytest.raises(CheckFailed, match="GradScaler"):
+        _loop(private, optimizer, lambda *given: 1024 * _plain(*given))
+
+
+@pytest.mark.parametrize("microbatch", [7, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loop_with_the_losses_that_were_checked(tmp_path: Path, dtype: torch.dtype, microbatch: int) -> None:
+    """Dropout draws the same masks again, and the loop's own random numbers are what they were."""
+    drawn = []
+    for name in ("loop", "steps"):
+        network, data = toys.model(dtype, dropout=0.4), toys.data(dtype)
+        private, optimizer = _private(tmp_path / name, network=network, dataset=data, microbatch=microbatch)
+        if name == "loop":
+            _loop(private, optimizer, _plain)
+        else:
+            for _ in private:
+                pass
+        drawn.append(toys.weights(network))
+    assert torch.equal(*drawn)
+
+
+class _Dicts(Dataset[dict[str, Tensor]]):
+    def __init__(self) -> None:
+        self._data = toys.data()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rows, targets = self._data[index]
+        return {"rows": rows, "labels": targets}
+
+
+def test_a_loop_that_takes_things_out_of_its_batch(tmp_path: Path) -> None:
+    def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return _plain(network, batch["rows"], batch["labels"])
+
+    private, optimizer = _private(tmp_path, dataset=_Dicts(), loss=loss)
+    for batch in private.loader:
+        labels = batch.pop("labels")
+        private.backward(_plain(private.model, batch.pop("rows"), labels))
+        optimizer.step()
+    assert private.done == 12
+
+
+class _Later(nn.Module):
+    """From some forward in training on, examples look at each other."""
+
+    def __init__(self, *, after: int) -> None:
+        super().__init__()
+        self.network, self.updates, self._after = toys.model(), 0, after
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.network(rows - rows.mean(0) if self.updates >= self._after else rows)
+
+
+@pytest.mark.parametrize(("after", "noticed"), [(2, 3), (3, 3), (5, 7)])
+@pytest.mark.parametrize("loop", ["steps", "microbatches"])
+def test_a_coupling_that_begins_later(tmp_path: Path, loop: str, after: int, noticed: int) -> None:
+    network = _Later(after=after)
+    private, optimizer = _private(tmp_path, network=network)
+
+    def train() -> None:
+        if loop == "steps":
+            for step in private:
+                network.updates = step.index + 1
+            return
+        for batch in private.loader:
+            private.backward(toys.loss(network, batch))
+            optimizer.step()
+            network.updates = private.done
+
+    with pytest.raises(CheckFailed, match=rf"update {noticed}: an example's loss depends on others"):
+        train()
+    assert private.done == noticed
+
+
+class _Rare(nn.Module):
+    """Examples above 9 change what becomes of all others; the first four have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = toys.model()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.network(rows * (2.0 if bool((rows.detach() > 9).any()) else 1.0))
+
+
+def test_a_coupling_by_values_that_the_first_examples_do_not_have(tmp_path: Path) -> None:
+    rows, targets = toys.data().tensors
+    rows = rows.clone()
+    rows[20::7] = 10.0
+    private, _ = _private(tmp_path, network=_Rare(), dataset=TensorDataset(rows, targets))
+    with pytest.raises(CheckFailed, match="an example's loss depends on others"):
+        for _ in private:
+            pass
+    assert private.done < 12
+
+
+def test_a_coupling_from_many_examples_on(tmp_path: Path) -> None:
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        losses_B = toys.loss(network, batch)
+        return losses_B + (losses_B.mean() if len(losses_B) > 50 else 0.0)
+
+    private, _ = _private(tmp_path, loss=loss, batch_size=70)
+    with pytest.raises(CheckFailed, match=r"update 0: an example's loss depends on others"):
+        next(iter(private))
+    assert private.done == 0
+
+
+def test_hostile_losses_hide_nothing() -> None:
+    """One loss of a million beside others of one: 0.1 % of it is a thousand of them."""
+    expected = torch.tensor([1e6, 1.0, 1.1, float("nan"), 0.9])
+    assert each_close(expected.clone(), expected, 1e-3)
+    assert not each_close(expected + torch.tensor([0.0, 0.01, 0.0, 0.0, 0.0]), expected, 1e-3)
+    assert not each_close(expected.nan_to_num(), expected, 1e-3)
+    assert each_close(torch.tensor([float("inf")]), torch.tensor([float("nan")]), 1e-3)
+
+
+def test_one_example_is_alone() -> None:
+    require_alone(toys.model(), _never, None, examples=1, update=0)
+
+
+def _never(*_: object) -> Tensor:
+    raise AssertionError
