@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from discreet.core.precision import each_close
 from discreet.errors import CheckFailed, ConfigError
@@ -187,6 +188,51 @@ def test_a_coupling_from_many_examples_on(tmp_path: Path) -> None:
     assert private.done == 0
 
 
+class _Lengths(Dataset[tuple[Tensor, Tensor]]):
+    """Rows of six numbers, but for those of every fifth example, which are as many as its index."""
+
+    def __len__(self) -> int:
+        return toys.EXAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        length = index if index > 6 and index % 5 == 0 else 6
+        return torch.full((length,), float(index % 3)), torch.tensor(index % 2)
+
+
+def _padded(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    rows, targets = zip(*examples, strict=True)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.stack(targets)
+
+
+def test_a_mean_over_padding(tmp_path: Path) -> None:
+    """What an example is padded to follows from its company: so does its loss, once lengths differ."""
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        means_B = batch[0].mean(1, keepdim=True)
+        return F.cross_entropy(network(means_B.expand(-1, 6)), batch[1], reduction="none")
+
+    loader = DataLoader(_Lengths(), batch_size=4, collate_fn=_padded)
+    private, _ = _private(tmp_path, dataset=loader, loss=loss)
+    with pytest.raises(CheckFailed, match="an example's loss depends on others"):
+        for _ in private:
+            pass
+
+
+class _Augmented(_Dicts):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        example = super().__getitem__(index)
+        turns = int(torch.randint(1, 4, ()))  # draws as often as it likes
+        return example | {"rows": example["rows"] + 0.1 * torch.randn(turns, 6).mean(0)}
+
+
+def test_an_augmentation_draws_the_same_again(tmp_path: Path) -> None:
+    def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return _plain(network, batch["rows"], batch["labels"])
+
+    private, _ = _private(tmp_path, dataset=_Augmented(), loss=loss)
+    assert sum(1 for _ in private) == 12
+
+
 def test_hostile_losses_hide_nothing() -> None:
     """One loss of a million beside others of one: 0.1 % of it is a thousand of them."""
     expected = torch.tensor([1e6, 1.0, 1.1, float("nan"), 0.9])
@@ -197,7 +243,7 @@ def test_hostile_losses_hide_nothing() -> None:
 
 
 def test_one_example_is_alone() -> None:
-    require_alone(toys.model(), _never, None, examples=1, update=0)
+    require_alone(toys.model(), _never, _never, np.zeros(1, dtype=np.int64), update=0)
 
 
 def _never(*_: object) -> Tensor:

@@ -93,7 +93,7 @@ class MicrobatchLoader:
         if handed_out is not None:
             total, self._total = self._total, None  # nothing to step with, if this fails
             handed_out.require_same(losses_B.detach(), book)
-            handed_out.require_alone(examples=book.examples, update=self.index)
+            self._updates.step.require_alone(handed_out.indices, update=self.index)
             self._total = total
         # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.
         if self._weight and self._is_first:
@@ -139,7 +139,7 @@ class MicrobatchLoader:
             stack.enter_context(guard(book))
             self._book, self._guarded = book, stack
             if self._is_first and is_due(self.index):
-                self._handed_out = HandedOut.now(step.model, step.loss, batch, devices=self._updates.devices)
+                self._handed_out = HandedOut.now(step.model, step.loss, batch, indices=part, devices=step.devices)
             try:
                 yield batch
                 skipped = self._book is not None

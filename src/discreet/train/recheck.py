@@ -12,10 +12,11 @@ Shape legend: B = examples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -23,13 +24,13 @@ from torch.utils._pytree import tree_map
 from discreet.core.book import Book
 from discreet.core.gradient import LossFunction
 from discreet.core.isolation import first_losses_agree
-from discreet.core.layout import copies, put_back, take
+from discreet.core.layout import copies, put_back
 from discreet.core.precision import NARROW_GAP, ROUNDING_GAP, computes_narrowly, each_close
 from discreet.core.traced import KIND
 from discreet.errors import CheckFailed
-from discreet.train.seeded import Moment
+from discreet.train.seeded import Moment, seeded
 
-_EVERY = 8
+_SEED, _EVERY = 20_781, 8
 
 
 def is_due(update: int) -> bool:
@@ -37,30 +38,43 @@ def is_due(update: int) -> bool:
     return update & (update + 1) == 0
 
 
-def require_alone(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, update: int) -> None:
-    """Replace most of a microbatch by copies of the others, whose losses must stay what they are.
+def require_alone(
+    model: nn.Module,
+    loss: LossFunction,
+    fetch: Callable[[np.ndarray], Any],
+    indices_B: np.ndarray,
+    *,
+    update: int,
+    devices: Sequence[int] = (),
+) -> None:
+    """Fetch most of a microbatch anew as copies of the others, whose losses must stay what they are.
 
-    One in `_EVERY` stays: the fewer, the less likely that what couples them (a rare value, a long text) stays too.
+    One in `_EVERY` stays: the fewer, the less likely that what couples them (a rare value, a long text) stays too. They
+    are fetched first, so that an augmentation draws for them what it drew before.
 
     Args:
-        batch: one microbatch as training draws it.
-        examples: B.
+        fetch: indices -> batch.
+        indices_B: of one microbatch, as training draws it.
         update: which of them stay follows from it.
+        devices: indices of the CUDA devices whose generators a data set may draw from.
 
     Raises:
         CheckFailed: they do not.
     """
+    examples = len(indices_B)
     if examples < 2:
         return
     stay = list(range(update.bit_length() % min(_EVERY, examples), examples, _EVERY))
     others = sorted(set(range(examples)) - set(stay))
-    copied = [stay[place % len(stay)] for place in range(examples)]
-    given, replaced = (take(batch, rows, examples) for rows in (stay + others, copied))
-    if not first_losses_agree(model, loss, (given, examples), (replaced, examples), first=len(stay)):
+    batches = []
+    for rows in (stay + others, [stay[place % len(stay)] for place in range(examples)]):
+        with seeded(_SEED + update, devices=devices):
+            batches.append((fetch(indices_B[rows]), examples))
+    if not first_losses_agree(model, loss, *batches, first=len(stay)):
         raise CheckFailed(
             f"update {update}: an example's loss depends on others of its microbatch, as no example of the self-check "
-            "showed (a term that has begun since, values that those did not have, a number of examples); take each "
-            "example by itself. This batch is not released."
+            "showed (a term that has begun since, values or lengths that those did not have, a number of examples); "
+            "take each example by itself. This batch is not released."
         )
 
 
@@ -72,6 +86,7 @@ class HandedOut:
         batch: as it was handed out: the loop may take things out of its own dict.
         moment: where the generators stood, so that dropout draws the same masks again.
         buffers: of the model, then.
+        indices: which examples it holds.
     """
 
     model: nn.Module
@@ -79,12 +94,15 @@ class HandedOut:
     batch: Any
     moment: Moment
     buffers: Mapping[str, Tensor]
+    indices: np.ndarray
 
     @classmethod
-    def now(cls, model: nn.Module, loss: LossFunction, batch: Any, *, devices: Sequence[int]) -> HandedOut:
+    def now(
+        cls, model: nn.Module, loss: LossFunction, batch: Any, *, indices: np.ndarray, devices: Sequence[int]
+    ) -> HandedOut:
         """A microbatch that is handed out now."""
         kept = tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else copy.copy(leaf), batch)
-        return cls(model, loss, kept, Moment.now(devices=devices), copies(model))
+        return cls(model, loss, kept, Moment.now(devices=devices), copies(model), indices)
 
     def require_same(self, losses_B: Tensor, book: Book) -> None:
         """Compare the losses of the loop with those of the loss that was checked.
@@ -111,10 +129,6 @@ class HandedOut:
             "with a batch (mixup, an augmentation, a GradScaler, a weight or a mean over it) may couple its examples; "
             "do it in loss= or in the data set. This batch is not released."
         )
-
-    def require_alone(self, *, examples: int, update: int) -> None:
-        """`require_alone` of this microbatch."""
-        require_alone(self.model, self.loss, self.batch, examples=examples, update=update)
 
     def _losses(self, moment: Moment) -> Tensor:
         kept = copies(self.model)

@@ -106,7 +106,12 @@ class ClippedStep:
     def require_alone(self, indices: np.ndarray, *, update: int) -> None:
         """Ask the first microbatch of a batch whether each of its examples is alone; raises `CheckFailed`."""
         for part in self.microbatch.split(indices)[:1]:
-            require_alone(self.model, self.loss, self.fetch(part), examples=len(part), update=update)
+            require_alone(self.model, self.loss, self.fetch, part, update=update, devices=self.devices)
+
+    @property
+    def devices(self) -> list[int]:
+        """Indices of the CUDA devices that the model is on."""
+        return sorted({p.device.index or 0 for p in self.parameters.values() if p.device.type == "cuda"})
 
     def forward_made_up(self) -> None:
         """A forward that no example takes part in; what every forward moves moves."""

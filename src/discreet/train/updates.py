@@ -310,15 +310,10 @@ class Updates:
             )
         refuse_unreleased(self.optimizer, self.step.parameters)
 
-    @property
-    def devices(self) -> list[int]:
-        """Indices of the CUDA devices that the model is on."""
-        return sorted({p.device.index or 0 for p in self.step.parameters.values() if p.device.type == "cuda"})
-
     @contextmanager
     def model_randomness(self) -> Iterator[None]:
         """Dropout and augmentation as a function of (key, step); the caller's generators are put back afterwards."""
-        with seeded(self.run.torch_seed(self.done), devices=self.devices):
+        with seeded(self.run.torch_seed(self.done), devices=self.step.devices):
             yield
 
     def checkpoint_if_due(self) -> None:
