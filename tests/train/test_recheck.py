@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from discreet.core.precision import each_close
 from discreet.errors import CheckFailed, ConfigError
 from discreet.train.loop import Private
-from discreet.train.recheck import is_due, require_alone
+from discreet.train.recheck import ask_again, is_due
+from discreet.train.step import ClippedStep
 from train import toys
 from train.short_run import short_run
 
@@ -242,9 +244,71 @@ def test_hostile_losses_hide_nothing() -> None:
     assert each_close(torch.tensor([float("inf")]), torch.tensor([float("nan")]), 1e-3)
 
 
-def test_one_example_is_alone() -> None:
-    require_alone(toys.model(), _never, _never, np.zeros(1, dtype=np.int64), update=0)
+class _Sorted(nn.Module):
+    """Puts its batch in the order of a key and back, by means that the graph does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        order = rows[:, 0].detach().round().argsort(stable=True)
+        turned = torch.zeros_like(rows).index_copy(0, order.argsort(), rows)
+        hidden = torch.tanh(self.first(turned))
+        return self.last(torch.zeros_like(hidden).index_copy(0, order, hidden))
 
 
-def _never(*_: object) -> Tensor:
-    raise AssertionError
+def test_norms_that_go_to_other_examples() -> None:
+    """Asked of the function itself: the self-check refuses this model on batches that it makes up."""
+    torch.manual_seed(0)
+    network, (rows, targets) = _Sorted(), toys.data().tensors
+
+    def fetch(indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        return rows[indices], targets[indices]
+
+    def ask(indices: np.ndarray, update: int) -> None:
+        ask_again(network, toys.loss, fetch, indices, layout=None, update=update)
+
+    for update in (0, 1, 3):
+        with pytest.raises(CheckFailed, match="norm of an example's gradient is not that of autograd"):
+            ask(np.arange(40), update)
+    same_key = np.flatnonzero(rows[:, 0].round() == 0)
+    assert len(same_key) > 8
+    ask(same_key, 0)
+
+
+def test_norms_of_rows_that_are_not_finite_are_not_compared() -> None:
+    rows, targets = toys.data().tensors
+    rows = rows.clone()
+    rows[::3] = torch.tensor([float("nan"), 1e30, -1e30, 1e38, 0.0, float("inf")])
+    for update in (0, 1, 3, 7):
+        ask_again(
+            toys.model(),
+            toys.loss,
+            lambda indices: (rows[indices], targets[indices]),
+            np.arange(33),
+            layout=None,
+            update=update,
+        )
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_example_and_one(count: int) -> None:
+    rows, targets = (value[:count] for value in toys.data().tensors)
+    ask_again(toys.model(), toys.loss, lambda _: (rows, targets), np.arange(count), layout=None, update=0)
+
+
+def test_asking_again_is_content_with_fewer_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd keeps more than training does: what does not fit there is no reason to train in smaller microbatches."""
+    private, _ = _private(tmp_path, microbatch=16)
+    asked = []
+
+    def short_of_memory(*given: object, **_: object) -> None:
+        asked.append(len(given[3]))
+        if asked[-1] > 4:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sys.modules[ClippedStep.__module__], "ask_again", short_of_memory)
+    next(iter(private))
+    assert asked == [16, 8, 4]
+    assert private._updates.step.microbatch.size == 16

@@ -192,7 +192,7 @@ def _compare(
     for index in range(size):
         with frozen_state(model):
             (row,) = _one_at_a_time(model, loss, take(batch, [index] * size, size), parameters, [index])
-        among_copies.append([0.0 if gradient is None else float(gradient.double().norm()) for gradient in row])
+        among_copies.append(_norms(row))
     isolated = all(  # `expected` and `noise` are those of the whole batch, which came last
         is_close(wanted.new_tensor(found), wanted, tolerance, noise=noise)
         for found, wanted in zip(zip(*among_copies, strict=True), expected.norms.values(), strict=True)
@@ -238,6 +238,27 @@ def _agrees_elsewhere(
     for name, wanted in expected.norms.items():
         agrees &= is_close(found[name][finite], wanted[finite], tolerance, noise=noise)
     return agrees, book.layout()
+
+
+@uncompiled()
+def norms_agree(
+    model: nn.Module, loss: LossFunction, batch: Any, *, layout: Layout | None, examples: int, rows: Sequence[int]
+) -> bool:
+    """Whether the norms of some rows of a batch are those of autograd, as training takes them, where all are finite."""
+    parameters = trainable(model)
+    narrow = _tolerance(model, loss, batch, parameters) == NARROW_GAP
+    tolerance = _DEEP if narrow else _ROUNDED_UP
+    book = _booked(model, loss, batch, examples, layout=layout)
+    taken = book.parameter_norms()
+    book.discard()
+    with frozen_state(model):
+        each = [_norms(row) for row in _one_at_a_time(model, loss, batch, parameters, rows)]
+    wanted = dict(zip(parameters, torch.tensor(each, dtype=torch.float64).T, strict=True))
+    nothing = torch.zeros(examples)
+    found = {name: taken.get(name, nothing)[list(rows)].cpu().double() for name in wanted}
+    finite = torch.stack([*wanted.values(), *found.values()]).isfinite().all(0)
+    noise = _rounding(wanted, parameters, tolerance)
+    return all(is_close(found[name][finite], value[finite], tolerance, noise=noise) for name, value in wanted.items())
 
 
 def _booked(
@@ -326,6 +347,10 @@ def _one_at_a_time_recomputed(
         stand_ins = {f"model.{name}": nn.Parameter(parameter.detach()) for name, parameter in parameters.items()}
         torch.func.functional_call(Loss(), stand_ins, (index,))
         yield tuple(stand_in.grad for stand_in in stand_ins.values())
+
+
+def _norms(row: Sequence[Tensor | None]) -> list[float]:
+    return [0.0 if gradient is None else float(gradient.double().norm()) for gradient in row]
 
 
 def _rounding(norms: Mapping[str, Tensor], parameters: Mapping[str, Tensor], tolerance: float) -> float:

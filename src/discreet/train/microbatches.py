@@ -93,7 +93,7 @@ class MicrobatchLoader:
         if handed_out is not None:
             total, self._total = self._total, None  # nothing to step with, if this fails
             handed_out.require_same(losses_B.detach(), book)
-            self._updates.step.require_alone(handed_out.indices, update=self.index)
+            self._updates.step.ask_again(handed_out.indices, update=self.index)
             self._total = total
         # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.
         if self._weight and self._is_first:

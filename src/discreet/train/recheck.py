@@ -2,9 +2,9 @@
 
 Before the first update it sees four examples and the model as it begins. It cannot see what comes later (a term that a
 loss adds after a thousand updates, values that the four do not have, what a model does from a hundred examples on), nor
-what a loop of one's own makes of the batches that it is given. So ever fewer updates ask two more questions, before
-anything of them is released: are the losses of some examples what they are in other company, and are the losses
-that a loop hands in those of the loss that was checked?
+what a loop of one's own makes of the batches that it is given. So ever fewer updates ask again, before
+anything of them is released: are the losses of some examples what they are in other company, are their norms those of
+autograd, and are the losses that a loop hands in those of the loss that was checked?
 
 Shape legend: B = examples.
 """
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.gradient import LossFunction
 from discreet.core.isolation import first_losses_agree
 from discreet.core.layout import copies, put_back
 from discreet.core.precision import NARROW_GAP, ROUNDING_GAP, computes_narrowly, each_close
+from discreet.core.selftest import norms_agree
 from discreet.core.traced import KIND
 from discreet.errors import CheckFailed
 from discreet.train.seeded import Moment, seeded
@@ -38,16 +40,17 @@ def is_due(update: int) -> bool:
     return update & (update + 1) == 0
 
 
-def require_alone(
+def ask_again(
     model: nn.Module,
     loss: LossFunction,
     fetch: Callable[[np.ndarray], Any],
     indices_B: np.ndarray,
     *,
+    layout: Layout | None,
     update: int,
     devices: Sequence[int] = (),
 ) -> None:
-    """Fetch most of a microbatch anew as copies of the others, whose losses must stay what they are.
+    """Fetch most of a microbatch anew as copies of the others, whose losses must stay; take two norms by autograd.
 
     One in `_EVERY` stays: the fewer, the less likely that what couples them (a rare value, a long text) stays too. They
     are fetched first, so that an augmentation draws for them what it drew before.
@@ -55,14 +58,15 @@ def require_alone(
     Args:
         fetch: indices -> batch.
         indices_B: of one microbatch, as training draws it.
+        layout: how every use carries the batch.
         update: which of them stay follows from it.
         devices: indices of the CUDA devices whose generators a data set may draw from.
 
     Raises:
-        CheckFailed: they do not.
+        CheckFailed: they do not, or a norm is another one.
     """
     examples = len(indices_B)
-    if examples < 2:
+    if examples == 0:
         return
     stay = list(range(update.bit_length() % min(_EVERY, examples), examples, _EVERY))
     others = sorted(set(range(examples)) - set(stay))
@@ -75,6 +79,13 @@ def require_alone(
             f"update {update}: an example's loss depends on others of its microbatch, as no example of the self-check "
             "showed (a term that has begun since, values or lengths that those did not have, a number of examples); "
             "take each example by itself. This batch is not released."
+        )
+    rows = range(min(2, len(stay)))
+    if not norms_agree(model, loss, batches[0][0], layout=layout, examples=examples, rows=rows):
+        raise CheckFailed(
+            f"update {update}: the norm of an example's gradient is not that of autograd, as no example of the "
+            "self-check showed (a batch that is put in an order by what those have in common, a use that they do not "
+            "make); keep each example at its place. This batch is not released."
         )
 
 

@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from discreet.core.noise import Released
 from discreet.core.replay import Replay
 from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
-from discreet.train.recheck import require_alone
+from discreet.train.recheck import ask_again
 from discreet.train.stillness import Moving, Watch
 
+_Made = TypeVar("_Made")
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
 
@@ -103,10 +104,15 @@ class ClippedStep:
             moving.move()
         return total
 
-    def require_alone(self, indices: np.ndarray, *, update: int) -> None:
-        """Ask the first microbatch of a batch whether each of its examples is alone; raises `CheckFailed`."""
-        for part in self.microbatch.split(indices)[:1]:
-            require_alone(self.model, self.loss, self.fetch, part, update=update, devices=self.devices)
+    def ask_again(self, indices: np.ndarray, *, update: int) -> None:
+        """Ask the first microbatch of a batch what the self-check asked a few examples; raises `CheckFailed`."""
+        asked = replace(self, microbatch=Microbatch(self.microbatch.size))  # autograd alone needs more memory
+
+        def ask() -> None:
+            first, fetch = indices[: asked.microbatch.size], self.fetch
+            ask_again(self.model, self.loss, fetch, first, layout=self.layout, update=update, devices=self.devices)
+
+        asked.fitted(ask, realised=len(indices))
 
     @property
     def devices(self) -> list[int]:
@@ -117,7 +123,7 @@ class ClippedStep:
         """A forward that no example takes part in; what every forward moves moves."""
         self.loss(self.model, self.made_up)
 
-    def fitted(self, attempt: Callable[[], ClippedSum], *, realised: int) -> ClippedSum:
+    def fitted(self, attempt: Callable[[], _Made], *, realised: int) -> _Made:
         """What ``attempt`` makes of a whole batch; done again in half the microbatch for as long as memory runs out."""
         while True:
             try:

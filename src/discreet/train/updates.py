@@ -170,7 +170,7 @@ class Updates:
         with self.model_randomness():
             total = self.step.clipped_sum(indices)
             if is_due(self.done):
-                self.step.require_alone(indices, update=self.done)
+                self.step.ask_again(indices, update=self.done)
         return total
 
     def empty_sum(self) -> ClippedSum:
