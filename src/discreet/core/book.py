@@ -80,6 +80,11 @@ class Book:
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
         self._end = torch.autograd.graph.get_gradient_edge(self.sink).node
 
+    @property
+    def settles_early(self) -> bool:
+        """Whether a record may be the last of its group, and free all that the group has booked."""
+        return bool(self._group_of)
+
     def name_of(self, parameter: Tensor) -> str:
         """The name under which a parameter is guarded."""
         try:

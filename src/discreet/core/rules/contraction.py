@@ -48,6 +48,13 @@ class _Ledger:
     weight: Derivation | None
     bias: Derivation | None
 
+    def record(self, operation: Operation, grad: Tensor, input: Tensor, weight: Tensor) -> None:
+        """Book both."""
+        if self.weight is not None:
+            self.book.record(self.weight, operation.weight_form(grad, input, weight, self.book.examples))
+        if self.bias is not None:
+            self.book.record(self.bias, operation.bias_form(grad, self.book.examples))
+
 
 def contract(use: Use, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run an operation whose weight, bias or both are guarded."""
@@ -81,12 +88,11 @@ class _Contract(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         operation, where = ctx.operation, ctx.where
-        examples = where.book.examples
-        if where.weight is not None:
-            where.book.record(where.weight, operation.weight_form(grad, input, weight, examples))
-        if where.bias is not None:
-            where.book.record(where.bias, operation.bias_form(grad, examples))
-        input_grad = None
+        early, input_grad = where.book.settles_early, None
+        if early:
+            where.record(operation, grad, input, weight)
         if ctx.needs_input_grad[3]:
             input_grad = operation.input_grad(grad, input, weight.to(grad.dtype)).to(input.dtype)
+        if not early:  # what is kept of a convolution's weight is better not there while its input's gradient is made
+            where.record(operation, grad, input, weight)
         return None, None, None, input_grad, None, None
