@@ -78,6 +78,20 @@ def test_a_loop_that_couples_what_it_is_given(tmp_path: Path, losses: Losses) ->
     assert torch.equal(toys.weights(private.model), before)
 
 
+def test_updates_are_counted_from_where_a_process_begins(tmp_path: Path) -> None:
+    """Probes of the learning rate come first, and took all early questions; what resumes may be other code."""
+    given = {"steps": 200, "learning_rate": "auto"}
+    private, optimizer = _private(tmp_path, **given)
+    with pytest.raises(CheckFailed, match="losses of this loop"):
+        _loop(private, optimizer, _mixed)
+    assert private.done == 5
+    private.close()
+    private, optimizer = _private(tmp_path, **given, resume=True)
+    with pytest.raises(CheckFailed, match="losses of this loop"):
+        _loop(private, optimizer, _averaged)
+    assert private.done == 5
+
+
 def test_a_scaled_loss(tmp_path: Path) -> None:
     private, optimizer = _private(tmp_path)
     with pytest.raises(CheckFailed, match="GradScaler"):

@@ -134,7 +134,7 @@ class Private:
             losses: one per example of that microbatch, shape (B,): those of the ``loss`` that was checked.
 
         Raises:
-            CheckFailed: they are others (asked at updates 0, 1, 3, 7, ...).
+            CheckFailed: they are others (asked at updates 0, 1, 3, 7, ... of a process).
         """
         self.loader.settle(losses)
 

@@ -15,7 +15,7 @@ from discreet.core.gradient import backward, open_book, settle
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 from discreet.train.probing import find_rate
-from discreet.train.recheck import HandedOut, is_due
+from discreet.train.recheck import HandedOut
 from discreet.train.stillness import Moving
 from discreet.train.updates import Updates
 
@@ -138,7 +138,7 @@ class MicrobatchLoader:
                 stack.enter_context(step.watch.still())
             stack.enter_context(guard(book))
             self._book, self._guarded = book, stack
-            if self._is_first and is_due(self.index):
+            if self._is_first and self._updates.asks_again:
                 self._handed_out = HandedOut.now(step.model, step.loss, batch, indices=part, devices=step.devices)
             try:
                 yield batch

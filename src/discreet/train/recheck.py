@@ -1,4 +1,4 @@
-"""The self-check goes on: updates 0, 1, 3, 7, ... ask again, of what they draw.
+"""The self-check goes on: updates 0, 1, 3, 7, ... of a process ask again, of what they draw.
 
 Before the first update it sees four examples and the model as it begins. It cannot see what comes later (a term that a
 loss adds after a thousand updates, values that the four do not have, what a model does from a hundred examples on), nor
@@ -35,9 +35,9 @@ from discreet.train.seeded import Moment, seeded
 _SEED, _EVERY = 20_781, 8
 
 
-def is_due(update: int) -> bool:
-    """Whether an update asks: 0, 1, 3, 7, 15 and so on, so that a run of any length pays for a few."""
-    return update & (update + 1) == 0
+def is_due(moved: int) -> bool:
+    """Whether an update asks, after so many in this process: 0, 1, 3, 7, so that a run of any length pays for a few."""
+    return moved & (moved + 1) == 0
 
 
 def ask_again(

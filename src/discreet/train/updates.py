@@ -117,7 +117,7 @@ class Updates:
         optimizer.register_step_pre_hook(self._refuse_other_steps)
         self.rates = rates
         self._checkpoint_steps = checkpoint_steps
-        self._process = os.getpid()
+        self._process, self._moved = os.getpid(), 0
         self._adopt_key()
         if not self._sums.whole:
             if run.charged(Stage.TRAINING):
@@ -145,6 +145,11 @@ class Updates:
         """Where an automatic learning rate comes from; None when the rate was given."""
         return self.rates.verdict
 
+    @property
+    def asks_again(self) -> bool:
+        """Whether the next update that moves the weights asks again what the self-check asked; see `recheck`."""
+        return is_due(self._moved)
+
     def draw(self) -> np.ndarray:
         """The Poisson batch of the next update, after its charge is durable; indices, shape (realised batch,).
 
@@ -169,7 +174,7 @@ class Updates:
         indices = self.draw()
         with self.model_randomness():
             total = self.step.clipped_sum(indices)
-            if is_due(self.done):
+            if self.asks_again:
                 self.step.ask_again(indices, update=self.done)
         return total
 
@@ -204,6 +209,7 @@ class Updates:
         self.rates.after_update()
         self.step = self.step.after(released)
         self.done += 1
+        self._moved += 1
         return Step(
             index=index,
             steps=self.last,
