@@ -114,10 +114,13 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, once: Callable[[], ClippedSum]) -> tuple[Callable[[], None], ClippedSum]:
-        """Run it to compile and allocate what is made once, and again to record it; the recording and its result."""
+        """Run it to compile and allocate what is made once, and again to record it; the recording and its result.
+
+        What dropout draws meanwhile is drawn again by the replay: a step is the same whether it is recorded or not.
+        """
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(beside), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
             once()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
