@@ -39,7 +39,10 @@ MAY_PIN = {
     "core/parameter.py": {
         "derivation": "on this file's own tensor subclass, which holds a value computed from a parameter",
     },
-    "core/precision.py": {"fp32_precision": "torch's own setting for float32 products; put back afterwards"},
+    "core/precision.py": {
+        "fp32_precision": "torch's own setting for float32 products; put back afterwards",
+        "allow_tf32": "the same, of older versions",
+    },
     "core/selftest.py": {
         "as_written": "the engine's own book: compare compiled code with the code as it is written",
     },

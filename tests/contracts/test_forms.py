@@ -133,6 +133,14 @@ class TestWindows(FormContract):
             torch.testing.assert_close(form._gram_norm2(route), wanted, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(form.unfolded().per_example(), form.per_example(), rtol=1e-11, atol=1e-12)
 
+    @pytest.mark.parametrize("chunk", [1, 2, B])
+    def test_the_sum_by_products_is_that_of_the_library(self, form, chunk, monkeypatch):
+        """An accelerator's convolutions may take TF32, or ways that round more."""
+        monkeypatch.setattr("discreet.core.windows.examples_at_a_time", lambda _: chunk)
+        (factor_B,) = _draw(5, torch.float64, (B,))
+        factor_B[1] = 0.0
+        torch.testing.assert_close(form._summed_by_parts(factor_B), form.weighted_sum(factor_B), rtol=1e-11, atol=1e-12)
+
     def test_joined_is_the_sum(self):
         one, two = self.make(0), self.make(1)
         joined = one.joined(two)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from blocks import Fn, loss
 from discreet.core import rules
-from discreet.core.precision import computes_narrowly, in_float32, widened
+from discreet.core.precision import computes_narrowly, full_precision, in_float32, widened
 from discreet.train.check import check
 
 B, D = 4, 6
@@ -89,3 +89,50 @@ def test_a_model_that_asks_for_half_precision_itself_is_compared_in_it():
     model = _model(lambda s, x: s.a(x.bfloat16()), a=nn.Linear(D, 2)).bfloat16()
     report = check(model, loss, _features(3, D))
     assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
+def test_products_and_convolutions_are_told_to_take_float32(precision):
+    """cuDNN takes TF32 for convolutions of float32 unless it is told not to: sums were off by 2^-11 of all parts."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    settings = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
+    kept = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = precision
+        before = [setting.fp32_precision for setting in settings]
+        with full_precision():
+            assert {setting.fp32_precision for setting in settings} == {"ieee"}
+        assert [setting.fp32_precision for setting in settings] == before
+    finally:
+        for setting, value in zip(settings, kept, strict=True):
+            setting.fp32_precision = value
+
+
+def test_so_are_they_before_there_was_a_setting_for_each(monkeypatch):
+    monkeypatch.setattr("discreet.core.precision._PER_BACKEND", False)
+    assert torch.backends.cudnn.allow_tf32
+    with full_precision():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("precision", ["tf32", "none"])
+def test_the_self_check_compares_in_float32(precision):
+    """What a GPU rounds by is another amount for each number of examples, and would be taken for a coupling of them."""
+    seen = []
+
+    def watched(model, batch):
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return loss(model, batch)
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        model = _model(lambda m, x: m.layer(x), layer=nn.Linear(D, 2))
+        assert check(model, watched, _features(D)).passed
+        assert torch.backends.cudnn.conv.fp32_precision == precision
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert len(seen) > 20
+    assert seen.count("ieee") > 0.8 * len(seen)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, batch_size_of, check_losses, trainable
 from discreet.core.layout import SEED, alike, awake, copies, evaluating, frozen_state, take
-from discreet.core.precision import NARROW_GAP, ROUNDING_GAP, computes_narrowly, each_close, is_close
+from discreet.core.precision import NARROW_GAP, ROUNDING_GAP, computes_narrowly, each_close, ieee_products, is_close
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class IsolationVerdict:
 
 
 @uncompiled()
+@ieee_products()
 def examine_isolation(
     model: nn.Module, loss: LossFunction, batch: Any, *, examples: int | None = None
 ) -> IsolationVerdict:
@@ -131,6 +132,7 @@ def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: in
 
 
 @uncompiled()
+@ieee_products()
 def first_losses_agree(
     model: nn.Module, loss: LossFunction, one: tuple[Any, int], other: tuple[Any, int], *, first: int
 ) -> bool:

@@ -1,6 +1,7 @@
 """Norms and clipped sums are computed in the precision of their tensors, whatever the training around them runs in.
 
-Autocast would round a Gram matrix to bfloat16, and TF32 keeps 10 bits of each factor: either can make a norm too small.
+Autocast would round a Gram matrix to bfloat16, and TF32, which cuDNN takes for convolutions unless it is told not to,
+keeps 10 bits of each factor: either can make a norm too small, or a sum larger than its norms say.
 """
 
 from __future__ import annotations
@@ -56,26 +57,33 @@ def widened(batch: Any) -> Any:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products of float32 tensors in float32 inside, on every device."""
+    """Products and convolutions of float32 tensors in float32 inside, on every device."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_ieee_products())
+        stack.enter_context(ieee_products())
         yield
 
 
 @contextlib.contextmanager
-def _ieee_products() -> Iterator[None]:
+def ieee_products() -> Iterator[None]:
+    """The same where autocast stays: what a check compares must not differ by how a kernel rounds.
+
+    TF32 rounds otherwise for another number of examples, by a thousandth.
+    """
     if not _PER_BACKEND:
-        before = torch.get_float32_matmul_precision()
+        before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         try:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+            torch.backends.cudnn.allow_tf32 = convolutions
         return
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    settings = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
     kept = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

@@ -23,7 +23,15 @@ from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, backward, batch_size_of, settle, trainable
 from discreet.core.layout import awake, frozen_state, other_rows, recomputes, take
 from discreet.core.meeting import guard
-from discreet.core.precision import NARROW, NARROW_GAP, computes_narrowly, in_float32, is_close, widened
+from discreet.core.precision import (
+    NARROW,
+    NARROW_GAP,
+    computes_narrowly,
+    ieee_products,
+    in_float32,
+    is_close,
+    widened,
+)
 from discreet.core.route import Route, forced
 from discreet.core.uses import zeros_like_sums
 from discreet.errors import UnsupportedUse
@@ -77,6 +85,7 @@ class NormVerdict:
 
 
 @uncompiled()
+@ieee_products()
 def compare_with_brute_force(
     model: nn.Module,
     loss: LossFunction,
@@ -241,6 +250,7 @@ def _agrees_elsewhere(
 
 
 @uncompiled()
+@ieee_products()
 def norms_agree(
     model: nn.Module, loss: LossFunction, batch: Any, *, layout: Layout | None, examples: int, rows: Sequence[int]
 ) -> bool:

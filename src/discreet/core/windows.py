@@ -222,12 +222,21 @@ class Windows(Form):
         return each[:, 0] if folds == 1 else each.sum(1)
 
     def weighted_sum(self, factor_B: Tensor) -> Tensor:
+        if self.input.device.type != "cpu":
+            return self._summed_by_parts(factor_B)
         input, grad = wide(self.input), wide(self.grad)
         if grad.numel() <= input.numel():
             grad = scaled_by(grad, factor_B)
         else:
             input = scaled_by(input, factor_B)
         return _weight_grad(input.flatten(0, 1), grad.flatten(0, 1), self.value_shape, self.geometry)
+
+    def _summed_by_parts(self, factor_B: Tensor) -> Tensor:
+        """The weighted sum by products: an accelerator's convolutions take ways that round more."""
+        parts = self._parts()
+        factors = factor_B.split([part.examples for part in parts])
+        sums = (part.unfolded().weighted_sum(factor) for part, factor in zip(parts, factors, strict=True))
+        return functools.reduce(torch.add, sums)
 
     def reduced(self) -> Form:
         if self.choice.route is Route.KEEP:
