@@ -134,6 +134,42 @@ def test_what_changed_between_two_lives_gets_a_new_key(
     assert "of 40 updates" in caplog.text
 
 
+@pytest.mark.parametrize("kept", [0, 5, 15])
+def test_a_journal_that_was_rolled_back_gets_a_new_key(
+    tmp_path: Path, reused: Callable[[], list[int]], kept: int
+) -> None:
+    """A copy of the private half from before, or a power failure: the journal does not know what was released since."""
+    _go(_private(tmp_path, loss=_scaled_loss(1.0), checkpoint_steps=50), 20)
+    sums = tmp_path / "private" / "sums"
+    sums.write_bytes(b"".join(sums.read_bytes().splitlines(keepends=True)[:kept]))
+    private = _private(tmp_path, resume=True, loss=_scaled_loss(-2.0), checkpoint_steps=50)
+    assert private.done == 0
+    for step in private:
+        assert step.epsilon <= 4.0
+    assert reused() == []
+    view = Ledger.read(tmp_path / "ledger.jsonl")
+    assert len(view.key_ids) == 2
+    assert "the journal of sums lacks updates" in str([record.body for record in view.records])
+
+
+def test_a_journal_that_ends_inside_the_last_charge_keeps_the_key(tmp_path: Path) -> None:
+    """The death of a process between a charge and the first release under it."""
+    _go(_private(tmp_path), 32)
+    with _private(tmp_path, resume=True).run as run:
+        assert run.ledger.reserve_steps(first=32, count=8)
+        key = run.ledger.key_id
+    assert _private(tmp_path, resume=True).run.ledger.key_id == key
+
+
+def test_a_ledger_that_lacks_what_was_released_is_refused(tmp_path: Path) -> None:
+    """Records are cut off its end, which the checkpoint, from before them, does not know of."""
+    _go(_private(tmp_path, checkpoint_steps=50), 35)
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:2]))
+    with pytest.raises(LedgerError, match="lacks update 16, whose sum was released"):
+        _private(tmp_path, resume=True, checkpoint_steps=50)
+
+
 def test_after_a_change_of_key_each_step_says_what_was_released_before(tmp_path: Path) -> None:
     """The log and the progress line showed the epsilon of a run that had never been interrupted: 8.0 for 10.7."""
     _go(_private(tmp_path), EVERY + 3)

@@ -119,12 +119,14 @@ class Ledger(LedgerView):
     - A second writer, in this or another process, is refused while this one is open.
     - No reservation is made that would spend more than the plan's epsilon (tolerance 0).
     - The same step or query under the same key is charged once, under a new key again.
-    - After a failed write or sync, this object refuses every further write: only `resume` can tell what is on disk.
+    - After a write or sync that failed or was interrupted, this object refuses every further write: only `resume` can
+      tell what is on disk.
     """
 
     def __init__(self, file: AppendOnlyFile, chain: Chain) -> None:
         super().__init__(chain)
         self._file = file
+        self._in_doubt = False
 
     @classmethod
     def create(
@@ -313,11 +315,18 @@ class Ledger(LedgerView):
     def _append(self, kind: str, body: Mapping[str, object]) -> None:
         self._check_writable()
         record = Record.after(self._records[-1], kind=kind, body=body)
+        # An interrupt may come between any two of these; whoever goes on then would write a record of the same number.
+        self._in_doubt = True
         self._file.append(record.line())
         self._spending.apply(record)
         self._records.append(record)
+        self._in_doubt = False
 
     def _check_writable(self) -> None:
         self._file.check_writable()
+        if self._in_doubt:
+            raise LedgerError(
+                f"{self._file.path}: a write was interrupted, so it is in doubt; close the run, then resume it."
+            )
         if self.finished:
             raise LedgerError(f"{self._file.path}: the run was finished; start a new run in another directory.")

@@ -19,14 +19,14 @@ from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable, zero_sum
 from discreet.core.noise import Released, release
 from discreet.core.world import world_sum
-from discreet.errors import BudgetExceeded, ConfigError
+from discreet.errors import BudgetExceeded, ConfigError, LedgerError
 from discreet.privacy.plan import Plan
 from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
-from discreet.train.horizon import Charges, replaced_because, updates_allowed
-from discreet.train.run import Run, Stage
+from discreet.train.horizon import Charges, replaced_because, steps_charged, steps_released, updates_allowed
+from discreet.train.run import LEDGER, Run, Stage
 from discreet.train.seeded import seeded
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
 from discreet.train.tolerance import Verdict
@@ -118,10 +118,7 @@ class Updates:
         self._checkpoint_steps = checkpoint_steps
         self._process = os.getpid()
         self._adopt_key()
-        if not self._sums.whole:
-            if run.charged(Stage.TRAINING):
-                self._renew_key("the journal of sums is missing")
-            self._sums.restart()
+        self._trust_sums()
 
     def __reduce__(self) -> str:
         """Refuse every copy: two of them would put the same noise on two sums."""
@@ -159,6 +156,7 @@ class Updates:
         self._check_parameters()
         if self.done >= self._reserved:
             count = min(RESERVE_STEPS, self.last - self.done)
+            self._sums.sync()
             self.run.ledger.reserve_steps(first=self.done, count=count)
             self._reserved = self.done + count
         return self.plan.sampling.draw(key=self.run.sampling_key, step=self.done)
@@ -263,9 +261,10 @@ class Updates:
 
     def _adopt_key(self) -> None:
         """Take noise, journal and horizon from the run's key in force."""
+        # First: after an interrupt, what is charged under an earlier key must not count for this one.
+        self._reserved = self.done
         self._source = self.run.noise("gradient")
         self._sums = self.run.sums()
-        self._reserved = self.done
         self._charges = Charges.of(self.run.ledger, done=self.done)
         self.last = updates_allowed(self.run.ledger, done=self.done)
         if self.last >= self.plan.steps:
@@ -282,6 +281,25 @@ class Updates:
             self.plan.steps,
             replaced_because(self.run.ledger),
         )
+
+    def _trust_sums(self) -> None:
+        """Keep the key only where the journal holds all that was released under it, and the ledger charged all that.
+
+        Raises:
+            LedgerError: a sum was released that the ledger does not charge.
+        """
+        known, ledger = self._sums.steps, self.run.ledger
+        uncharged = known - steps_charged(ledger)
+        if uncharged:
+            raise LedgerError(
+                f"{LEDGER}: lacks update {min(uncharged)}, whose sum was released; records were cut off, restore it."
+            )
+        if not self._sums.whole:
+            if self.run.charged(Stage.TRAINING):
+                self._renew_key("the journal of sums is missing")
+            self._sums.restart()
+        elif not steps_released(ledger) <= known:
+            self._renew_key("the journal of sums lacks updates")
 
     def _renew_key(self, why: str) -> None:
         self.run.renew_key([why])
