@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def _go(private: Private, steps: int) -> None:
 
 
 def _scaled_loss(constant: float) -> Callable[..., torch.Tensor]:
-    return lambda model, batch: constant * toys.loss(model, batch)
+    held = [constant]  # The record of the environment sees plain numbers, and not what a list holds.
+    return lambda model, batch: held[0] * toys.loss(model, batch)
 
 
 class _Scaled(nn.Module):
@@ -276,6 +278,45 @@ def test_a_run_cannot_be_copied(tmp_path: Path, duplicate: Callable[[object], ob
             duplicate(thing)
     with pytest.raises(ConfigError, match="cannot be copied"):
         copy.deepcopy(private)
+
+
+def test_one_run_trains_one_model(tmp_path: Path, reused: Callable[[], list[int]]) -> None:
+    """The second would go on under a key of its own, and the first find its steps charged by the second."""
+    first = _private(tmp_path)
+    steps = iter(first)
+    for _ in range(11):
+        next(steps)
+    with pytest.raises(ConfigError, match="this run is trained already"):
+        _private(first.run, model=_fresh())
+    assert next(steps).index == 11
+    first.close()
+    assert reused() == []
+
+
+def test_a_second_thread_releases_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between finding the position of an update and taking it, the other one would move it on."""
+    private = _private(tmp_path)
+    made, total = private._updates, private._updates.clipped_sum()
+    original, refused = updates.release, []
+
+    def other() -> None:
+        try:
+            made.release_sum(total, index=0)
+        except ConfigError as error:
+            refused.append(str(error))
+
+    def meanwhile(*given: object, **named: object) -> object:
+        monkeypatch.setattr(updates, "release", original)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return original(*given, **named)
+
+    monkeypatch.setattr(updates, "release", meanwhile)
+    assert made.release_sum(total, index=0) is not None
+    assert [text.startswith("two threads in one update") for text in refused] == [True]
+    assert made._source.position == 1
+    private.close()
 
 
 def test_a_fork_cannot_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,11 @@ def key_id(key: bytes) -> str:
 class LedgerView:
     """A ledger as it was read: its records and what they add up to. Opens nothing, locks nothing."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, *, path: Path) -> None:
         if not chain.records:
             raise LedgerError(
-                "ledger without a whole first record: nothing was ever reserved; delete the file and start again."
+                f"{path}: a ledger without a whole first record: nothing was ever reserved; delete the file and start "
+                "again."
             )
         self._records = list(chain.records)
         self._spending = Spending(self._records[0])
@@ -124,7 +125,7 @@ class Ledger(LedgerView):
     """
 
     def __init__(self, file: AppendOnlyFile, chain: Chain) -> None:
-        super().__init__(chain)
+        super().__init__(chain, path=file.path)
         self._file = file
         self._in_doubt = False
 
@@ -201,7 +202,7 @@ class Ledger(LedgerView):
             raise LedgerError(
                 f"{path}: cannot be read ({error.strerror or type(error).__name__}); pass the ledger.jsonl of a run."
             ) from None
-        return LedgerView(parse_chain(content))
+        return LedgerView(parse_chain(content), path=Path(path))
 
     def reserve_query(self, name: str, query: Query) -> bool:
         """Reserve one query on all examples, before it is made.

@@ -84,6 +84,20 @@ class Run:
         self.resumed = resumed
         self.closed = False
         self._key = key
+        self._taken = False
+
+    def take(self) -> None:
+        """Begin to train under this run; once, for two that do would draw the same noise, and share each charge.
+
+        Raises:
+            ConfigError: somebody else does.
+        """
+        if self._taken:
+            raise ConfigError(
+                f"{self.path}: this run is trained already; go on with what make_private returned, or close the run "
+                "and resume it."
+            )
+        self._taken = True
 
     def __reduce__(self) -> str:
         """Refuse every copy: two runs with one key would put the same noise on two sums."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -117,6 +118,7 @@ class Updates:
         self.rates = rates
         self._checkpoint_steps = checkpoint_steps
         self._process = os.getpid()
+        self._releasing = threading.Lock()
         self._adopt_key()
         self._trust_sums()
 
@@ -227,8 +229,17 @@ class Updates:
             the update is to be drawn again.
 
         Raises:
-            ConfigError: the batch was drawn for another update, or the optimizer holds a gradient that is not released.
+            ConfigError: the batch was drawn for another update, the optimizer holds a gradient that is not released, or
+                another thread is here.
         """
+        if not self._releasing.acquire(blocking=False):
+            raise ConfigError("two threads in one update: noise is drawn for one sum; let one of them train.")
+        try:
+            return self._release_sum(total, index=index)
+        finally:
+            self._releasing.release()
+
+    def _release_sum(self, total: ClippedSum, *, index: int) -> Released | None:
         self._check_hold()
         self._check_parameters()
         if index != self.done or index >= self._reserved:
@@ -374,6 +385,7 @@ def begin(
     conclude: Conclusion | None = None,
 ) -> Updates:
     """Put a run where its checkpoint left it, or at its start; decide whether the key may still be used."""
+    run.take()
     found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
     if found is not None:
         checkpoints.restore(found, model=step.model, optimizer=optimizer, rates=rates)
