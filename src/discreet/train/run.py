@@ -364,10 +364,11 @@ def _refuse_earlier(path: Path) -> None:
             f"{path}: holds a run already; continue it with resume (--resume), or name another directory."
         )
     # A plan is left where a start was broken off before there was a ledger.
-    for left in sorted((path / PLAN).parent.glob("[!.]*")):
+    release = path / PLAN.parent
+    for left in sorted(release.glob("[!.]*")):
         if not left.name.startswith(PLAN.name):
             raise ConfigError(
-                f"{left}: is left of another run, whose ledger is gone; name another directory, or remove it."
+                f"{left}: is left of another run, whose ledger is gone; name another directory, or remove {release}."
             )
 
 
