@@ -137,6 +137,23 @@ def _folders(root, count=20, size=(6, 5), suffix=".png"):
     return root
 
 
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("x.png", lambda path: Image.new("P", (5, 6)).save(path, transparency=bytes([1, 2]))),
+        ("x.png", lambda path: Image.new("1", (10_000, 9_000)).save(path)),
+        ("x.jpg", lambda path: Image.new("RGB", (5, 6)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\0junk")),
+    ],
+    ids=["palette", "size", "cut"],
+)
+def test_nothing_is_said_of_a_single_image(tmp_path, recwarn, name, save):
+    """Warnings are failures in these tests; the program would print them, with the number of pixels."""
+    folder = _folders(tmp_path / "data")
+    save(folder / "cat" / name)
+    assert open_source(folder, image_size=(6, 5)).examples == open_source(folder, image_size=(6, 5)).examples
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_folders_are_public_classes(tmp_path):
     source = open_source(_folders(tmp_path))
     assert source.queries(PREPROCESSING) == ()

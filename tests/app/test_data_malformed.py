@@ -12,7 +12,8 @@ import pytest
 
 from app.data_files import prepare, table, write
 from discreet.app.data import SourceKind, open_source
-from discreet.app.data.schema import parse_schema
+from discreet.app.data.records import read_records
+from discreet.app.data.schema import Schema, parse_schema
 from discreet.errors import ConfigError, DataError
 
 CANARY = "CANARY61803"
@@ -200,6 +201,30 @@ def test_malformed_parquet(tmp_path):
     _refused(DataError, "column 'a': nested", nested, target="label")
     good = _parquet(tmp_path / "d.parquet", {"a": [1, 2], "label": [CANARY, "x"]})
     _refused(ConfigError, "2 other|file has 2", good, target="label", columns=["a", "b", "label"])
+
+
+def test_parquet_cells_that_python_has_no_value_for(tmp_path):
+    """One row with a nanosecond, or in the year 12000, must not end the program; and no error may quote it."""
+    nano = pa.array([1_600_000_000_000_000_001, 1_600_000_000_000_000_000], type=pa.timestamp("ns"))
+    far = pa.array([3_700_000, None], type=pa.date32())
+    length = pa.array([1_001, 5], type=pa.duration("ns"))
+    path = _parquet(tmp_path / "a.parquet", {"a": nano, "b": far, "c": length, "label": ["x", "y"]})
+    rows = read_records(path, schema=Schema(), columns=None).rows
+    assert [row[0][-3:] for row in rows] == ["001", "000"]
+    assert [row[1] for row in rows] == ["12100-04-04", ""]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(6)])
+def test_parquet_bytes_are_no_text(tmp_path, kind):
+    raw = pa.array([CANARY[:6].encode().ljust(6), b"x     "], type=kind)
+    path = _parquet(tmp_path / "a.parquet", {"a": raw, "label": ["x", "y"]})
+    _refused(DataError, "column 'a': nested or binary", path, target="label")
+
+
+def test_parquet_text_that_is_no_text(tmp_path):
+    broken = pa.array([CANARY.encode() + b"\xff", b"x"], type=pa.binary()).view(pa.string())
+    path = _parquet(tmp_path / "a.parquet", {"a": broken, "label": ["x", "y"]})
+    _refused(DataError, "column 'a': holds values that have no text", path, target="label")
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from discreet.privacy import ledger as ledger_module
 from discreet.privacy.accounting import Gaussian, SampledGaussian, epsilon
 from discreet.privacy.ledger import Ledger, key_id
 from discreet.privacy.plan import Plan
+from discreet.privacy.spending import Spending
 from privacy.small_ledger import BEFORE, KEY, OTHER_KEY
 
 
@@ -147,6 +148,25 @@ def test_closed_ledger_refuses_and_can_be_resumed(path, plan):
         with pytest.raises(LedgerError, match="is closed"):
             write()
     Ledger.resume(path, key_id=KEY).close()
+
+
+def test_after_an_interrupt_inside_a_write_only_a_fresh_reader_goes_on(path, plan, monkeypatch):
+    """As Ctrl-C between the file and this object leaves it: the next record would bear the number of the last."""
+    with Ledger.create(path, plan=plan, key_id="k", test_mode=False) as ledger, monkeypatch.context() as patch:
+        patch.setattr(Spending, "apply", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.reserve_steps(first=0, count=4)
+        patch.undo()
+        with pytest.raises(LedgerError, match="a write was interrupted"):
+            ledger.reserve_steps(first=4, count=4)
+    with Ledger.resume(path, key_id="k") as again:
+        assert again.steps_reserved == 4
+        assert again.reserve_steps(first=4, count=4)
+    assert Ledger.read(path).steps_reserved == 8
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_create_refuses_an_existing_file_and_a_weak_plan(path, plan):

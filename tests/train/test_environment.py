@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import nn
 
 from discreet.core.clipping import Clipping
+from discreet.core.gradient import LossFunction
 from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
@@ -43,6 +48,35 @@ def test_each_thing_that_changes_a_sum_changes_one_line() -> None:
     }
     for name, changed in cases.items():
         assert [key for key in base if base[key] != changed[key]] == [name]
+
+
+def _scaled(factor: float) -> Callable[..., torch.Tensor]:
+    return lambda model, batch: factor * toys.loss(model, batch)
+
+
+def _with_default(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], factor: float = 1.0) -> torch.Tensor:
+    return factor * toys.loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (_scaled(1.0), _scaled(2.0)),
+        (functools.partial(_with_default, factor=1.0), functools.partial(_with_default, factor=2.0)),
+        (functools.partial(_scaled(1.0)), functools.partial(_scaled(2.0))),
+        (functools.partial(toys.loss), functools.partial(_with_default)),
+    ],
+)
+def test_a_number_that_a_loss_is_bound_to_is_part_of_it(one: LossFunction, other: LossFunction) -> None:
+    assert _describe(loss=one) == _describe(loss=one)
+    assert _describe(loss=one)["loss"] != _describe(loss=other)["loss"]
+
+
+def test_what_a_loss_is_bound_to_is_told_by_its_type_alone() -> None:
+    """An address would be another one in every process, and cost a key."""
+    weights = [torch.ones(2), torch.zeros(3)]
+    losses = [lambda model, batch, held=held: toys.loss(model, batch) + 0 * held.sum() for held in weights]
+    assert _describe(loss=losses[0]) == _describe(loss=losses[1])
 
 
 def test_threads_are_part_of_it() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +58,52 @@ def test_fingerprint_sees_one_bit_of_one_row_and_the_order() -> None:
     flipped = TensorDataset(toys.data().tensors[0].flip(0), toys.data().tensors[1].flip(0))
     assert Examples(flipped).fingerprint() != base
     assert Examples(_Rows()).fingerprint() != Examples(_Rows(shift=1e-6)).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda rows: {"x": rows.numpy()},
+        lambda rows: UserDict({"x": rows}),
+        lambda rows: SimpleNamespace(x=rows),
+        lambda rows: {"x": [rows.numpy().astype(object)]},
+    ],
+    ids=["array", "dictionary of a class", "object", "array of objects"],
+)
+def test_fingerprint_sees_one_row_whatever_holds_it(hold: Callable[[torch.Tensor], object]) -> None:
+    """The text of an array or a tensor of more than a thousand numbers shows its ends alone."""
+    rows = torch.randn(600, 6, generator=torch.Generator().manual_seed(1))
+    changed = rows.clone()
+    changed[300, 3] += 1.0
+    first, again, other = (
+        Examples(DataLoader(TensorDataset(some), collate_fn=lambda items: hold(torch.stack([x for (x,) in items]))))
+        for some in (rows, rows.clone(), changed)
+    )
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+def test_fingerprint_sees_which_name_a_row_has() -> None:
+    def named(one: str, other: str) -> str:
+        loader = DataLoader(toys.data(), collate_fn=lambda items: {one: torch.zeros(4), other: torch.ones(4)})
+        return Examples(loader).fingerprint()
+
+    assert named("a", "b") != named("b", "a")
+
+
+class _Sized(_Rows):
+    batch = 32
+
+
+class _Grouping(_Rows):
+    def batch(self, batch_size: int) -> list[object]:
+        """As in Hugging Face's data sets: something else than the examples at some indices."""
+        return [self[index] for index in range(int(batch_size[0]))]
+
+
+@pytest.mark.parametrize("kind", [_Sized, _Grouping])
+def test_a_data_set_whose_batch_is_something_else_is_read_row_by_row(kind: type[_Rows]) -> None:
+    rows = np.array([7, 3])
+    assert torch.equal(Examples(kind()).fetch(rows, device=CPU)["x"], toys.data().tensors[0][rows])
 
 
 @pytest.mark.parametrize("draw", [torch.rand, np.random.random_sample, lambda _size: random.random()])

@@ -165,6 +165,41 @@ def test_a_change_of_training_keeps_the_private_statistics(tmp_path: Path) -> No
         assert sum(item.count for item in run.ledger.queries() if isinstance(item, Gaussian)) == 2
 
 
+@pytest.mark.parametrize("left", ["metrics.jsonl", "schema.json", "temperature.json", "certificate.json"])
+def test_what_another_run_released_is_not_taken_over(tmp_path: Path, left: str) -> None:
+    """Its ledger was deleted to start anew: the new one charges nothing of what lies there."""
+    Run.create(tmp_path, plan=_plan()).close()
+    (tmp_path / "release" / left).write_text("{}")
+    (tmp_path / "ledger.jsonl").unlink()
+    with pytest.raises(ConfigError, match=f"{left}: is left of another run"):
+        Run.create(tmp_path, plan=_plan())
+
+
+def test_a_start_that_was_broken_off_is_made_again(tmp_path: Path) -> None:
+    Run.create(tmp_path, plan=_plan()).close()
+    (tmp_path / "ledger.jsonl").unlink()
+    (tmp_path / "private" / "checkpoint" / "step-00000050").mkdir(parents=True)
+    with Run.create(tmp_path, plan=_plan(steps=30)) as run:
+        run.finish(None)
+    assert verify(tmp_path).finished
+    assert not (tmp_path / "private" / "checkpoint").exists()
+
+
+def test_of_two_that_start_in_one_directory_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second would put its own key and plan in the place of the first one's, which could then not be certified."""
+    original = run_module.replace_secret
+
+    def meanwhile(path: Path, content: bytes) -> None:
+        with pytest.raises(ConfigError, match="another process is starting a run here"):
+            Run.create(tmp_path, plan=_plan(epsilon=8.0))
+        original(path, content)
+
+    monkeypatch.setattr(run_module, "replace_secret", meanwhile)
+    with Run.create(tmp_path, plan=_plan()) as run:
+        run.finish(None)
+    assert verify(tmp_path).target_epsilon == 3.0
+
+
 def test_a_private_half_made_by_others_is_closed(tmp_path: Path) -> None:
     (tmp_path / "private").mkdir(mode=0o755)
     Run.create(tmp_path, plan=_plan()).close()

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def _go(private: Private, steps: int) -> None:
 
 
 def _scaled_loss(constant: float) -> Callable[..., torch.Tensor]:
-    return lambda model, batch: constant * toys.loss(model, batch)
+    held = [constant]  # The record of the environment sees plain numbers, and not what a list holds.
+    return lambda model, batch: held[0] * toys.loss(model, batch)
 
 
 class _Scaled(nn.Module):
@@ -132,6 +134,42 @@ def test_what_changed_between_two_lives_gets_a_new_key(
     assert view.steps_reserved <= STEPS
     assert discreet.verify(tmp_path).epsilon <= 4.0
     assert "of 40 updates" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [0, 5, 15])
+def test_a_journal_that_was_rolled_back_gets_a_new_key(
+    tmp_path: Path, reused: Callable[[], list[int]], kept: int
+) -> None:
+    """A copy of the private half from before, or a power failure: the journal does not know what was released since."""
+    _go(_private(tmp_path, loss=_scaled_loss(1.0), checkpoint_steps=50), 20)
+    sums = tmp_path / "private" / "sums"
+    sums.write_bytes(b"".join(sums.read_bytes().splitlines(keepends=True)[:kept]))
+    private = _private(tmp_path, resume=True, loss=_scaled_loss(-2.0), checkpoint_steps=50)
+    assert private.done == 0
+    for step in private:
+        assert step.epsilon <= 4.0
+    assert reused() == []
+    view = Ledger.read(tmp_path / "ledger.jsonl")
+    assert len(view.key_ids) == 2
+    assert "the journal of sums lacks updates" in str([record.body for record in view.records])
+
+
+def test_a_journal_that_ends_inside_the_last_charge_keeps_the_key(tmp_path: Path) -> None:
+    """The death of a process between a charge and the first release under it."""
+    _go(_private(tmp_path), 32)
+    with _private(tmp_path, resume=True).run as run:
+        assert run.ledger.reserve_steps(first=32, count=8)
+        key = run.ledger.key_id
+    assert _private(tmp_path, resume=True).run.ledger.key_id == key
+
+
+def test_a_ledger_that_lacks_what_was_released_is_refused(tmp_path: Path) -> None:
+    """Records are cut off its end, which the checkpoint, from before them, does not know of."""
+    _go(_private(tmp_path, checkpoint_steps=50), 35)
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:2]))
+    with pytest.raises(LedgerError, match="lacks update 16, whose sum was released"):
+        _private(tmp_path, resume=True, checkpoint_steps=50)
 
 
 def test_after_a_change_of_key_each_step_says_what_was_released_before(tmp_path: Path) -> None:
@@ -240,6 +278,45 @@ def test_a_run_cannot_be_copied(tmp_path: Path, duplicate: Callable[[object], ob
             duplicate(thing)
     with pytest.raises(ConfigError, match="cannot be copied"):
         copy.deepcopy(private)
+
+
+def test_one_run_trains_one_model(tmp_path: Path, reused: Callable[[], list[int]]) -> None:
+    """The second would go on under a key of its own, and the first find its steps charged by the second."""
+    first = _private(tmp_path)
+    steps = iter(first)
+    for _ in range(11):
+        next(steps)
+    with pytest.raises(ConfigError, match="this run is trained already"):
+        _private(first.run, model=_fresh())
+    assert next(steps).index == 11
+    first.close()
+    assert reused() == []
+
+
+def test_a_second_thread_releases_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between finding the position of an update and taking it, the other one would move it on."""
+    private = _private(tmp_path)
+    made, total = private._updates, private._updates.clipped_sum()
+    original, refused = updates.release, []
+
+    def other() -> None:
+        try:
+            made.release_sum(total, index=0)
+        except ConfigError as error:
+            refused.append(str(error))
+
+    def meanwhile(*given: object, **named: object) -> object:
+        monkeypatch.setattr(updates, "release", original)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return original(*given, **named)
+
+    monkeypatch.setattr(updates, "release", meanwhile)
+    assert made.release_sum(total, index=0) is not None
+    assert [text.startswith("two threads in one update") for text in refused] == [True]
+    assert made._source.position == 1
+    private.close()
 
 
 def test_a_fork_cannot_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,8 @@ class NoiseSource:
         """Skip forward to ``position``. Going back would draw the same noise twice, and is refused."""
         if position < self._position:
             raise DiscreetError(
-                f"noise position {position}: {self._position - 1} is already used; noise never repeats within a source."
+                f"noise position {position}: {self._position - 1} is already used, and noise never repeats within a "
+                "source; if an update was interrupted, close the run and resume it."
             )
         self._position = position
 

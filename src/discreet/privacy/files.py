@@ -6,10 +6,11 @@ import errno
 import fcntl
 import hashlib
 import os
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from discreet.errors import LedgerError
+from discreet.errors import ConfigError, LedgerError
 
 
 def file_digest(path: Path) -> str:
@@ -40,6 +41,25 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
         on_failure.pop_all()
     _sync_folder(path.parent)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder from all others that ask for it in this way, in whatever process.
+
+    Raises:
+        ConfigError: another one has it.
+        OSError: it cannot be opened or locked.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is starting a run here; name another directory.") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class AppendOnlyFile:

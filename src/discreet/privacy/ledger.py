@@ -33,10 +33,11 @@ def key_id(key: bytes) -> str:
 class LedgerView:
     """A ledger as it was read: its records and what they add up to. Opens nothing, locks nothing."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, *, path: Path) -> None:
         if not chain.records:
             raise LedgerError(
-                "ledger without a whole first record: nothing was ever reserved; delete the file and start again."
+                f"{path}: a ledger without a whole first record: nothing was ever reserved; delete the file and start "
+                "again."
             )
         self._records = list(chain.records)
         self._spending = Spending(self._records[0])
@@ -119,12 +120,14 @@ class Ledger(LedgerView):
     - A second writer, in this or another process, is refused while this one is open.
     - No reservation is made that would spend more than the plan's epsilon (tolerance 0).
     - The same step or query under the same key is charged once, under a new key again.
-    - After a failed write or sync, this object refuses every further write: only `resume` can tell what is on disk.
+    - After a write or sync that failed or was interrupted, this object refuses every further write: only `resume` can
+      tell what is on disk.
     """
 
     def __init__(self, file: AppendOnlyFile, chain: Chain) -> None:
-        super().__init__(chain)
+        super().__init__(chain, path=file.path)
         self._file = file
+        self._in_doubt = False
 
     @classmethod
     def create(
@@ -199,7 +202,7 @@ class Ledger(LedgerView):
             raise LedgerError(
                 f"{path}: cannot be read ({error.strerror or type(error).__name__}); pass the ledger.jsonl of a run."
             ) from None
-        return LedgerView(parse_chain(content))
+        return LedgerView(parse_chain(content), path=Path(path))
 
     def reserve_query(self, name: str, query: Query) -> bool:
         """Reserve one query on all examples, before it is made.
@@ -313,11 +316,18 @@ class Ledger(LedgerView):
     def _append(self, kind: str, body: Mapping[str, object]) -> None:
         self._check_writable()
         record = Record.after(self._records[-1], kind=kind, body=body)
+        # An interrupt may come between any two of these; whoever goes on then would write a record of the same number.
+        self._in_doubt = True
         self._file.append(record.line())
         self._spending.apply(record)
         self._records.append(record)
+        self._in_doubt = False
 
     def _check_writable(self) -> None:
         self._file.check_writable()
+        if self._in_doubt:
+            raise LedgerError(
+                f"{self._file.path}: a write was interrupted, so it is in doubt; close the run, then resume it."
+            )
         if self.finished:
             raise LedgerError(f"{self._file.path}: the run was finished; start a new run in another directory.")

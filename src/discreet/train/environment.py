@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import platform
+import types
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def describe_environment(
     same.
 
     The data are hashed whole, and so is the code of this package. Code of others is named by its versions and by the
-    source of the model's class and the loss; what those call is trusted to be unchanged.
+    source of the model's class and the loss, with the numbers and words that the loss is bound to; what those call is
+    trusted to be unchanged.
     """
     device = next(model.parameters()).device
     state = model.state_dict()
@@ -87,8 +89,38 @@ def digest(*parts: str) -> str:
 
 
 def source_of(thing: object) -> str:
-    """Source text when there is some; a stable name otherwise."""
+    """Source text when there is some, else that of its class, else a stable name; and the plain values that it is bound
+    to: numbers, words and tuples of them, in a partial, in a closure and as defaults. Objects may change as they run.
+    """
+    if isinstance(thing, functools.partial):
+        return "\n".join((source_of(thing.func), _plain(thing.args), _plain(tuple(thing.keywords.items()))))
+    bound: tuple[object, ...] = ()
+    if isinstance(thing, types.FunctionType):
+        cells = tuple(_content(cell) for cell in thing.__closure__ or ())
+        bound = (cells, thing.__defaults__, tuple((thing.__kwdefaults__ or {}).items()))
+    return f"{_text_of(thing)}\n{_plain(bound)}"
+
+
+def _text_of(thing: object) -> str:
+    for known in (thing, type(thing)):
+        try:
+            return inspect.getsource(known)  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            continue
+    return type(thing).__qualname__
+
+
+def _content(cell: types.CellType) -> object:
     try:
-        return inspect.getsource(thing)  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return type(thing).__qualname__
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _plain(value: object) -> str:
+    """The same text in every process; of what is no number, word or tuple, the name of its type."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(_plain(item) for item in value)})"
+    return type(value).__qualname__

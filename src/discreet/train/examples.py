@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import inspect
+import io
+import pickle
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from discreet.errors import ConfigError
@@ -55,6 +58,7 @@ class Examples:
                 "pass torch.utils.data.TensorDataset(inputs, targets)."
             )
         self._dataset: Any = dataset
+        self._batched = _gives_batches(dataset)
         self.count = len(self._dataset)
         if self.count < 1:
             raise ConfigError("an empty data set: there is nothing to train on; pass at least one example.")
@@ -75,7 +79,7 @@ class Examples:
         if isinstance(self._dataset, TensorDataset):
             rows = torch.from_numpy(indices)
             return tuple(tensor[rows] for tensor in self._dataset.tensors)
-        if isinstance(self._dataset, BatchedDataset):
+        if self._batched:
             return self._dataset.batch(torch.from_numpy(indices))
         return self._collate([self._dataset[int(index)] for index in indices])
 
@@ -89,8 +93,15 @@ class Examples:
         with seeded(_FINGERPRINT_SEED):
             for start in range(0, self.count, _FINGERPRINT_BLOCK):
                 indices = np.arange(start, min(start + _FINGERPRINT_BLOCK, self.count))
-                _absorb(digest, tree_leaves(self._batch(indices)))
+                _absorb(digest, self._batch(indices))
         return digest.hexdigest()
+
+
+def _gives_batches(dataset: Any) -> bool:
+    """Whether ``batch`` is that of a `BatchedDataset`, and no size or other method of the same name."""
+    if not isinstance(dataset, BatchedDataset) or not callable(dataset.batch):
+        return False
+    return list(inspect.signature(dataset.batch).parameters)[:1] == ["indices"]
 
 
 def made_up(batch: Any) -> Any:
@@ -107,10 +118,37 @@ def made_up(batch: Any) -> Any:
     return tree_map(fill, batch)
 
 
-def _absorb(digest: hashlib._Hash, leaves: Sequence[Any]) -> None:
+def _absorb(digest: hashlib._Hash, batch: Any) -> None:
+    """Take in all of a batch. The text of an array, or of what holds tensors, leaves most of it out."""
+    leaves, structure = tree_flatten(batch)
+    digest.update(repr(structure).encode())
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:
+            digest.update(_bytes_of(leaf))
+        elif isinstance(leaf, Mapping):
+            _absorb(digest, dict(leaf))
+        elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
             digest.update(repr(leaf).encode())
+        else:
+            digest.update(_written_out(leaf))
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content
+
+
+class _Writer(pickle.Pickler):
+    """Writes objects out, to be hashed and never read; tensors by their bytes, for torch would add an address."""
+
+    def persistent_id(self, thing: Any) -> bytes | None:
+        return _bytes_of(thing) if isinstance(thing, Tensor) else None
+
+
+def _written_out(leaf: Any) -> bytes:
+    content = io.BytesIO()
+    try:
+        _Writer(content, protocol=4).dump(leaf)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return repr(leaf).encode()
+    return content.getvalue()

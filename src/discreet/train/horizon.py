@@ -32,7 +32,7 @@ class Charges:
         Args:
             done: updates that will not be repeated.
         """
-        firsts = [int(str(record.body["first"])) for record in _steps_of_the_key(ledger)]
+        firsts = [_first_and_count(record)[0] for record in _steps_of_the_key(ledger)]
         ours = len(_reserved(ledger, start=0))
         planned = (
             *ledger.plan.before,
@@ -73,6 +73,22 @@ def replaced_because(ledger: LedgerView) -> str:
     return "; ".join(said)
 
 
+def steps_charged(ledger: LedgerView) -> set[int]:
+    """Steps that are charged under the current key."""
+    return _reserved(ledger, start=0)
+
+
+def steps_released(ledger: LedgerView) -> set[int]:
+    """Steps that were certainly released under the current key: a later charge under it goes on behind them."""
+    released: set[int] = set()
+    went_on = 0
+    for record in reversed(_steps_of_the_key(ledger)):
+        first, count = _first_and_count(record)
+        released.update(range(first, min(first + count, went_on)))
+        went_on = max(went_on, first)
+    return released
+
+
 def _charged_ahead(ledger: LedgerView, *, done: int) -> int:
     """Steps from ``done`` on that are reserved under the current key: repeating them is free."""
     return len(_reserved(ledger, start=done))
@@ -81,9 +97,13 @@ def _charged_ahead(ledger: LedgerView, *, done: int) -> int:
 def _reserved(ledger: LedgerView, *, start: int) -> set[int]:
     steps: set[int] = set()
     for record in _steps_of_the_key(ledger):
-        first, count = int(str(record.body["first"])), int(str(record.body["count"]))
+        first, count = _first_and_count(record)
         steps.update(range(max(first, start), first + count))
     return steps
+
+
+def _first_and_count(record: Record) -> tuple[int, int]:
+    return int(str(record.body["first"])), int(str(record.body["count"]))
 
 
 def _steps_of_the_key(ledger: LedgerView) -> list[Record]:

@@ -16,7 +16,7 @@ from discreet.core.clipping import ClippedSum
 from discreet.core.kernels import dispatch
 from discreet.core.rng import subkey
 from discreet.privacy.ledger import key_id
-from discreet.train.secret_files import append_secret, cut_secret, replace_secret
+from discreet.train.secret_files import append_secret, cut_secret, replace_secret, sync
 
 _DIGEST_BYTES = 16
 
@@ -25,8 +25,9 @@ class SumJournal:
     """Keyed digests of the sums that were released under one key, in the private half of a run.
 
     **Guarantees.** A digest is with the operating system before the noise of its step exists, so the death of the
-    process loses none. It is not synced: after a power failure the record of the environment stands alone. The digests
-    are keyed, so that they tell nothing once the key is destroyed.
+    process loses none. They are synced before further steps are charged: a power failure can lose those of the block
+    of steps that was charged last, for which the record of the environment then stands alone; if others are missing,
+    it is seen. The digests are keyed, so that they tell nothing once the key is destroyed.
 
     Attributes:
         whole: the file was there and every finished line was readable. A new file is whole only when nothing was
@@ -45,6 +46,15 @@ class SumJournal:
         self.whole = path.exists()
         if self.whole:
             self._read(path.read_bytes())
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """Steps of the key whose sums are noted."""
+        return frozenset(self._known)
+
+    def sync(self) -> None:
+        """Make everything that is noted durable."""
+        sync(self._path)
 
     def restart(self) -> None:
         """Begin an empty journal, durably: for a key under which nothing was released yet."""

@@ -320,7 +320,7 @@ def make_private(
 
     run = existing_run(run_dir, resume=resume, seed=seed)
     with ExitStack() as on_failure:
-        if run is not None:
+        if run is not None and run is not run_dir:
             on_failure.callback(run.close)
         if run is not None:
             asked = {"epsilon": epsilon, "delta": delta, "noise_multiplier": noise_multiplier}

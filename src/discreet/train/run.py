@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from discreet.core.rng import KEY_BYTES, NoiseSource, seed_key, subkey
 from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.accounting import Query, query_to_json
 from discreet.privacy.certificate import write_certificate
-from discreet.privacy.files import file_digest, write_atomically
+from discreet.privacy.files import file_digest, held, write_atomically
 from discreet.privacy.ledger import Ledger, key_id
 from discreet.privacy.plan import Plan
 from discreet.train.checkpoint import load as load_checkpoint
@@ -41,6 +42,7 @@ KEY = Path("private", "key")
 STATE = Path("private", "state.json")
 SUMS = Path("private", "sums")
 SEARCH = Path("private", "search")
+CHECKPOINT = Path("private", "checkpoint")
 PLAN = Path("release", "plan.json")
 MODEL = Path("release", "model.safetensors")
 PREPROCESSING = "preprocessing"
@@ -82,6 +84,20 @@ class Run:
         self.resumed = resumed
         self.closed = False
         self._key = key
+        self._taken = False
+
+    def take(self) -> None:
+        """Begin to train under this run; once, for two that do would draw the same noise, and share each charge.
+
+        Raises:
+            ConfigError: somebody else does.
+        """
+        if self._taken:
+            raise ConfigError(
+                f"{self.path}: this run is trained already; go on with what make_private returned, or close the run "
+                "and resume it."
+            )
+        self._taken = True
 
     def __reduce__(self) -> str:
         """Refuse every copy: two runs with one key would put the same noise on two sums."""
@@ -99,30 +115,30 @@ class Run:
             seed: test mode: noise that anyone can redo; every artefact says NOT PRIVATE.
 
         Raises:
-            ConfigError: there is a run already.
+            ConfigError: there is a run already, or what another one released, or another process is starting one.
         """
-        if (path / LEDGER).exists():
-            raise ConfigError(
-                f"{path}: holds a run already; continue it with resume (--resume), or name another directory."
-            )
-        if (path / MODEL).exists():
-            raise ConfigError(
-                f"{path / MODEL}: is left of another run, whose ledger is gone; name another directory, or remove it."
-            )
+        _refuse_earlier(path)
         key = secrets.token_bytes(KEY_BYTES) if seed is None else seed_key(seed)
-        try:
-            (path / "release").mkdir(parents=True, exist_ok=True)
-            (path / "private").mkdir(mode=0o700, exist_ok=True)
-            (path / "private").chmod(0o700)
-            for left in (SUMS, STATE):
-                (path / left).unlink(missing_ok=True)
-            if (path / SEARCH).exists():
-                shutil.rmtree(path / SEARCH)
-            replace_secret(path / KEY, key)
-            plan.save(path / PLAN)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}); name a run directory that can.") from None
-        ledger = Ledger.create(path / LEDGER, plan=plan, key_id=key_id(key), test_mode=seed is not None)
+        with ExitStack() as stack:
+            try:
+                (path / "release").mkdir(parents=True, exist_ok=True)
+                (path / "private").mkdir(mode=0o700, exist_ok=True)
+                (path / "private").chmod(0o700)
+                # Of two that start here at once, the second would change the key and the plan of the first.
+                stack.enter_context(held(path / "private"))
+                _refuse_earlier(path)
+                for left in (SUMS, STATE):
+                    (path / left).unlink(missing_ok=True)
+                for folder in (SEARCH, CHECKPOINT):
+                    if (path / folder).exists():
+                        shutil.rmtree(path / folder)
+                replace_secret(path / KEY, key)
+                plan.save(path / PLAN)
+            except OSError as error:
+                raise ConfigError(
+                    f"{path}: cannot be written ({error.strerror}); name a run directory that can."
+                ) from None
+            ledger = Ledger.create(path / LEDGER, plan=plan, key_id=key_id(key), test_mode=seed is not None)
         return cls(path, plan=plan, ledger=ledger, key=key, resumed=False)
 
     @classmethod
@@ -142,7 +158,7 @@ class Run:
                 f"{path}: this run has ended; see `discreet verify` and `discreet report`, or start a new run in "
                 "another directory."
             )
-        found = load_checkpoint(path / "private" / "checkpoint")
+        found = load_checkpoint(path / CHECKPOINT)
         known_head = found.ledger_head if found is not None else None
         ledger = Ledger.resume(path / LEDGER, key_id=key_id(key), known_head=known_head)
         if ledger.test_mode != (seed is not None) or (seed is not None and key != seed_key(seed)):
@@ -158,7 +174,7 @@ class Run:
     @property
     def checkpoint_dir(self) -> Path:
         """Private training state."""
-        return self.path / "private" / "checkpoint"
+        return self.path / CHECKPOINT
 
     @property
     def sampling_key(self) -> bytes:
@@ -339,6 +355,21 @@ class Run:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _refuse_earlier(path: Path) -> None:
+    """Refuse a directory that holds a run, or what one released: no charge of a new run would stand for it."""
+    if (path / LEDGER).exists():
+        raise ConfigError(
+            f"{path}: holds a run already; continue it with resume (--resume), or name another directory."
+        )
+    # A plan is left where a start was broken off before there was a ledger.
+    release = path / PLAN.parent
+    for left in sorted(release.glob("[!.]*")):
+        if not left.name.startswith(PLAN.name):
+            raise ConfigError(
+                f"{left}: is left of another run, whose ledger is gone; name another directory, or remove {release}."
+            )
 
 
 def _read_key(path: Path) -> bytes | None:

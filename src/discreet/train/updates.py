@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,15 +20,15 @@ from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable, zero_sum
 from discreet.core.noise import Released, release
 from discreet.core.world import world_sum
-from discreet.errors import BudgetExceeded, ConfigError
+from discreet.errors import BudgetExceeded, ConfigError, LedgerError
 from discreet.privacy.plan import Plan
 from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
-from discreet.train.horizon import Charges, replaced_because, updates_allowed
+from discreet.train.horizon import Charges, replaced_because, steps_charged, steps_released, updates_allowed
 from discreet.train.recheck import is_due
-from discreet.train.run import Run, Stage
+from discreet.train.run import LEDGER, Run, Stage
 from discreet.train.seeded import seeded
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
 from discreet.train.tolerance import Verdict
@@ -118,11 +119,9 @@ class Updates:
         self.rates = rates
         self._checkpoint_steps = checkpoint_steps
         self._process, self._moved = os.getpid(), 0
+        self._releasing = threading.Lock()
         self._adopt_key()
-        if not self._sums.whole:
-            if run.charged(Stage.TRAINING):
-                self._renew_key("the journal of sums is missing")
-            self._sums.restart()
+        self._trust_sums()
 
     def __reduce__(self) -> str:
         """Refuse every copy: two of them would put the same noise on two sums."""
@@ -165,6 +164,7 @@ class Updates:
         self._check_parameters()
         if self.done >= self._reserved:
             count = min(RESERVE_STEPS, self.last - self.done)
+            self._sums.sync()
             self.run.ledger.reserve_steps(first=self.done, count=count)
             self._reserved = self.done + count
         return self.plan.sampling.draw(key=self.run.sampling_key, step=self.done)
@@ -239,8 +239,17 @@ class Updates:
             the update is to be drawn again.
 
         Raises:
-            ConfigError: the batch was drawn for another update, or the optimizer holds a gradient that is not released.
+            ConfigError: the batch was drawn for another update, the optimizer holds a gradient that is not released, or
+                another thread is here.
         """
+        if not self._releasing.acquire(blocking=False):
+            raise ConfigError("two threads in one update: noise is drawn for one sum; let one of them train.")
+        try:
+            return self._release_sum(total, index=index)
+        finally:
+            self._releasing.release()
+
+    def _release_sum(self, total: ClippedSum, *, index: int) -> Released | None:
         self._check_hold()
         self._check_parameters()
         if index != self.done or index >= self._reserved:
@@ -273,9 +282,10 @@ class Updates:
 
     def _adopt_key(self) -> None:
         """Take noise, journal and horizon from the run's key in force."""
+        # First: after an interrupt, what is charged under an earlier key must not count for this one.
+        self._reserved = self.done
         self._source = self.run.noise("gradient")
         self._sums = self.run.sums()
-        self._reserved = self.done
         self._charges = Charges.of(self.run.ledger, done=self.done)
         self.last = updates_allowed(self.run.ledger, done=self.done)
         if self.last >= self.plan.steps:
@@ -292,6 +302,25 @@ class Updates:
             self.plan.steps,
             replaced_because(self.run.ledger),
         )
+
+    def _trust_sums(self) -> None:
+        """Keep the key only where the journal holds all that was released under it, and the ledger charged all that.
+
+        Raises:
+            LedgerError: a sum was released that the ledger does not charge.
+        """
+        known, ledger = self._sums.steps, self.run.ledger
+        uncharged = known - steps_charged(ledger)
+        if uncharged:
+            raise LedgerError(
+                f"{LEDGER}: lacks update {min(uncharged)}, whose sum was released; records were cut off, restore it."
+            )
+        if not self._sums.whole:
+            if self.run.charged(Stage.TRAINING):
+                self._renew_key("the journal of sums is missing")
+            self._sums.restart()
+        elif not steps_released(ledger) <= known:
+            self._renew_key("the journal of sums lacks updates")
 
     def _renew_key(self, why: str) -> None:
         self.run.renew_key([why])
@@ -365,6 +394,7 @@ def begin(
     conclude: Conclusion | None = None,
 ) -> Updates:
     """Put a run where its checkpoint left it, or at its start; decide whether the key may still be used."""
+    run.take()
     found = checkpoints.load(run.checkpoint_dir) if run.resumed else None
     if found is not None:
         checkpoints.restore(found, model=step.model, optimizer=optimizer, rates=rates)

@@ -11,6 +11,7 @@ import gzip
 import io
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -307,12 +308,15 @@ def _read_folder(
 
 def _read_image(pillow: ModuleType, file: Path, *, image_size: tuple[int, int] | None) -> np.ndarray:
     try:
-        with pillow.open(io.BytesIO(read_bytes(file))) as image:
-            # Always three channels: whether all images are grey is a fact about the private ones.
-            colour = image.convert("RGB")
-            if image_size is not None:
-                colour = colour.resize((image_size[1], image_size[0]))
-            return np.asarray(colour).transpose(2, 0, 1)
+        with warnings.catch_warnings():
+            # A warning would tell of this one image: its size, a palette, that something was cut off.
+            warnings.simplefilter("ignore")
+            with pillow.open(io.BytesIO(read_bytes(file))) as image:
+                # Always three channels: whether all images are grey is a fact about the private ones.
+                colour = image.convert("RGB")
+                if image_size is not None:
+                    colour = colour.resize((image_size[1], image_size[0]))
+                return np.asarray(colour).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError):
         raise DataError(f"{file}: not a readable image; save it again, or remove it.") from None
 

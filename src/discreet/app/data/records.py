@@ -212,17 +212,28 @@ def _read_parquet(path: Path, *, names: tuple[str, ...] | None) -> Records:
         table = parquet.read_table(path)
     except (OSError, arrow.ArrowException):
         raise DataError(f"{path}: not a readable Parquet file; check that it is complete.") from None
-    held = tuple(str(name) for name in table.column_names)
-    if names is not None and len(names) != len(held):
-        raise ConfigError(f"{path}: {len(names)} column names given, the file has {len(held)}; they must be as many.")
-    names = held if names is None else names
-    if len(set(held)) != len(held):
+    own = tuple(str(name) for name in table.column_names)
+    if names is not None and len(names) != len(own):
+        raise ConfigError(f"{path}: {len(names)} column names given, the file has {len(own)}; they must be as many.")
+    names = own if names is None else names
+    if len(set(own)) != len(own):
         raise DataError(f"{path}: a column name is repeated; rename it.")
     for name, kind in zip(names, table.schema.types, strict=True):
-        if arrow.types.is_nested(kind) or arrow.types.is_binary(kind):
+        binary = (arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_fixed_size_binary)
+        if arrow.types.is_nested(kind) or any(holds(kind) for holds in binary):
             raise DataError(f"{path}, column '{name}': nested or binary values; a column must hold numbers or text.")
     if table.num_rows == 0:
         raise DataError(f"{path}: no row; it needs one row per example.")
-    fields = [["" if value is None else str(value).strip() for value in column.to_pylist()] for column in table.columns]
+    fields = []
+    for name, column in zip(names, table.columns, strict=True):
+        try:
+            # Python's dates end with the year 9999, and have no nanoseconds.
+            held = column.cast("string") if arrow.types.is_temporal(column.type) else column
+            fields.append(["" if value is None else str(value).strip() for value in held.to_pylist()])
+        except (ValueError, OverflowError, arrow.ArrowException):
+            # `from None`: the cause would carry a value into a traceback.
+            raise DataError(
+                f"{path}, column '{name}': holds values that have no text; write the column as text or as numbers."
+            ) from None
     rows = [list(row) for row in zip(*fields, strict=True)]
     return Records(path=path, names=names, rows=rows, places=[f"row {i + 1}" for i in range(len(rows))])
