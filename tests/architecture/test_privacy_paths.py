@@ -20,7 +20,7 @@ MAY_DRAW = {
     "train/trial.py": "starting weights and dropout, from the trial's key; puts the caller's state back",
     "train/probing.py": "seeds dropout inside a probe, from the run's key, in a state that the caller puts back",
     "train/run.py": "makes the run's secret key, with the operating system's generator",
-    "train/seeded.py": "seeds dropout and augmentation inside one step, from a key; puts the caller's states back",
+    "core/seeded.py": "seeds dropout and augmentation inside one step, from a key; puts the caller's states back",
 }
 """File -> why it may draw random numbers. Everything else asks one of these."""
 

@@ -305,8 +305,16 @@ def _one_at_a_time(
     if recomputes(losses):
         yield from _one_at_a_time_recomputed(model, loss, batch, parameters, wanted)
         return
-    for index in wanted:
-        yield torch.autograd.grad(losses[index], list(parameters.values()), retain_graph=True, allow_unused=True)
+    for place, index in enumerate(wanted):
+        try:
+            row = torch.autograd.grad(losses[index], list(parameters.values()), retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            if place == 0:
+                raise
+            # A graph that can be gone through once, as selective activation checkpoints make it.
+            yield from _one_at_a_time_recomputed(model, loss, batch, parameters, wanted[place:])
+            return
+        yield row
 
 
 def _one_at_a_time_recomputed(
@@ -320,7 +328,8 @@ def _one_at_a_time_recomputed(
             self.model = model
 
         def forward(self, index: int) -> None:
-            loss(self.model, batch)[index].backward()
+            with frozen_state(model):  # the same random numbers for every row
+                loss(self.model, batch)[index].backward()
 
     for index in wanted:
         stand_ins = {f"model.{name}": nn.Parameter(parameter.detach()) for name, parameter in parameters.items()}
@@ -339,5 +348,5 @@ def _rounding(norms: Mapping[str, Tensor], parameters: Mapping[str, Tensor], tol
 def _tolerance(model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter]) -> float:
     if all(parameter.dtype is torch.float64 for parameter in parameters.values()):
         return 1e-8
-    with frozen_state(model), torch.no_grad():
+    with frozen_state(model), torch.enable_grad():
         return NARROW_GAP if computes_narrowly(lambda: loss(model, batch)) else _FLOAT32
