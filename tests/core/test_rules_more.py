@@ -243,6 +243,26 @@ MORE = {
     ),
     "pick from a stack of tables": Case(lambda: Fn(lambda s, x: s.w[x].tanh(), w=par(V, 2, 3)), tokens()),
     "pick from a vector": Case(lambda: Fn(lambda s, x: s.w[x].tanh(), w=par(V)), tokens()),
+    "pick transitions": Case(lambda: Fn(lambda s, x: s.w[x[:, :-1], x[:, 1:]].tanh(), w=par(V, V)), tokens()),
+    "pick transitions at one place": Case(lambda: Fn(lambda s, x: s.w[x[:, 0], x[:, 1] - V], w=par(V, V, 2)), tokens()),
+    "pick by three": Case(
+        lambda: Fn(
+            lambda s, x: s.w[x[:, 0], x[:, 1], x[:, 2] // 2].unsqueeze(1) + s.w[x[:, 3], x[:, 1]], w=par(V, V, 6)
+        ),
+        tokens(),
+    ),
+    "a sign and a straight-through estimator": Case(
+        lambda: Fn(lambda s, x: F.linear(x, s.w + (s.w.sign() * s.w.abs().mean() - s.w).detach()), w=par(3, D)),
+        features(T, D),
+    ),
+    "rounded at a learnt scale": Case(
+        lambda: Fn(lambda s, x: F.linear(x, ((s.w / s.a).round() - s.w).detach() * s.a + s.w), w=par(3, D), a=par(1)),
+        features(T, D),
+    ),
+    "noise of the shape of a weight": Case(
+        lambda: Fn(lambda s, x: F.linear(x, s.w + s.a * torch.rand_like(s.w).gt(2)), w=par(3, D), a=par(3, D)),
+        features(T, D),
+    ),
 }
 EVERY = pytest.mark.parametrize("name", list(MORE))
 

@@ -40,8 +40,8 @@ class Draws:
     """What the forward of B examples drew, in order.
 
     Attributes:
-        followed: each later forward drew as many tensors, of the same shapes but for the number of examples; if not, its
-            numbers were its own from there on.
+        followed: each later forward drew as many tensors, of the same shapes but for the number of examples; if not,
+            some numbers were its own.
     """
 
     def __init__(self, examples: int) -> None:
@@ -57,7 +57,7 @@ class Draws:
 
     @contextmanager
     def given(self, rows: Sequence[int]) -> Iterator[None]:
-        """Give what was drawn to a forward of these examples, by their places in the first one; of B, place by place."""
+        """Give what was drawn to a forward of these examples, named by their places; of B, each place has its own."""
         left = iter(self._drawn)
         with _Drawing(lambda result: self._instead(result, next(left, None), rows)):
             yield
@@ -88,7 +88,7 @@ class Draws:
 
 
 class _Drawing(TorchDispatchMode):
-    """Shows every draw, and puts the answer in its place, if there is one; of what follows from data too, it shows None."""
+    """Shows every draw, and puts the answer in its place, if any; of what follows from data as well, it shows None."""
 
     def __init__(self, show: Callable[[Tensor | None], Tensor | None]) -> None:
         super().__init__()

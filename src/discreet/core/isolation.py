@@ -25,8 +25,8 @@ class IsolationVerdict:
 
     Attributes:
         by_substitution: no loss moved when another example of the batch was replaced.
-        by_removal: no loss moved when the others were removed. Each example keeps the random numbers that were drawn for
-            it; where they cannot be told apart, the model is asked in evaluation mode.
+        by_removal: no loss moved when the others were removed. Each example keeps the random numbers that were drawn
+            for it; where they cannot be told apart, the model is asked in evaluation mode.
         buffers: names of buffers that a training forward changed in a way that depends on the data, and of parameters
             that it wrote at all, frozen or not: both are released as they are.
         moving: names of buffers that a training forward wrote, whatever the data were.

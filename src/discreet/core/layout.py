@@ -44,9 +44,10 @@ def observed_layout(
             f"a batch without any tensor of {size} rows: its layout cannot be verified; pass layout=check(...).layout."
         )
     rows = other_rows(parameters, batch, size=size)
-    book = Book(parameters, examples=len(rows))
+    other = take(batch, rows, size)
+    book = Book(parameters, examples=len(rows), batch=other)
     with frozen_state(model), guard(book):
-        losses_B = loss(model, take(batch, rows, size))
+        losses_B = loss(model, other)
         if recomputes(losses_B):
             run_backward(book, losses_B)
     return book.layout()

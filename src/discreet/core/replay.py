@@ -213,6 +213,7 @@ class Replay:
             clipping=self._clipping,
             recording=recording,
             at_most=at_most,
+            batch=batch,
         )
         return settled(book, self._model, self._loss, batch, self._clipping)
 

@@ -221,7 +221,7 @@ def _agrees_elsewhere(
 ) -> tuple[bool, Layout]:
     """Whether norms and sum are right on examples that nobody gave, and how uses carry them, as far as they come."""
     parameters = trainable(model)
-    book = Book(parameters, examples=size, layout=layout, trust_folds=True)
+    book = Book(parameters, examples=size, layout=layout, trust_folds=True, batch=batch)
     with frozen_state(model):
         expected = _brute_force(model, loss, batch, parameters, size, clipping)
     try:
@@ -243,7 +243,7 @@ def _agrees_elsewhere(
 def _booked(
     model: nn.Module, loss: LossFunction, batch: Any, count: int, *, layout: Layout | None, as_written: bool = False
 ) -> Book:
-    book = Book(trainable(model), examples=count, layout=layout, trust_folds=True)
+    book = Book(trainable(model), examples=count, layout=layout, trust_folds=True, batch=batch)
     book.as_written = as_written
     with frozen_state(model), guard(book):
         backward(book, loss(model, batch))
