@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from blocks import loss
+from discreet.core.clipping import Clipping
+from discreet.core.gradient import clipped_gradient
+from discreet.core.seeded import seeded
 from discreet.train.check import check
 from train.checking import B, D, T, V, built, drawn, expect_failed
 
@@ -301,3 +304,35 @@ def test_a_graph_that_can_be_gone_through_once_is_compared_as_well():
     parts = {"z": nn.Linear(D, D), "a": nn.Linear(D, D), "d": nn.Dropout(), "l": nn.Linear(D, 4)}
     report = check(built(saved, **parts), loss, drawn(D))
     assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("tossed", [lambda: float(torch.rand(())), random.random, np.random.rand])
+@pytest.mark.parametrize("folded", [False, True])
+def test_layers_that_are_dropped_at_random_are_known_wherever_they_are_kept(tossed, folded):
+    def dropped(s, x):
+        hidden = s.first(x)
+        for layer in s.layers:
+            if tossed() < 0.5:
+                hidden = hidden + layer(hidden.flatten(0, 1)).view_as(hidden) if folded else hidden + layer(hidden)
+        return s.last(hidden.tanh())
+
+    layers = nn.ModuleList(nn.Linear(D, D) for _ in range(6))
+    model = built(dropped, first=nn.Linear(D, D), layers=layers, last=nn.Linear(D, 4))
+    report = check(model, loss, drawn(T, D))
+    assert report.passed, report.table()
+    for seed in range(20):
+        with seeded(seed):
+            clipped_gradient(model, loss, drawn(T, D), clipping=Clipping.abadi(1.0), layout=report.layout)
+
+
+def test_a_layer_that_is_used_seldom_is_compared_where_it_is():
+    """Rows folded the wrong way round, in one forward of two."""
+
+    def wrong(s, x):
+        hidden = s.first(x)
+        if torch.rand(()) < 0.5:
+            return s.last(hidden)
+        return s.last(s.seldom(hidden.transpose(0, 1).reshape(-1, D)).tanh().view(T, len(x), D).transpose(0, 1))
+
+    parts = {"first": nn.Linear(D, D), "seldom": nn.Linear(D, D), "last": nn.Linear(D, 4)}
+    assert not check(built(wrong, **parts), loss, drawn(T, D)).passed
