@@ -187,6 +187,11 @@ def test_a_function_transform_of_frozen_layers_is_nobodys_business():
     expect_exact(model, drawn(D))
 
 
+def test_a_parameter_that_becomes_rows_of_the_batch_is_refused():
+    model = built(lambda s, x: s.l(torch.cat([s.l(x).tanh(), s.w * 2]))[: len(x)], w=par(B, D), l=nn.Linear(D, D))
+    expect_refused(model, drawn(D), "w", "along axis 0")
+
+
 def test_ids_out_of_range_are_not_wrapped_into_the_next_row():
     model = built(lambda s, x: s.w[x[:, 0] * 0, x[:, 1] * 0 + 4].tanh(), w=par(3, 4))
     with pytest.raises(IndexError):

@@ -251,6 +251,22 @@ MORE = {
         ),
         tokens(),
     ),
+    "a token stacked for each example": Case(
+        lambda: Fn(lambda s, x: s.l(torch.cat([torch.stack([s.w] * len(x)), x], 1)), w=par(2, D), l=nn.Linear(D, 3)),
+        features(T, D),
+    ),
+    "a token for each frame": Case(
+        lambda: Fn(
+            lambda s, x: s.l(
+                torch.cat([s.w.expand(x.shape[0] * x.shape[1], -1, -1), s.a(x.flatten(0, 1))], 1).tanh()
+            ).view(x.shape[0], -1),
+            w=par(1, 1, D),
+            a=nn.Linear(D, D),
+            l=nn.Linear(D, 2),
+        ),
+        features(3, 2, D),
+        folded=True,
+    ),
     "a sign and a straight-through estimator": Case(
         lambda: Fn(lambda s, x: F.linear(x, s.w + (s.w.sign() * s.w.abs().mean() - s.w).detach()), w=par(3, D)),
         features(T, D),

@@ -184,8 +184,8 @@ def _leaves(value: Any) -> list[Any]:
 
 FOR_ALL = (
     "made of parameters and of tensors without the batch in dimension 0, which count as the same for all examples; "
-    "where they hold examples, give each its row (call the model once for each of a pair, or torch.stack(pair, 1) "
-    "instead of torch.cat(pair))"
+    "where they hold examples, call the model once for each of a pair, or keep an example's rows together and let "
+    "gradients through (torch.stack(pair, 1).flatten(0, 1).requires_grad_() for torch.cat(pair))"
 )
 """What is said of a value that looks like an activation, and is none."""
 

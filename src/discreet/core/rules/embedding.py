@@ -75,7 +75,8 @@ def getitem(use: Use, value: Tensor, index: Any) -> Tensor:
     """``table[ids]``, and ``table[from, to]`` with ids of one shape: an embedding of the flattened other axes."""
     parts = index if isinstance(index, tuple) else (index,)
     ids = [part for part in parts if isinstance(part, Tensor) and part.dtype is torch.int64 and use.is_batched(part)]
-    if not isinstance(value, Guarded) or len(ids) < len(parts) or len({part.shape for part in ids}) > 1:
+    apart = any(part.shape != ids[0].shape for part in ids)
+    if not isinstance(value, Guarded) or len(ids) < len(parts) or apart:
         raise use.refuse(
             "an index that mixes examples with other selections", "index with int64 tensors of ids, all of one shape."
         )
