@@ -11,6 +11,7 @@ MAY_DRAW = {
     "app/stand_ins.py": "random stand-ins for examples, so that checking and measuring read no private value",
     "app/training.py": "starting weights, before any example is seen",
     "core/rng.py": "the noise source itself",
+    "core/rules/elementwise.py": "names functions that models call on a parameter for its shape; draws nothing itself",
     "core/layout.py": "fixes dropout masks while a forward pass is repeated; puts the state back",
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
     "train/loop.py": "the random suffix of a new run folder's name",
@@ -20,7 +21,7 @@ MAY_DRAW = {
     "train/trial.py": "starting weights and dropout, from the trial's key; puts the caller's state back",
     "train/probing.py": "seeds dropout inside a probe, from the run's key, in a state that the caller puts back",
     "train/run.py": "makes the run's secret key, with the operating system's generator",
-    "train/seeded.py": "seeds dropout and augmentation inside one step, from a key; puts the caller's states back",
+    "core/seeded.py": "seeds dropout and augmentation inside one step, from a key; puts the caller's states back",
 }
 """File -> why it may draw random numbers. Everything else asks one of these."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blocks import B, D, Fn, T, loss
@@ -11,6 +12,7 @@ from cases import CASES
 from core.unseen import CLIP, R, built, drawn, expect_exact, expect_refused
 from discreet.core.axes import Axis, Layout
 from discreet.core.gradient import clipped_gradient
+from discreet.core.routing import Given
 from discreet.errors import ConfigError, UnsupportedUse
 from discreet.train.check import check
 from oracles import abadi, alone, norms, relative_gap, rows, weighted
@@ -149,3 +151,81 @@ def test_one_example_alone_needs_no_layout():  # B = 1: [25]
         gradients = alone(model, loss, one, size=1)
         found = clipped_gradient(model, loss, one, clipping=CLIP)
         assert relative_gap(found.tensors, weighted(gradients, abadi(norms(gradients), R))) < 4e-5
+
+
+VIEWS = {
+    "frames, one after the other": lambda x: x.flatten(0, 1),
+    "answers to choose from": lambda x: x.view(-1, 2, x.shape[-1]),
+    "every second number": lambda x: x.flatten(0, 1)[:, ::2],
+    "all rows but the first of each": lambda x: x[:, 1:],
+    "rows of an example overlap": lambda x: x.as_strided((2 * len(x), 4), (x.stride(0) // 2, 1)),
+    "one row late": lambda x: x.flatten()[1 : 1 - x[0].numel()].view(-1, *x.shape[2:])[: (len(x) - 1) * 2],
+    "every second row": lambda x: x.flatten(0, 1)[::2],
+    "the first half": lambda x: x.flatten(0, 1)[: x.shape[0] * x.shape[1] // 2],
+    "time first": lambda x: x.transpose(0, 1),
+    "one example for all": lambda x: x[:1].expand(len(x), -1, -1),
+    "upwards from the middle": lambda x: x.flatten(0, 1)[len(x) :],
+    "a copy": lambda x: x.flatten(0, 1).clone(),
+}
+
+
+@pytest.mark.parametrize("name", list(VIEWS))
+@pytest.mark.parametrize("examples", [1, 2, 3, 4])
+@pytest.mark.parametrize("storage", ["its own", "shared", "wider"])
+def test_a_view_of_the_batch_is_believed_where_each_row_holds_numbers_of_its_example_alone(name, examples, storage):
+    """The numbers say whose they are."""
+    sizes = (examples + 2, 4, 6) if storage == "shared" else (examples, 4, 7 if storage == "wider" else 6)
+    x = torch.arange(examples + 2)[: sizes[0], None, None].expand(sizes).clone()[-examples:, :, :6]
+    view = VIEWS[name](x) if storage != "wider" or "late" not in name else x
+    view = view if len(view) else x
+    owner = view.flatten(1) - x[0, 0, 0]
+    true = len(view) % examples == 0
+    true = true and bool((owner == (torch.arange(len(view)) // (len(view) // examples)).unsqueeze(1)).all())
+    believed = Given((x, torch.zeros(examples)), examples).in_order(view)
+    assert believed <= true
+    if view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and len(view) > examples > 1:
+        assert believed == true
+
+
+def test_a_view_of_another_type_or_of_something_else_is_not_believed():
+    x = torch.zeros(4, 3, 2)
+    given = Given({"x": x, "n": 3, "text": "x"}, 4)
+    assert given.in_order(x.flatten(0, 1))
+    assert not given.in_order(x.view(torch.int32).flatten(0, 1))
+    assert not given.in_order(torch.zeros(12, 2))
+    assert not given.in_order(torch.zeros(()))
+
+
+def test_frames_of_the_batch_itself_need_no_check():
+    expect_exact(built(lambda s, x: s.l(x.flatten(0, 1)).view(x.shape[0], -1), l=nn.Linear(D, 2)), drawn(T, D))
+
+
+@pytest.mark.parametrize("examples", [1, 3, 5])
+def test_frames_and_answers_that_the_data_set_gave_are_exact_once_they_are_verified(examples):
+    def frames(s, x):
+        hidden = s.n(s.c(x.flatten(0, 1))).relu().mean(2)
+        return s.l(hidden).view(*x.shape[:2], -1)
+
+    parts = {"c": nn.Conv1d(2, 4, 3), "n": nn.GroupNorm(2, 4), "l": nn.Linear(4, 3)}
+    model, batch = built(frames, **parts), drawn(3, 2, D)
+    some = rows(batch, range(examples), B)
+
+    def chosen(m, b):
+        return F.cross_entropy(m(b["x"]).mean(1), b["target"].gt(0).long(), reduction="none")
+
+    layout = check(model, chosen, rows(batch, range(4), B)).layout
+    wanted = alone(model, chosen, some, size=examples)
+    found = clipped_gradient(model, chosen, some, clipping=CLIP, layout=layout, examples=examples)
+    assert relative_gap(found.tensors, weighted(wanted, abadi(norms(wanted), R))) < 4e-5
+
+
+def test_a_pair_that_is_joined_is_refused_with_its_remedy():
+    def paired(m, b):
+        one, other = m(torch.cat([b["x"], -b["x"]])).squeeze(1).chunk(2)
+        return -F.logsigmoid(one - other)
+
+    model = built(lambda s, x: s.l(x), l=nn.Linear(D, 1))
+    with pytest.raises(UnsupportedUse, match=r"torch\.stack"):
+        clipped_gradient(model, paired, drawn(D), clipping=CLIP)
+    report = check(model, paired, drawn(D))
+    assert "torch.stack" in report.table()

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from blocks import D, Fn, T, loss, par, tokens
-from core.unseen import CLIP, built, drawn, expect_refused
+from blocks import B, D, Fn, T, loss, par, tokens
+from core.unseen import CLIP, built, drawn, expect_exact, expect_refused
 from discreet.core.gradient import clipped_gradient
 from discreet.errors import ConfigError
 
@@ -154,6 +155,47 @@ def test_a_parameter_with_ways_of_its_own_is_refused(kind):
     with pytest.raises(ConfigError, match=f"w: of class {kind.__name__}"):
         clipped_gradient(model, loss, drawn(T, D), clipping=CLIP)
     assert type(model.w) is kind
+
+
+def _dual(s, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(s.l(forward_ad.make_dual(x, x.sign()))).tangent
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch's own jvp
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: torch.vmap(lambda row: s.l(row))(x),
+        lambda s, x: torch.vmap(lambda row: row.unsqueeze(0).expand(B, -1) @ s.l.weight.T)(x).mean(1),
+        lambda s, x: torch.func.vmap(torch.func.grad(lambda row: s.l(row).sum()))(x) @ s.l.weight.T,
+        lambda s, x: torch.func.jvp(s.l, (x,), (x.sign(),))[1],
+        _dual,
+    ],
+)
+def test_a_parameter_inside_a_function_transform_is_refused(forward):
+    """What has the size of the batch there may be anything."""
+    expect_refused(built(forward, l=nn.Linear(D, 2)), drawn(D), "inside torch.func")
+
+
+def test_a_function_transform_of_frozen_layers_is_nobodys_business():
+    def slopes(s, x):
+        return s.l(torch.func.vmap(torch.func.grad(lambda row: s.frozen(row).tanh().sum()))(x))
+
+    model = built(slopes, frozen=nn.Linear(D, 3), l=nn.Linear(D, 2))
+    model.frozen.requires_grad_(False)
+    expect_exact(model, drawn(D))
+
+
+def test_a_parameter_that_becomes_rows_of_the_batch_is_refused():
+    model = built(lambda s, x: s.l(torch.cat([s.l(x).tanh(), s.w * 2]))[: len(x)], w=par(B, D), l=nn.Linear(D, D))
+    expect_refused(model, drawn(D), "w", "along axis 0")
+
+
+def test_ids_out_of_range_are_not_wrapped_into_the_next_row():
+    model = built(lambda s, x: s.w[x[:, 0] * 0, x[:, 1] * 0 + 4].tanh(), w=par(3, 4))
+    with pytest.raises(IndexError):
+        clipped_gradient(model, loss, tokens()(), clipping=CLIP)
 
 
 def test_a_lazy_layer_is_refused_until_it_has_met_a_batch():

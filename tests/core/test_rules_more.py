@@ -243,6 +243,42 @@ MORE = {
     ),
     "pick from a stack of tables": Case(lambda: Fn(lambda s, x: s.w[x].tanh(), w=par(V, 2, 3)), tokens()),
     "pick from a vector": Case(lambda: Fn(lambda s, x: s.w[x].tanh(), w=par(V)), tokens()),
+    "pick transitions": Case(lambda: Fn(lambda s, x: s.w[x[:, :-1], x[:, 1:]].tanh(), w=par(V, V)), tokens()),
+    "pick transitions at one place": Case(lambda: Fn(lambda s, x: s.w[x[:, 0], x[:, 1] - V], w=par(V, V, 2)), tokens()),
+    "pick by three": Case(
+        lambda: Fn(
+            lambda s, x: s.w[x[:, 0], x[:, 1], x[:, 2] // 2].unsqueeze(1) + s.w[x[:, 3], x[:, 1]], w=par(V, V, 6)
+        ),
+        tokens(),
+    ),
+    "a token stacked for each example": Case(
+        lambda: Fn(lambda s, x: s.l(torch.cat([torch.stack([s.w] * len(x)), x], 1)), w=par(2, D), l=nn.Linear(D, 3)),
+        features(T, D),
+    ),
+    "a token for each frame": Case(
+        lambda: Fn(
+            lambda s, x: s.l(
+                torch.cat([s.w.expand(x.shape[0] * x.shape[1], -1, -1), s.a(x.flatten(0, 1))], 1).tanh()
+            ).view(x.shape[0], -1),
+            w=par(1, 1, D),
+            a=nn.Linear(D, D),
+            l=nn.Linear(D, 2),
+        ),
+        features(3, 2, D),
+        folded=True,
+    ),
+    "a sign and a straight-through estimator": Case(
+        lambda: Fn(lambda s, x: F.linear(x, s.w + (s.w.sign() * s.w.abs().mean() - s.w).detach()), w=par(3, D)),
+        features(T, D),
+    ),
+    "rounded at a learnt scale": Case(
+        lambda: Fn(lambda s, x: F.linear(x, ((s.w / s.a).round() - s.w).detach() * s.a + s.w), w=par(3, D), a=par(1)),
+        features(T, D),
+    ),
+    "noise of the shape of a weight": Case(
+        lambda: Fn(lambda s, x: F.linear(x, s.w + s.a * torch.rand_like(s.w).gt(2)), w=par(3, D), a=par(3, D)),
+        features(T, D),
+    ),
 }
 EVERY = pytest.mark.parametrize("name", list(MORE))
 

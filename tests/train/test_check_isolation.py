@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from blocks import loss
+from discreet.core.clipping import Clipping
+from discreet.core.gradient import clipped_gradient
+from discreet.core.seeded import seeded
 from discreet.train.check import check
 from train.checking import B, D, T, V, built, drawn, expect_failed
 
@@ -194,3 +201,138 @@ def test_a_model_that_takes_no_larger_batch_is_not_asked():
         return s.a(x)
 
     assert check(built(forward, a=nn.Linear(D, 2)), loss, drawn(D)).passed
+
+
+def _noisy(m, b):
+    """A denoiser's loss: each example at a level of its own, drawn here."""
+    level = torch.rand(len(b["x"]), 1)
+    return (m(b["x"] * (1 - level) + torch.randn_like(b["x"]) * level) - b["x"]).square().mean(1)
+
+
+def _sampled(m, b):
+    mean, spread = m(b["x"]).chunk(2, 1)
+    return (mean + spread.exp() * torch.randn_like(mean) - b["x"][:, : mean.shape[1]]).square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "own"),
+    [
+        (lambda s, x: s.l(x), _noisy),
+        (lambda s, x: s.l(x), _sampled),
+        (lambda s, x: F.gumbel_softmax(s.l(x), hard=True) * s.l(x), loss),
+        (lambda s, x: s.l(x * torch.empty(len(x), 1).bernoulli_(0.5)), loss),
+        (lambda s, x: s.l(F.dropout(x, 0.3)), loss),
+        (lambda s, x: s.l(x)[:, torch.randperm(D)[:3]], loss),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_random_numbers_of_each_example_are_no_coupling(forward, own, training):
+    model = built(forward, l=nn.Linear(D, D)).train(training)
+    report = check(model, own, drawn(D))
+    assert report.passed, report.table()
+
+
+def test_what_follows_from_the_size_of_the_batch_in_training_alone_is_caught_beside_dropout():
+    def scaled(s, x):
+        return s.l(s.d(s.a(x))) * (len(x) if s.training else 1)
+
+    expect_failed(built(scaled, a=nn.Linear(D, D), d=nn.Dropout(), l=nn.Linear(D, 4)), drawn(D), "removed")
+
+
+def test_one_coupling_from_sixteen_examples_on_is_caught_beside_dropout():
+    def centred(s, x):
+        hidden = s.d(s.a(x))
+        return s.l(hidden - hidden.mean(0) if s.training and len(x) > 16 else hidden)
+
+    expect_failed(built(centred, a=nn.Linear(D, D), d=nn.Dropout(), l=nn.Linear(D, 4)), drawn(D), "larger batch")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_same_numbers_at_every_step_belong_to_places_and_not_to_examples(dropout):
+    """Whoever leaves moves all others to the numbers of other places, and there is nothing random about it."""
+
+    def numbered(s, x):
+        hidden = s.d(x)
+        torch.manual_seed(3)
+        return s.l(hidden + torch.randn_like(x))
+
+    expect_failed(built(numbered, l=nn.Linear(D, 4), d=nn.Dropout(dropout)), drawn(D), "isolation")
+
+
+def test_layers_dropped_by_a_random_number_of_python_or_numpy_are_no_coupling():
+    def shaken(s, x):
+        return s.l(x) * (1 + random.random()) + np.random.rand()
+
+    assert check(built(shaken, l=nn.Linear(D, 4)), loss, drawn(D)).passed
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_examples_that_are_attacked_before_they_are_learnt_are_no_coupling(backward):
+    """The forward asks for the gradient of its input: a loss is asked for as in training, where gradients are made."""
+
+    def attacked(m, b):
+        x = b["x"].clone().requires_grad_()
+        clean = m(x).square().sum()
+        if backward:
+            clean.backward()
+            slope = x.grad
+        else:
+            (slope,) = torch.autograd.grad(clean, x)
+        return m(b["x"] + 0.1 * slope.sign()).square().sum(1)
+
+    model = built(lambda s, x: s.l(x.tanh()), l=nn.Linear(D, 4))
+    assert check(model, attacked, drawn(D)).passed
+    assert all(parameter.grad is None for parameter in model.parameters())  # raw ones
+
+
+def test_a_reentrant_checkpoint_beside_dropout_is_compared_under_the_same_numbers():
+    def saved(s, x):
+        return s.l(checkpoint(lambda h: s.d(s.a(h)), s.z(x), use_reentrant=True))
+
+    parts = {"z": nn.Linear(D, D), "a": nn.Linear(D, D), "d": nn.Dropout(), "l": nn.Linear(D, 4)}
+    report = check(built(saved, **parts), loss, drawn(D))
+    assert report.passed, report.table()
+
+
+def test_a_graph_that_can_be_gone_through_once_is_compared_as_well():
+    def chosen():
+        return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default])
+
+    def saved(s, x):
+        return s.l(checkpoint(lambda h: s.d(s.a(h)), s.z(x), use_reentrant=False, context_fn=chosen))
+
+    parts = {"z": nn.Linear(D, D), "a": nn.Linear(D, D), "d": nn.Dropout(), "l": nn.Linear(D, 4)}
+    report = check(built(saved, **parts), loss, drawn(D))
+    assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("tossed", [lambda: float(torch.rand(())), random.random, np.random.rand])
+@pytest.mark.parametrize("folded", [False, True])
+def test_layers_that_are_dropped_at_random_are_known_wherever_they_are_kept(tossed, folded):
+    def dropped(s, x):
+        hidden = s.first(x)
+        for layer in s.layers:
+            if tossed() < 0.5:
+                hidden = hidden + layer(hidden.flatten(0, 1)).view_as(hidden) if folded else hidden + layer(hidden)
+        return s.last(hidden.tanh())
+
+    layers = nn.ModuleList(nn.Linear(D, D) for _ in range(6))
+    model = built(dropped, first=nn.Linear(D, D), layers=layers, last=nn.Linear(D, 4))
+    report = check(model, loss, drawn(T, D))
+    assert report.passed, report.table()
+    for seed in range(20):
+        with seeded(seed):
+            clipped_gradient(model, loss, drawn(T, D), clipping=Clipping.abadi(1.0), layout=report.layout)
+
+
+def test_a_layer_that_is_used_seldom_is_compared_where_it_is():
+    """Rows folded the wrong way round, in one forward of two."""
+
+    def wrong(s, x):
+        hidden = s.first(x)
+        if torch.rand(()) < 0.5:
+            return s.last(hidden)
+        return s.last(s.seldom(hidden.transpose(0, 1).reshape(-1, D)).tanh().view(T, len(x), D).transpose(0, 1))
+
+    parts = {"first": nn.Linear(D, D), "seldom": nn.Linear(D, D), "last": nn.Linear(D, 4)}
+    assert not check(built(wrong, **parts), loss, drawn(T, D)).passed

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from discreet.core.seeded import seeded
 from discreet.errors import ConfigError
 from discreet.train.examples import BatchedDataset, Examples
-from discreet.train.seeded import seeded
 from train import toys
 
 CPU = torch.device("cpu")

@@ -14,12 +14,14 @@ from discreet.errors import UnsupportedUse
 class Axis(enum.Enum):
     """How a plain operand of a use carries the examples, from the most to the least particular.
 
-    BATCH: dimension 0 is B. SECOND: dimension 1 is B, as in (time, B, ...). FOLDED: dimension 0 is a multiple of B.
+    BATCH: dimension 0 is B. SECOND: dimension 1 is B, as in (time, B, ...). GIVEN: dimension 0 is a multiple of B, and
+    its rows lie in the memory of the batch's own tensors. FOLDED: dimension 0 is a multiple of B by the check's word.
     ROUTED: rows were picked from such an operand, and the graph tells which.
     """
 
     BATCH = "batch"
     SECOND = "second"
+    GIVEN = "given"
     FOLDED = "folded"
     ROUTED = "routed"
     SHARED = "shared"

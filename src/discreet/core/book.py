@@ -14,6 +14,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.recording import Recording
 from discreet.core.route import Route
-from discreet.core.routing import Picking, Trail
+from discreet.core.routing import Given, Picking, Trail
 from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identity_of, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
 
@@ -40,6 +41,7 @@ class Book:
         clipping: how it will be settled. With it, groups of parameters are settled as soon as their norms are complete.
         recording: the settlement is recorded, and asks the data nothing.
         at_most: the most examples that any microbatch of this batch may have: its factors must not tell how it is cut.
+        batch: what the data set gave; views of its tensors need nobody's word for whose their rows are.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Book:
         clipping: Clipping | None = None,
         recording: Recording | None = None,
         at_most: int = 0,
+        batch: Any = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.examples = examples
@@ -62,6 +65,7 @@ class Book:
         self.verified = layout
         self.trusts = trust_folds
         self.trail = Trail(examples)
+        self._given = Given(batch, examples)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._meetings: dict[tuple[tuple[str, ...], str], int] = defaultdict(int)
         self._records: dict[str, list[tuple[int, Record]]] = defaultdict(list)
@@ -266,6 +270,8 @@ class Book:
             if known is Axis.SECOND or guessed:
                 return Axis.SECOND
         strange = rows != self.examples and (known is not Axis.BATCH or self.trusts or self.examples == 1)
+        if not operand.requires_grad and strange and known in (None, Axis.GIVEN) and self._given.in_order(operand):
+            return Axis.GIVEN
         if not operand.requires_grad and (known is Axis.SHARED or strange):
             return Axis.SHARED  # always exact: nothing is split by its rows
         if known in (None, Axis.BATCH) and rows == self.examples:

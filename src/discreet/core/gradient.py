@@ -17,11 +17,11 @@ from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.layout import observed_layout
-from discreet.core.meeting import guard
+from discreet.core.meeting import FOR_ALL, guard
 from discreet.core.parameter import Guarded, PrivateParameter
 from discreet.core.strays import run_backward
 from discreet.core.uses import zeros_like_sums
-from discreet.errors import ConfigError
+from discreet.errors import ConfigError, UnsupportedUse
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> Tensor`` of shape (B,): one loss per example."""
@@ -71,7 +71,7 @@ def clipped_gradient(
         return zero_sum(parameters, clipping)
     if layout is None and size > 1:
         layout = observed_layout(model, loss, batch, parameters=parameters, size=size)
-    book = Book(parameters, examples=size, layout=layout, clipping=clipping, at_most=at_most)
+    book = Book(parameters, examples=size, layout=layout, clipping=clipping, at_most=at_most, batch=batch)
     return settled(book, model, loss, batch, clipping)
 
 
@@ -109,9 +109,10 @@ def open_book(
     layout: Layout | None = None,
     clipping: Clipping | None = None,
     at_most: int = 0,
+    batch: Any = None,
 ) -> Book:
     """A book for one microbatch of this model. Without a layout, dimension 0 of every operand is taken as it looks."""
-    return Book(trainable(model), examples=examples, layout=layout, clipping=clipping, at_most=at_most)
+    return Book(trainable(model), examples=examples, layout=layout, clipping=clipping, at_most=at_most, batch=batch)
 
 
 def backward(book: Book, losses_B: Tensor) -> None:
@@ -119,10 +120,13 @@ def backward(book: Book, losses_B: Tensor) -> None:
 
     Raises:
         ConfigError: the losses have another shape than (B,), or do not depend on any trainable parameter.
+        UnsupportedUse: they are made of what counts as the same for all examples.
     """
     check_losses(losses_B, examples=book.examples)
-    if isinstance(losses_B, Guarded) or not losses_B.requires_grad:
-        raise ConfigError("the losses depend on no trainable parameter and example together; use the model's output.")
+    if isinstance(losses_B, Guarded):
+        raise UnsupportedUse(f"the losses: {FOR_ALL}.")
+    if not losses_B.requires_grad:
+        raise ConfigError("the losses depend on no trainable parameter; use the model's output.")
     with book.collecting():
         run_backward(book, losses_B)
 

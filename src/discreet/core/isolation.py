@@ -5,7 +5,6 @@ Shape legend: B = examples.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from discreet.core.compiled import uncompiled
+from discreet.core.draws import Draws
 from discreet.core.gradient import LossFunction, batch_size_of, check_losses, trainable
 from discreet.core.layout import SEED, alike, awake, copies, evaluating, frozen_state, take
 from discreet.core.precision import NARROW_GAP, ROUNDING_GAP, computes_narrowly, each_close, ieee_products, is_close
@@ -25,7 +25,8 @@ class IsolationVerdict:
 
     Attributes:
         by_substitution: no loss moved when another example of the batch was replaced.
-        by_removal: no loss moved when the others were removed (in evaluation mode when the model is stochastic).
+        by_removal: no loss moved when the others were removed. Each example keeps the random numbers that were drawn
+            for it; where they cannot be told apart, the model is asked in evaluation mode.
         buffers: names of buffers that a training forward changed in a way that depends on the data, and of parameters
             that it wrote at all, frozen or not: both are released as they are.
         moving: names of buffers that a training forward wrote, whatever the data were.
@@ -71,8 +72,9 @@ def examine_isolation(
 
 
 def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> IsolationVerdict:
-    before = copies(model)
-    reference = _losses(model, loss, batch, examples=size)
+    before, draws = copies(model), Draws(size)
+    with draws.written():
+        reference = _losses(model, loss, batch, examples=size)
     # Replacing changes no shape, so that losses of the others keep their bits; removing others changes the kernels.
     exact = 16 * torch.finfo(reference.dtype).eps
     tolerance = 1e-8 if reference.dtype is torch.float64 else 1e-4
@@ -86,13 +88,17 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
         rows = [other if other != row else (row + 1) % size for other in range(size)]
         replaced = take(batch, rows, size)
         others = [other for other in range(size) if other != row]
-        by_substitution &= is_close(_losses(model, loss, replaced, examples=size)[others], reference[others], exact)
+        with draws.given(range(size)):  # its own generators may draw something else each time
+            losses = _losses(model, loss, replaced, examples=size)
+        by_substitution &= is_close(losses[others], reference[others], exact)
         after = _buffers_after(model, loss, replaced)
         resized |= _other_sizes(state, after)
         buffers |= {name for name in state.keys() - resized if not torch.equal(after[name], state[name])}
     stochastic = not torch.equal(_losses(model, loss, batch, examples=size, seed=SEED + 1), reference)
-    with evaluating(model) if stochastic else contextlib.nullcontext():
-        by_removal = _survives_removal(model, loss, batch, size, tolerance)
+    by_removal, followed = _survives_removal(model, loss, batch, size, tolerance)
+    if stochastic and not followed:
+        with evaluating(model):
+            by_removal, _ = _survives_removal(model, loss, batch, size, tolerance)
     tables = _other_sizes(before, copies(model)) - resized - buffers
     resized |= tables - _unsaved(model)
     values = {name for name in before.keys() - tables - resized - buffers if not torch.equal(before[name], state[name])}
@@ -119,16 +125,21 @@ def _joined(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 
 
-def _survives_removal(model: nn.Module, loss: LossFunction, batch: Any, size: int, tolerance: float) -> bool:
-    reference = _losses(model, loss, batch, examples=size)
+def _survives_removal(
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, tolerance: float
+) -> tuple[bool, bool]:
+    """Whether each loss is the same without the others; and whether examples kept what was drawn for them."""
+    draws, same = Draws(size), True
+    with draws.written():
+        reference = _losses(model, loss, batch, examples=size)
     for row in range(size):
         try:
-            alone = _losses(model, loss, take(batch, [row], size), examples=1)
-        except (ValueError, RuntimeError):
-            return False
-        if not is_close(alone, reference[row : row + 1], tolerance):
-            return False
-    return True
+            with draws.given([row]):
+                alone = _losses(model, loss, take(batch, [row], size), examples=1)
+        except (ValueError, RuntimeError, IndexError):
+            return False, draws.followed
+        same &= is_close(alone, reference[row : row + 1], tolerance)
+    return same, draws.followed
 
 
 @uncompiled()
@@ -138,35 +149,39 @@ def first_losses_agree(
 ) -> bool:
     """Whether two batches, each with its size, begin with the same examples as far as their first losses show it.
 
-    In evaluation mode where they do not agree and the model is stochastic: other shapes draw other masks.
+    In evaluation mode where they do not agree and draw what cannot be given to the other.
     """
 
     def losses_of(batch: tuple[Any, int], *, seed: int = SEED) -> Tensor:
         return _losses(model, loss, batch[0], examples=batch[1], seed=seed)[:first]
 
-    def agree() -> bool:
-        wanted, found = losses_of(one), losses_of(other)
-        if each_close(found, wanted, ROUNDING_GAP):
-            return True
-        return computes_narrowly(lambda: losses_of(one)) and each_close(found, wanted, NARROW_GAP)
+    def agree() -> tuple[bool, bool]:
+        draws = Draws(one[1])
+        with draws.written():
+            wanted = losses_of(one)
+        with draws.given([row % one[1] for row in range(other[1])]):
+            found = losses_of(other)
+        same = each_close(found, wanted, ROUNDING_GAP)
+        same = same or (computes_narrowly(lambda: losses_of(one)) and each_close(found, wanted, NARROW_GAP))
+        return same, draws.followed
 
     with awake(trainable(model)):
-        if agree():
-            return True
-        stochastic = not torch.equal(losses_of(one, seed=SEED + 1), losses_of(one))
+        same, followed = agree()
+        if same or followed or torch.equal(losses_of(one, seed=SEED + 1), losses_of(one)):
+            return same
         with evaluating(model):
-            return stochastic and agree()
+            return agree()[0]
 
 
 def _losses(model: nn.Module, loss: LossFunction, batch: Any, *, examples: int, seed: int = SEED) -> Tensor:
-    with frozen_state(model, seed=seed), torch.no_grad():
+    with frozen_state(model, seed=seed), torch.enable_grad():  # as in training: a forward may ask for gradients
         losses = loss(model, batch)
     check_losses(losses, examples=examples)
     return losses.detach().clone()
 
 
 def _buffers_after(model: nn.Module, loss: LossFunction, batch: Any) -> dict[str, Tensor]:
-    with frozen_state(model), torch.enable_grad():  # as in training: a forward may ask whether it is
+    with frozen_state(model), torch.enable_grad():
         loss(model, batch)
         return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 

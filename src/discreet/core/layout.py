@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.meeting import guard
+from discreet.core.seeded import seeded
 from discreet.core.strays import nodes, run_backward
 from discreet.errors import ConfigError
 
@@ -43,9 +44,10 @@ def observed_layout(
             f"a batch without any tensor of {size} rows: its layout cannot be verified; pass layout=check(...).layout."
         )
     rows = other_rows(parameters, batch, size=size)
-    book = Book(parameters, examples=len(rows))
+    other = take(batch, rows, size)
+    book = Book(parameters, examples=len(rows), batch=other)
     with frozen_state(model), guard(book):
-        losses_B = loss(model, take(batch, rows, size))
+        losses_B = loss(model, other)
         if recomputes(losses_B):
             run_backward(book, losses_B)
     return book.layout()
@@ -91,8 +93,7 @@ def frozen_state(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
     kept = copies(model)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with seeded(seed, devices=devices):
             yield
     finally:
         put_back(model, kept)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -130,6 +131,12 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         book = _active
         if func in OBSERVATIONS:
             return func(*args, **kwargs)
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None or fwAD._current_level >= 0
+        if transformed and book is not None:
+            raise UnsupportedUse(
+                f"{function_name(func)} on a trained parameter inside torch.func (vmap, grad, jvp) or forward_ad: what "
+                "it sees there is not the batch; write the examples' axis out, or transform frozen layers alone."
+            )
         if book is None or not torch.is_grad_enabled():
             plain_args, plain_kwargs = tree_map_only(DerivedParameter, lambda leaf: leaf.plain(), (args, kwargs))
             return func(*plain_args, **plain_kwargs)
@@ -175,11 +182,21 @@ def _leaves(value: Any) -> list[Any]:
     return _leaves(tuple(value.values())) if isinstance(value, dict) else [value]
 
 
+FOR_ALL = (
+    "made of parameters and of tensors without the batch in dimension 0, which count as the same for all examples; "
+    "where they hold examples, call the model once for each of a pair, or keep an example's rows together and let "
+    "gradients through (torch.stack(pair, 1).flatten(0, 1).requires_grad_() for torch.cat(pair))"
+)
+"""What is said of a value that looks like an activation, and is none."""
+
+
 def _no_rule(func: Function, names: tuple[str, ...], guarded: Tensor) -> UnsupportedUse:
     usual = (
         "freeze the parameter (requires_grad=False), or write this part with linear, convolution, embedding, "
         "normalisation or elementwise functions."
     )
+    if isinstance(guarded, DerivedParameter) and not guarded.derivation.isometric:
+        usual = f"it is {FOR_ALL}; or {usual}"
     return UnsupportedUse(
         f"{function_name(func)} on {', '.join(names)} (shape {tuple(guarded.shape)}): no exact rule for it; "
         f"{_REMEDIES.get(func, usual)}"

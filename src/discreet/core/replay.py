@@ -216,6 +216,7 @@ class Replay:
             clipping=self._clipping,
             recording=recording,
             at_most=at_most,
+            batch=batch,
         )
         return settled(book, self._model, self._loss, batch, self._clipping)
 

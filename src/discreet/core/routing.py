@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _NODES = 64
 _LAST = (1 << 64) - 1  # how the graph writes axis -1
@@ -39,6 +40,42 @@ _MIXES = frozenset({"GatherBackward0", "SortBackward0", "TopkBackward0"})
 _JOINS = frozenset({"CatBackward0", "StackBackward0"})
 _PIECES = frozenset({"SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0"})
 _VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0"})
+
+
+class Given:
+    """The tensors of a batch, by their memory: a view of one of them says by itself whose its rows are.
+
+    ``ids.view(-1, T)`` or ``frames.flatten(0, 1)`` of what the data set gave has no graph to walk back through, but
+    each of its rows lies in the memory of an example.
+    """
+
+    def __init__(self, batch: Any, examples: int) -> None:
+        self._examples = examples
+        self._leaves = [leaf for leaf in tree_leaves(batch) if _is_whole(leaf, examples)]
+
+    def in_order(self, operand: Tensor) -> bool:
+        """Whether row i of an operand lies in the memory of example ``i // (rows / B)`` of one of the tensors."""
+        rows = operand.shape[0] if type(operand) is Tensor and operand.dim() else 0
+        if rows == 0 or rows % self._examples or operand.layout is not torch.strided:
+            return False
+        folds, (step, *inner) = rows // self._examples, operand.stride()
+        reach = (folds - 1) * step + sum((n - 1) * gap for n, gap in zip(operand.shape[1:], inner, strict=True))
+        return any(
+            leaf.dtype == operand.dtype
+            and leaf.untyped_storage().data_ptr() == operand.untyped_storage().data_ptr()
+            and leaf.stride(0) == folds * step
+            and 0 <= operand.storage_offset() - leaf.storage_offset() < leaf.stride(0) - reach
+            for leaf in self._leaves
+        )
+
+
+def _is_whole(leaf: object, examples: int) -> bool:
+    """Whether this is a tensor of B rows that lie one after the other in memory."""
+    dense = isinstance(leaf, Tensor) and type(leaf.data) is Tensor and leaf.layout is torch.strided
+    if not dense or leaf.dim() == 0 or leaf.shape[0] != examples or leaf.numel() == 0:
+        return False
+    reach = sum((size - 1) * step for size, step in zip(leaf.shape[1:], leaf.stride()[1:], strict=True))
+    return reach < leaf.stride(0)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discreet.core.axes import Layout
+from discreet.core.axes import Layout, UseKey
 from discreet.core.book import Book
 from discreet.core.clipping import Clipping
 from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, backward, batch_size_of, settle, trainable
-from discreet.core.layout import awake, frozen_state, other_rows, recomputes, take
+from discreet.core.layout import SEED, awake, frozen_state, other_rows, recomputes, take
 from discreet.core.meeting import guard
 from discreet.core.precision import (
     NARROW,
@@ -36,6 +36,11 @@ from discreet.core.route import Route, forced
 from discreet.core.uses import zeros_like_sums
 from discreet.errors import UnsupportedUse
 
+Parts = Sequence[tuple[Any, int]]
+"""Batches with their sizes."""
+
+_PROBES, _PATHS = 8, 16
+"""Seeds under which a forward is asked whether it takes another path, and under which paths are then compared."""
 _FLOAT32, _DEEP = 2e-3, 0.3
 """How far norms may be off: in float32, and in half precision where float32 was compared as well.
 
@@ -218,23 +223,53 @@ def _compare(
         )
         for name, value in parameters.items()
     )
-    agrees_elsewhere = True
+    agrees_elsewhere, layout = _agrees_on_other_paths(model, loss, parts, clipping, tolerance, layout)
     for other in elsewhere:
         agrees, seen = _agrees_elsewhere(model, loss, other, size, clipping, tolerance, layout)
         agrees_elsewhere, layout = agrees_elsewhere and agrees, layout.merged(seen)
     return NormVerdict(verdicts, sum_agrees, isolated, agrees_elsewhere, layout, tolerance)
 
 
-def _agrees_elsewhere(
-    model: nn.Module, loss: LossFunction, batch: Any, size: int, clipping: Clipping, tolerance: float, layout: Layout
+def _agrees_on_other_paths(
+    model: nn.Module, loss: LossFunction, parts: Parts, clipping: Clipping, tolerance: float, layout: Layout
 ) -> tuple[bool, Layout]:
+    """Whether norms and sum are right where random numbers take other paths (dropped layers), and the layout there."""
+    first, second = (_uses_met(model, loss, *parts[-1], seed=SEED + way) for way in range(2))
+    probes = range(2, _PROBES if first != second else 0)
+    uses = {first[0], second[0], *(_uses_met(model, loss, *parts[-1], seed=SEED + way)[0] for way in probes)}
+    agrees = True
+    for way in range(1, _PATHS if len(uses) > 1 else 0):
+        seen = Layout({})
+        for part, count in parts:
+            book = _booked(model, loss, part, count, layout=None, seed=SEED + way)
+            seen = seen.merged(book.layout())
+            book.discard()
+        layout = Layout({**seen.axes, **layout.axes})
+        agrees &= _agrees_elsewhere(model, loss, *parts[-1], clipping, tolerance, layout, seed=SEED + way)[0]
+    return agrees, layout
+
+
+def _uses_met(
+    model: nn.Module, loss: LossFunction, batch: Any, count: int, *, seed: int
+) -> tuple[frozenset[UseKey], tuple[float, ...]]:
+    """The uses of a forward under this seed, and its losses."""
+    book = Book(trainable(model), examples=count, trust_folds=True, batch=batch)
+    with frozen_state(model, seed=seed), guard(book):
+        losses_B = loss(model, batch)
+    return frozenset(book.axes), tuple(losses_B.tolist())
+
+
+def _agrees_elsewhere(
+    model: nn.Module, loss: LossFunction, batch: Any, size: int, clipping: Clipping, tolerance: float, layout: Layout,
+    *, seed: int = SEED,
+) -> tuple[bool, Layout]:  # fmt: skip
     """Whether norms and sum are right on examples that nobody gave, and how uses carry them, as far as they come."""
     parameters = trainable(model)
-    book = Book(parameters, examples=size, layout=layout, trust_folds=True)
-    with frozen_state(model):
+    book = Book(parameters, examples=size, layout=layout, trust_folds=True, batch=batch)
+    with frozen_state(model, seed=seed):
         expected = _brute_force(model, loss, batch, parameters, size, clipping)
     try:
-        with frozen_state(model), guard(book):
+        with frozen_state(model, seed=seed), guard(book):
             backward(book, loss(model, batch))
         found = {name: torch.zeros_like(wanted) for name, wanted in expected.norms.items()}
         found |= book.parameter_norms(sure=True)
@@ -272,11 +307,12 @@ def norms_agree(
 
 
 def _booked(
-    model: nn.Module, loss: LossFunction, batch: Any, count: int, *, layout: Layout | None, as_written: bool = False
-) -> Book:
-    book = Book(trainable(model), examples=count, layout=layout, trust_folds=True)
+    model: nn.Module, loss: LossFunction, batch: Any, count: int, *, layout: Layout | None, as_written: bool = False,
+    seed: int = SEED,
+) -> Book:  # fmt: skip
+    book = Book(trainable(model), examples=count, layout=layout, trust_folds=True, batch=batch)
     book.as_written = as_written
-    with frozen_state(model), guard(book):
+    with frozen_state(model, seed=seed), guard(book):
         backward(book, loss(model, batch))
     return book
 
@@ -336,8 +372,16 @@ def _one_at_a_time(
     if recomputes(losses):
         yield from _one_at_a_time_recomputed(model, loss, batch, parameters, wanted)
         return
-    for index in wanted:
-        yield torch.autograd.grad(losses[index], list(parameters.values()), retain_graph=True, allow_unused=True)
+    for place, index in enumerate(wanted):
+        try:
+            row = torch.autograd.grad(losses[index], list(parameters.values()), retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            if place == 0:
+                raise
+            # A graph that can be gone through once, as selective activation checkpoints make it.
+            yield from _one_at_a_time_recomputed(model, loss, batch, parameters, wanted[place:])
+            return
+        yield row
 
 
 def _one_at_a_time_recomputed(
@@ -351,7 +395,8 @@ def _one_at_a_time_recomputed(
             self.model = model
 
         def forward(self, index: int) -> None:
-            loss(self.model, batch)[index].backward()
+            with frozen_state(model, seed=torch.initial_seed()):  # the same random numbers for every row
+                loss(self.model, batch)[index].backward()
 
     for index in wanted:
         stand_ins = {f"model.{name}": nn.Parameter(parameter.detach()) for name, parameter in parameters.items()}
@@ -374,5 +419,5 @@ def _rounding(norms: Mapping[str, Tensor], parameters: Mapping[str, Tensor], tol
 def _tolerance(model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter]) -> float:
     if all(parameter.dtype is torch.float64 for parameter in parameters.values()):
         return 1e-8
-    with frozen_state(model), torch.no_grad():
+    with frozen_state(model), torch.enable_grad():
         return NARROW_GAP if computes_narrowly(lambda: loss(model, batch)) else _FLOAT32

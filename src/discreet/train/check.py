@@ -22,6 +22,7 @@ from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
 from discreet.train.elsewhere import elsewhere
 from discreet.train.examples import made_up
+from discreet.train.step import gradients_kept
 from discreet.train.stillness import Allowed
 from discreet.train.tempered import GROUPS, TEMPERATURE, Tempered
 
@@ -150,6 +151,11 @@ def check(
     size = examples if examples is not None else batch_size_of(batch)
     if size < 2:
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
+    with gradients_kept(model):
+        return _checked(model, loss, batch, clipping or Clipping.automatic(), size)
+
+
+def _checked(model: nn.Module, loss: LossFunction, batch: Any, clipping: Clipping, size: int) -> CheckReport:
     alone = examine_isolation(model, loss, batch, examples=size)
     moving = _moving_rows(model, loss, batch, size, alone.moving)
     isolation = (*_isolation_rows(alone), *moving)
@@ -159,9 +165,7 @@ def check(
     isolation = (*isolation, _larger_row(model, loss, batch, size))
     others = elsewhere(batch, size=size, takes=lambda other: _takes(model, loss, other))
     try:
-        verdict = compare_with_brute_force(
-            model, loss, batch, clipping=clipping or Clipping.automatic(), examples=size, elsewhere=others
-        )
+        verdict = compare_with_brute_force(model, loss, batch, clipping=clipping, examples=size, elsewhere=others)
     except UnsupportedUse as refusal:
         row = CheckRow("coverage", "every use of a parameter has a rule", Status.FAILED, str(refusal))
         return CheckReport(rows=(*isolation, row), layout=None)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from discreet.core.seeded import seeded
 from discreet.errors import ConfigError
-from discreet.train.seeded import seeded
 
 _FINGERPRINT_BLOCK = 4096
 _MADE_UP_SEED = _FINGERPRINT_SEED = 20_778

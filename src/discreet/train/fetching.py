@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from discreet.core.gradient import LossFunction
 from discreet.core.isolation import first_losses_agree
 from discreet.core.layout import carries
+from discreet.core.seeded import seeded
 from discreet.train.examples import Examples
-from discreet.train.seeded import seeded
+from discreet.train.step import gradients_kept
 
 _SEED, _SEEDS = 20_780, 6
 
@@ -49,10 +50,11 @@ def fetched_alone(
         if not _first_rows_equal(fetch(given, seed), fetch(replaced, seed), first=count - 1):
             return False
     whole, fewer = fetch(given), fetch(given[:-1])
-    if not first_losses_agree(model, loss, whole, fetch(replaced), first=count - 1):
-        return False
     drawn = not _first_rows_equal(fewer, fetch(given[:-1], seed=1), first=count - 1)
-    return drawn or first_losses_agree(model, loss, whole, fewer, first=count - 1)
+    with gradients_kept(model):
+        if not first_losses_agree(model, loss, whole, fetch(replaced), first=count - 1):
+            return False
+        return drawn or first_losses_agree(model, loss, whole, fewer, first=count - 1)
 
 
 def _first_rows_equal(one: tuple[Any, int], other: tuple[Any, int], *, first: int) -> bool:

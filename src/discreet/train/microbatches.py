@@ -130,6 +130,7 @@ class MicrobatchLoader:
             layout=step.layout,
             clipping=step.clipping,
             at_most=step.microbatch.at_most,
+            batch=batch,
         )
         with ExitStack() as stack:
             if self._moving is not None:

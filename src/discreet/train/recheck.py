@@ -27,10 +27,10 @@ from discreet.core.gradient import LossFunction
 from discreet.core.isolation import first_losses_agree
 from discreet.core.layout import copies, put_back
 from discreet.core.precision import NARROW_GAP, ROUNDING_GAP, computes_narrowly, each_close
+from discreet.core.seeded import Moment, seeded
 from discreet.core.selftest import norms_agree
 from discreet.core.traced import KIND
 from discreet.errors import CheckFailed
-from discreet.train.seeded import Moment, seeded
 
 _SEED, _EVERY = 20_781, 8
 

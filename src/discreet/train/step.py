@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -186,6 +187,17 @@ def forget_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
     """Free the gradients of the last update: the clipped sum of the next one takes their place in memory."""
     for parameter in parameters.values():
         parameter.grad = None
+
+
+@contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what stood in ``p.grad``: a loss with a backward of its own would leave raw gradients there."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 def gradient_memory(total: ClippedSum, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

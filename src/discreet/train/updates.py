@@ -19,6 +19,7 @@ from torch import nn
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable, zero_sum
 from discreet.core.noise import Released, release
+from discreet.core.seeded import seeded
 from discreet.core.world import world_sum
 from discreet.errors import BudgetExceeded, ConfigError, LedgerError
 from discreet.privacy.plan import Plan
@@ -29,7 +30,6 @@ from discreet.train.examples import Examples
 from discreet.train.horizon import Charges, replaced_because, steps_charged, steps_released, updates_allowed
 from discreet.train.recheck import is_due
 from discreet.train.run import LEDGER, Run, Stage
-from discreet.train.seeded import seeded
 from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
 from discreet.train.tolerance import Verdict
 

@@ -157,6 +157,7 @@ derivable(
     *(Tensor.sin, torch.sin, Tensor.cos, torch.cos, Tensor.erf, torch.erf, Tensor.log1p, torch.log1p, Tensor.expm1),
     *(torch.expm1, torch.reciprocal, torch.clip, Tensor.clip, torch.clamp_min, Tensor.clamp_min, torch.atan),
     *(Tensor.clamp_max, torch.clamp_max, torch.exp2, Tensor.exp2, torch.log2, Tensor.log2, Tensor.__abs__),
+    *(torch.sign, Tensor.sign, torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil),
 )
 derivable(
     *(Tensor.sum, torch.sum, Tensor.mean, torch.mean, Tensor.var, torch.var, Tensor.std, torch.std, torch.var_mean),
@@ -181,6 +182,7 @@ observation(
     *(Tensor.detach, Tensor.item, Tensor.tolist, Tensor.__repr__, Tensor.__format__, Tensor.data_ptr),
     *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
     *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.is_same_size, torch.numel),
+    *(torch.rand_like, torch.randn_like),
     *(Tensor.get_device, Tensor.storage_offset, Tensor.untyped_storage, torch.is_tensor),
     *(torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne, Tensor.gt, Tensor.ge, Tensor.lt, Tensor.le),
     *(Tensor.eq, Tensor.ne, Tensor.__gt__, Tensor.__ge__, Tensor.__lt__, Tensor.__le__, Tensor.__eq__),

@@ -72,13 +72,21 @@ def embedding(
 
 @rule(Tensor.__getitem__)
 def getitem(use: Use, value: Tensor, index: Any) -> Tensor:
-    """``table[ids]`` with one batched integer index: an embedding of the flattened trailing axes."""
-    if not isinstance(value, Guarded) or not isinstance(index, Tensor) or index.dtype is not torch.int64:
-        raise use.refuse("an index that mixes examples with other selections", "index with one int64 tensor of ids.")
-    wrapped = torch.where(index < 0, index + value.shape[0], index)
-    table = value
-    if value.dim() != 2:
-        shape = (value.shape[0], math.prod(value.shape[1:]))
+    """``table[ids]``, and ``table[from, to]`` with ids of one shape: an embedding of the flattened other axes."""
+    parts = index if isinstance(index, tuple) else (index,)
+    ids = [part for part in parts if isinstance(part, Tensor) and part.dtype is torch.int64 and use.is_batched(part)]
+    apart = any(part.shape != ids[0].shape for part in ids)
+    if not isinstance(value, Guarded) or len(ids) < len(parts) or apart:
+        raise use.refuse(
+            "an index that mixes examples with other selections", "index with int64 tensors of ids, all of one shape."
+        )
+    picked_axes, table, row = value.shape[: len(ids)], value, torch.zeros_like(ids[0])
+    for part, size in zip(ids, picked_axes, strict=True):
+        wrapped = torch.where(part < 0, part + size, part)
+        # What is out of range stays so, beyond all rows: torch then says what it says of any index.
+        row = torch.where((wrapped < 0) | (wrapped >= size), value.numel() + 1, row * size + wrapped)
+    if value.dim() != 2 or len(ids) != 1:
+        shape = (math.prod(picked_axes), math.prod(value.shape[len(ids) :]))
         table = derive(replace(use, function=Tensor.reshape), (value, shape), {}, isometric=True)
-    picked = _Embed.apply(use.book.sink, wrapped, plain(table), None, use.book, use.derivation(table))
-    return picked.reshape(*index.shape, *value.shape[1:])
+    picked = _Embed.apply(use.book.sink, row, plain(table), None, use.book, use.derivation(table))
+    return picked.reshape(*row.shape, *value.shape[len(ids) :])

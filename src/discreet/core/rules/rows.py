@@ -9,6 +9,7 @@ Shape legend: B = examples, N = rows of the activations (B, or B folded), S = N 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from discreet.core.book import Book
 from discreet.core.forms import Lookup
-from discreet.core.parameter import DerivedParameter, Use, plain
+from discreet.core.parameter import DerivedParameter, Guarded, Use, plain, rule
 from discreet.core.uses import Derivation
 
 
@@ -44,3 +45,16 @@ def lies_along(value: Tensor, rows: int) -> bool:
 def by_row(use: Use, value: Tensor) -> Tensor:
     """The value as an activation whose row n belongs to the example that owns row n of the other operands."""
     return _Rows.apply(use.book.sink, plain(value), use.book, use.derivation(value))
+
+
+@rule(torch.cat, torch.concat, torch.concatenate)
+def cat(use: Use, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Activations beside a value that has a row for each of theirs, as a token that was expanded to all frames has."""
+    rows = next(one.shape[0] for one in tensors if use.is_batched(one))
+    whole = all(lies_along(one, rows) for one in tensors if isinstance(one, Guarded))
+    if not whole or dim % tensors[0].dim() == 0:
+        raise use.refuse(
+            f"operands of shapes {[tuple(one.shape) for one in tensors]} along axis {dim}",
+            "expand the parameter to the rows of the activations, and join along another axis than the batch.",
+        )
+    return torch.cat([by_row(use, one) if isinstance(one, Guarded) else one for one in tensors], dim)

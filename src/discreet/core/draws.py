@@ -1,0 +1,128 @@
+"""Random numbers that stay with their example: the draws of one forward, given to another with other examples.
+
+A seed gives a batch of one the numbers that the first of four examples had, and not those of the fourth. So dropout, a
+noise level or a masked token would look as if examples depended on each other, and what depends on the size of the
+batch in training mode alone would hide behind them. What a forward drew is therefore written down, and the same
+example finds the same numbers again.
+
+Only the generators that training seeds for each update are followed. What a forward draws under a seed of its own is
+no secret of the run and belongs to the places of the batch: who leaves it moves all others to other places.
+
+Shape legend: B = examples of the forward that drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from discreet.core.layout import SEED
+
+_DROPOUT = torch.ops.aten.native_dropout
+"""Dropout in one launch: returns what is left, and the mask that was drawn."""
+_DRAWS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "native_dropout",
+        *("rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like", "randint_like", "bernoulli_"),
+        *("normal_", "uniform_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"),
+    )
+)
+"""Functions whose numbers follow from the generator alone, as long as no argument but the one they fill is a tensor."""
+
+
+class Draws:
+    """What the forward of B examples drew, in order.
+
+    Attributes:
+        followed: each later forward drew as many tensors, of the same shapes but for the number of examples; if not,
+            some numbers were its own.
+    """
+
+    def __init__(self, examples: int) -> None:
+        self.followed = True
+        self._examples = examples
+        self._drawn: list[Tensor] = []
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Write down what is drawn inside."""
+        with _Drawing(self._note):
+            yield
+
+    @contextmanager
+    def given(self, rows: Sequence[int]) -> Iterator[None]:
+        """Give what was drawn to a forward of these examples, named by their places; of B, each place has its own."""
+        left = iter(self._drawn)
+        with _Drawing(lambda result: self._instead(result, next(left, None), rows)):
+            yield
+        self.followed &= next(left, None) is None
+
+    def _note(self, result: Tensor | None) -> None:
+        self.followed &= result is not None
+        self._drawn += [] if result is None else [result.clone()]
+
+    def _instead(self, result: Tensor | None, drawn: Tensor | None, rows: Sequence[int]) -> Tensor | None:
+        """What was drawn for these examples, of the shape of what would be drawn now; None when there is no such."""
+        found = None
+        if result is not None and drawn is not None and result.dim() == drawn.dim() and result.dtype == drawn.dtype:
+            found = self._taken(drawn, result.shape, rows)
+        self.followed &= found is not None
+        return found
+
+    def _taken(self, drawn: Tensor, shape: torch.Size, rows: Sequence[int]) -> Tensor | None:
+        """The rows along the one axis that is as long as there are examples, or a multiple of that: (B, k) blocks."""
+        axes = [axis for axis, size in enumerate(shape) if size != drawn.shape[axis]]
+        if not axes:
+            return drawn
+        folds, rest = divmod(drawn.shape[axes[0]], self._examples)
+        if len(axes) > 1 or rest or shape[axes[0]] != folds * len(rows):
+            return None
+        index = torch.as_tensor(list(rows), device=drawn.device)
+        return drawn.unflatten(axes[0], (self._examples, folds)).index_select(axes[0], index).reshape(shape)
+
+
+class _Drawing(TorchDispatchMode):
+    """Shows every draw, and puts the answer in its place, if any; of what follows from data as well, it shows None."""
+
+    def __init__(self, show: Callable[[Tensor | None], Tensor | None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        result = func(*args, **named)
+        if torch.Tag.nondeterministic_seeded not in func.tags or _drops_nothing(func, args, named):
+            return result
+        drawn = result[1] if func.overloadpacket is _DROPOUT else result
+        if named.get("generator") is not None or _seed(args, drawn) != SEED:
+            return result
+        filled = 1 if func.overloadpacket.__name__.endswith(("_", "_like", "dropout")) else 0
+        own = func.overloadpacket in _DRAWS and not any(isinstance(leaf, Tensor) for leaf in args[filled:])
+        instead = self._show(drawn if own else None)
+        if instead is not None:
+            drawn.copy_(instead)
+            if func.overloadpacket is _DROPOUT:
+                result[0].copy_(args[0] * drawn / (1 - args[1]))
+        return result
+
+
+def _seed(args: Sequence[Any], drawn: object) -> int:
+    """What the global generator of a draw's device was seeded with."""
+    device = next((leaf.device for leaf in (drawn, *args) if isinstance(leaf, Tensor)), torch.device("cpu"))
+    return torch.cuda.default_generators[device.index].initial_seed() if device.type == "cuda" else torch.initial_seed()
+
+
+def _drops_nothing(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether this is a dropout, alone or in an attention, that drops nothing, or all."""
+    if func.overloadpacket is _DROPOUT:
+        return args[1] in (0, 1)
+    for at, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return named.get("dropout_p", args[at] if at < len(args) else argument.default_value) == 0
+    return False
