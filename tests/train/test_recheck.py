@@ -326,3 +326,29 @@ def test_asking_again_is_content_with_fewer_examples(tmp_path: Path, monkeypatch
     next(iter(private))
     assert asked == [16, 8, 4]
     assert private._updates.step.microbatch.size == 16
+
+
+class _Forces(nn.Module):
+    """Asks autograd for the gradient of its input within the forward, as models of molecules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.head = toys.model().requires_grad_(False), nn.Linear(6, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        rows = rows.detach().requires_grad_()
+        (forces,) = torch.autograd.grad(self.frozen(rows).sum(), rows)
+        return self.head(forces + rows.detach())
+
+
+@pytest.mark.parametrize("loop", ["steps", "microbatches"])
+def test_a_forward_that_asks_for_gradients(tmp_path: Path, loop: str) -> None:
+    network = _Forces()
+    optimizer = torch.optim.SGD(network.head.parameters(), lr=0.5)
+    private = short_run(tmp_path, model=network, optimizer=optimizer)
+    if loop == "microbatches":
+        _loop(private, optimizer, _plain)
+    else:
+        for _ in private:
+            pass
+    assert private.done == 12

@@ -16,6 +16,7 @@ from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 from discreet.train.probing import find_rate
 from discreet.train.recheck import HandedOut
+from discreet.train.step import gradients_kept
 from discreet.train.stillness import Moving
 from discreet.train.updates import Updates
 
@@ -92,7 +93,8 @@ class MicrobatchLoader:
         share = settle(book, self._updates.step.clipping)
         if handed_out is not None:
             total, self._total = self._total, None  # nothing to step with, if this fails
-            handed_out.require_same(losses_B.detach(), book)
+            with gradients_kept(self._updates.step.model):
+                handed_out.require_same(losses_B.detach(), book)
             self._updates.step.ask_again(handed_out.indices, update=self.index)
             self._total = total
         # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.

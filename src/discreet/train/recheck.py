@@ -145,7 +145,7 @@ class HandedOut:
         kept = copies(self.model)
         put_back(self.model, self.buffers)
         try:
-            with moment.again(), torch.no_grad():
+            with moment.again(), torch.enable_grad():  # as in training: a forward may ask for gradients
                 return self.loss(self.model, self.batch).detach().clone()
         finally:
             put_back(self.model, kept)

@@ -113,7 +113,8 @@ class ClippedStep:
             first, fetch = indices[: asked.microbatch.size], self.fetch
             ask_again(self.model, self.loss, fetch, first, layout=self.layout, update=update, devices=self.devices)
 
-        asked.fitted(ask, realised=len(indices))
+        with gradients_kept(self.model):
+            asked.fitted(ask, realised=len(indices))
 
     @property
     def devices(self) -> list[int]:
