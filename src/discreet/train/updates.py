@@ -114,7 +114,6 @@ class Updates:
         self.done = done
         self.optimizer = optimizer
         self._move, self._moving = optimizer.step, False
-        optimizer.register_step_pre_hook(self._refuse_other_steps)
         self.rates = rates
         self._checkpoint_steps = checkpoint_steps
         self._process = os.getpid()
@@ -208,6 +207,16 @@ class Updates:
             verdict=self.verdict,
             charges=self._charges,
         )
+
+    def hold_optimizer(self) -> Callable[[], None]:
+        """Refuse the steps of its class. Returns what gives the optimizer its own step back."""
+        hook = self.optimizer.register_step_pre_hook(self._refuse_other_steps)
+
+        def let_go() -> None:
+            hook.remove()
+            self.optimizer.step = self._move  # type: ignore[method-assign]
+
+        return let_go
 
     def _refuse_other_steps(self, *_: object) -> None:
         """A step that came past the gate, as by ``SGD.step(optimizer)``: its gradients are no released ones."""
