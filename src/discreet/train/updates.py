@@ -242,7 +242,10 @@ class Updates:
                 another thread is here.
         """
         if not self._releasing.acquire(blocking=False):
-            raise ConfigError("two threads in one update: noise is drawn for one sum; let one of them train.")
+            raise ConfigError(
+                "two threads in one update: noise is drawn for one sum; let one of them train; after an interrupt, close "
+                "the run and resume it."
+            )
         try:
             return self._release_sum(total, index=index)
         finally:
