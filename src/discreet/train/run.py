@@ -1,6 +1,6 @@
 """A run directory: the key, the ledger, the metrics, and what is left when the run ends.
 
-    release/    plan.json, metrics.jsonl, check.json, model.safetensors, certificate.json: released or public, every byte
+    release/    plan.json, metrics.jsonl, check.json, model.safetensors, certificate.json: every byte released or public
     private/    key, state.json, sums, checkpoint/, lock: mode 0600; destroyed or useless once the run has ended
     ledger.jsonl
 

@@ -243,8 +243,8 @@ class Updates:
         """
         if not self._releasing.acquire(blocking=False):
             raise ConfigError(
-                "two threads in one update: noise is drawn for one sum; let one of them train; after an interrupt, close "
-                "the run and resume it."
+                "two threads in one update: noise is drawn for one sum; let one of them train, or, after an interrupt, "
+                "close the run and resume it."
             )
         try:
             return self._release_sum(total, index=index)
