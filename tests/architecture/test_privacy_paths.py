@@ -53,6 +53,8 @@ MAY_PIN = {
     "privacy/files.py": {"_size": "a class method fills in the file object that it has just made"},
     "train/loop.py": {
         "step": "gates the user's optimizer, so that an unfinished batch can never be stepped on",
+        "ungate": "is how the next run, which gets the same optimizer, finds the gate of the one before",
+        "_opt_called": "has a torch scheduler that is made later know that steps are taken",
         "_step_supports_amp_scaling": "has a GradScaler come to that gate, which refuses it by name",
     },
     "train/step.py": {"grad": "the one place that hands a released gradient to the optimizer"},

@@ -100,7 +100,16 @@ class _Grouping(_Rows):
         return [self[index] for index in range(int(batch_size[0]))]
 
 
-@pytest.mark.parametrize("kind", [_Sized, _Grouping])
+class _Bare:
+    def __len__(self) -> int:
+        return toys.EXAMPLES
+
+    def batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By another name, but there is no other way to the rows."""
+        return {"x": toys.data().tensors[0][rows]}
+
+
+@pytest.mark.parametrize("kind", [_Sized, _Grouping, _Bare])
 def test_a_data_set_whose_batch_is_something_else_is_read_row_by_row(kind: type[_Rows]) -> None:
     rows = np.array([7, 3])
     assert torch.equal(Examples(kind()).fetch(rows, device=CPU)["x"], toys.data().tensors[0][rows])

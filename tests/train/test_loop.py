@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import discreet
 from discreet.core.clipping import Clipping
-from discreet.errors import BudgetExceeded
+from discreet.errors import BudgetExceeded, ConfigError
+from discreet.train import updates
 from discreet.train.loop import Private, train
 from discreet.train.run import Run
 from discreet.train.setup import clipping_of
@@ -206,6 +207,45 @@ def test_any_optimizer_and_scheduler(tmp_path: Path, make: type[torch.optim.Opti
     rates = [step.learning_rate for step in private]
     assert rates[0] == 0.1
     assert rates[-1] < 0.01
+
+
+def test_an_optimizer_goes_from_one_run_to_the_next(tmp_path: Path) -> None:
+    """As when the cell of a notebook is run again: the second run called the gate of the first, after its charge."""
+    network = toys.model()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    first = short_run(tmp_path / "a", model=network, optimizer=optimizer, checkpoint_steps=4)
+    for _, _step in zip(range(6), first, strict=False):
+        pass
+    with pytest.raises(ConfigError, match=r"Adam: is in private training in .*close\(\) that run first"):
+        short_run(tmp_path / "b", model=network, optimizer=optimizer)
+    first.close()
+    resumed = short_run(tmp_path / "a", model=network, optimizer=optimizer, resume=True)
+    assert [step.index for step in resumed] == list(range(4, 12))
+    assert [step.index for step in short_run(tmp_path / "b", model=network, optimizer=optimizer)] == list(range(12))
+
+
+def test_a_set_up_that_fails_leaves_the_optimizer_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(updates.Updates, "save", _full)
+        with pytest.raises(OSError, match="full"):
+            short_run(tmp_path / "a", model=network, optimizer=optimizer)
+    assert len(list(short_run(tmp_path / "b", model=network, optimizer=optimizer))) == 12
+
+
+def _full(_updates: object) -> None:
+    raise OSError("full")
+
+
+def test_a_scheduler_that_is_made_afterwards(tmp_path: Path) -> None:
+    network = toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.8)
+    private = short_run(tmp_path, model=network, optimizer=optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4)
+    for _ in private:
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.8e-3)
 
 
 def test_ratios_between_groups_are_kept(tmp_path: Path) -> None:

@@ -44,19 +44,21 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep a folder from all others that ask for it in this way, in whatever process.
+def held(path: Path) -> Iterator[None]:
+    """Hold a file that is made for this alone, against all others that ask for it, in whatever process.
+
+    A file and no folder: to be locked over a network, it must be open for writing.
 
     Raises:
         ConfigError: another one has it.
         OSError: it cannot be opened or locked.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is starting a run here; name another directory.") from None
+            raise ConfigError(f"{path}: another process is starting a run here; name another directory.") from None
         yield
     finally:
         os.close(descriptor)

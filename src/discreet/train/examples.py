@@ -98,10 +98,18 @@ class Examples:
 
 
 def _gives_batches(dataset: Any) -> bool:
-    """Whether ``batch`` is that of a `BatchedDataset`, and no size or other method of the same name."""
+    """Whether ``batch`` is that of a `BatchedDataset`, and no size or other method of the same name.
+
+    It is where it takes ``indices``, or where there is no other way to the rows.
+    """
     if not isinstance(dataset, BatchedDataset) or not callable(dataset.batch):
         return False
-    return list(inspect.signature(dataset.batch).parameters)[:1] == ["indices"]
+    if getattr(type(dataset), "__getitem__", None) in (None, Dataset.__getitem__):
+        return True
+    try:
+        return list(inspect.signature(dataset.batch).parameters)[:1] == ["indices"]
+    except (TypeError, ValueError):
+        return False
 
 
 def made_up(batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -161,10 +162,10 @@ class Private:
         """Replace ``optimizer.step`` of this one object: only released gradients may move the weights.
 
         No hook: a pre-hook could not hold back the step of an unfinished batch. `update_wrapper` keeps the mark by
-        which torch schedulers know that a step was taken.
+        which torch schedulers know that a step was taken; one that is made later looks for a method.
         """
 
-        def step(closure: Callable[[], Any] | None = None) -> None:
+        def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> None:
             if closure is not None:
                 raise ConfigError(
                     "optimizer.step(closure): it would evaluate private examples again; call step() alone."
@@ -177,7 +178,20 @@ class Private:
             if total is not None:
                 self._updates.update(total, index=self.loader.index)
 
-        optimizer.step = functools.update_wrapper(step, optimizer.step)  # type: ignore[method-assign]
+        let_go = self._updates.hold_optimizer()
+
+        def ungate() -> None:
+            if not self._run.closed:
+                raise ConfigError(
+                    f"{type(optimizer).__name__}: is in private training in {self.run_dir} already; finish() or "
+                    "close() that run first, or make another optimizer."
+                )
+            let_go()
+
+        functools.update_wrapper(step, optimizer.step)
+        step.ungate = ungate  # type: ignore[attr-defined]
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+        optimizer._opt_called = True  # type: ignore[attr-defined]
         # Otherwise a GradScaler fails before it comes here, with an assertion that names no remedy.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
@@ -294,6 +308,10 @@ def make_private(
         raise ConfigError(f"{world_size()} ranks: training across ranks is not supported yet; run one process.")
     if checkpoint_steps < 1:
         raise ConfigError(f"checkpoint_steps={checkpoint_steps}: must be at least 1; the default is 50.")
+    # Of an earlier run, as when the cell of a notebook is run again.
+    ungate = getattr(optimizer.step, "ungate", None)
+    if ungate is not None:
+        ungate()
     examples = Examples(dataset)
     parameters = covered_parameters(model, optimizer)
     device = next(iter(parameters.values())).device

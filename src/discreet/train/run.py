@@ -1,7 +1,7 @@
 """A run directory: the key, the ledger, the metrics, and what is left when the run ends.
 
-    release/    plan.json, metrics.jsonl, check.json, model.safetensors, certificate.json: released or public, every
-    byte private/    key, state.json, sums, checkpoint/: mode 0600; destroyed or useless once the run has ended
+    release/    plan.json, metrics.jsonl, check.json, model.safetensors, certificate.json: every byte released or public
+    private/    key, state.json, sums, checkpoint/, lock: mode 0600; destroyed or useless once the run has ended
     ledger.jsonl
 
 Noise, batches and dropout masks are functions of (key, step). A step is replayed under its key only when nothing that
@@ -43,6 +43,7 @@ STATE = Path("private", "state.json")
 SUMS = Path("private", "sums")
 SEARCH = Path("private", "search")
 CHECKPOINT = Path("private", "checkpoint")
+LOCK = Path("private", "lock")
 PLAN = Path("release", "plan.json")
 MODEL = Path("release", "model.safetensors")
 PREPROCESSING = "preprocessing"
@@ -125,7 +126,7 @@ class Run:
                 (path / "private").mkdir(mode=0o700, exist_ok=True)
                 (path / "private").chmod(0o700)
                 # Of two that start here at once, the second would change the key and the plan of the first.
-                stack.enter_context(held(path / "private"))
+                stack.enter_context(held(path / LOCK))
                 _refuse_earlier(path)
                 for left in (SUMS, STATE):
                     (path / left).unlink(missing_ok=True)
@@ -400,7 +401,7 @@ def _destroy_key(path: Path) -> None:
             os.fsync(stream.fileno())
         key.unlink()
     # The state may hold the noise key of the private statistics.
-    for name in (STATE, SUMS):
+    for name in (STATE, SUMS, LOCK):
         (path / name).unlink(missing_ok=True)
     # The best run of a search so far, and its score: only the released one may outlive the search.
     shutil.rmtree(path / SEARCH, ignore_errors=True)

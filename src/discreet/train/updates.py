@@ -115,7 +115,6 @@ class Updates:
         self.done = done
         self.optimizer = optimizer
         self._move, self._moving = optimizer.step, False
-        optimizer.register_step_pre_hook(self._refuse_other_steps)
         self.rates = rates
         self._checkpoint_steps = checkpoint_steps
         self._process, self._moved = os.getpid(), 0
@@ -219,6 +218,16 @@ class Updates:
             charges=self._charges,
         )
 
+    def hold_optimizer(self) -> Callable[[], None]:
+        """Refuse the steps of its class. Returns what gives the optimizer its own step back."""
+        hook = self.optimizer.register_step_pre_hook(self._refuse_other_steps)
+
+        def let_go() -> None:
+            hook.remove()
+            self.optimizer.step = self._move  # type: ignore[method-assign]
+
+        return let_go
+
     def _refuse_other_steps(self, *_: object) -> None:
         """A step that came past the gate, as by ``SGD.step(optimizer)``: its gradients are no released ones."""
         if not self._moving:
@@ -243,7 +252,10 @@ class Updates:
                 another thread is here.
         """
         if not self._releasing.acquire(blocking=False):
-            raise ConfigError("two threads in one update: noise is drawn for one sum; let one of them train.")
+            raise ConfigError(
+                "two threads in one update: noise is drawn for one sum; let one of them train, or, after an interrupt, "
+                "close the run and resume it."
+            )
         try:
             return self._release_sum(total, index=index)
         finally:
