@@ -36,6 +36,7 @@ FORWARDS = {
     "paths": lambda x: x * torch.empty(len(x), 1, 1).bernoulli_(0.5),
     "time first": lambda x: x + torch.randn(T, len(x), D).transpose(0, 1),
     "folded": lambda x: x + torch.randn(len(x) * T, D).view_as(x),
+    "an order of the features": lambda x: x[:, :, torch.randperm(D)],
     "one for all": lambda x: x * torch.rand(()) + torch.randn(D),
     "an attention that drops nothing": lambda x: F.scaled_dot_product_attention(x, x, x) + torch.randn_like(x),
     "an attention that drops weights": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
@@ -61,6 +62,9 @@ UNKNOWN = {
     "follows from the data": lambda x: torch.bernoulli(x.sigmoid()),
     "a mean": lambda x: torch.normal(x, 1.0),
     "as many as the data say": lambda x: x + torch.randn(2 + int(x.sum() > x[:1].sum())).sum(),
+    "an order of the batch": lambda x: x + torch.randperm(len(x))[:, None, None],
+    "places in the batch": lambda x: x + torch.randint(0, len(x), (len(x), 1, 1)),
+    "as much as there are examples": lambda x: x + torch.empty_like(x).normal_(0.0, len(x)),
     "one more": lambda x: x + sum(torch.randn(()) for _ in range(len(x))),
 }
 

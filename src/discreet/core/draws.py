@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Draws:
     def __init__(self, examples: int) -> None:
         self.followed = True
         self._examples = examples
-        self._drawn: list[Tensor] = []
+        self._drawn: list[_Draw] = []
 
     @contextmanager
     def written(self) -> Iterator[None]:
@@ -59,19 +60,18 @@ class Draws:
     def given(self, rows: Sequence[int]) -> Iterator[None]:
         """Give what was drawn to a forward of these examples, named by their places; of B, each place has its own."""
         left = iter(self._drawn)
-        with _Drawing(lambda result: self._instead(result, next(left, None), rows)):
+        with _Drawing(lambda now: self._instead(now, next(left, None), rows)):
             yield
         self.followed &= next(left, None) is None
 
-    def _note(self, result: Tensor | None) -> None:
-        self.followed &= result is not None
-        self._drawn += [] if result is None else [result.clone()]
+    def _note(self, now: _Draw | None) -> None:
+        self.followed &= now is not None
+        self._drawn += [] if now is None else [replace(now, value=now.value.clone())]
 
-    def _instead(self, result: Tensor | None, drawn: Tensor | None, rows: Sequence[int]) -> Tensor | None:
+    def _instead(self, now: _Draw | None, drawn: _Draw | None, rows: Sequence[int]) -> Tensor | None:
         """What was drawn for these examples, of the shape of what would be drawn now; None when there is no such."""
-        found = None
-        if result is not None and drawn is not None and result.dim() == drawn.dim() and result.dtype == drawn.dtype:
-            found = self._taken(drawn, result.shape, rows)
+        alike = now is not None and drawn is not None and now.kind == drawn.kind
+        found = self._taken(drawn.value, now.value.shape, rows) if alike else None
         self.followed &= found is not None
         return found
 
@@ -87,10 +87,22 @@ class Draws:
         return drawn.unflatten(axes[0], (self._examples, folds)).index_select(axes[0], index).reshape(shape)
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """A tensor that was drawn, and by what: its numbers may be an index, which must not come out of range elsewhere.
+
+    Attributes:
+        kind: the function, its numbers (a rate, a range), and the type and axes of the tensor.
+    """
+
+    value: Tensor
+    kind: tuple[object, ...]
+
+
 class _Drawing(TorchDispatchMode):
     """Shows every draw, and puts the answer in its place, if any; of what follows from data as well, it shows None."""
 
-    def __init__(self, show: Callable[[Tensor | None], Tensor | None]) -> None:
+    def __init__(self, show: Callable[[_Draw | None], Tensor | None]) -> None:
         super().__init__()
         self._show = show
 
@@ -104,7 +116,8 @@ class _Drawing(TorchDispatchMode):
             return result
         filled = 1 if func.overloadpacket.__name__.endswith(("_", "_like", "dropout")) else 0
         own = func.overloadpacket in _DRAWS and not any(isinstance(leaf, Tensor) for leaf in args[filled:])
-        instead = self._show(drawn if own else None)
+        numbers = [leaf for leaf in args if isinstance(leaf, (int, float))]
+        instead = self._show(_Draw(drawn, (func, *numbers, drawn.dtype, drawn.dim())) if own else None)
         if instead is not None:
             drawn.copy_(instead)
             if func.overloadpacket is _DROPOUT:
