@@ -9,7 +9,7 @@ Shape legend: B = examples.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from discreet.core.axes import Layout, UseKey
 from discreet.core.book import Book
+from discreet.core.brute_force import by_brute_force, norms_of, one_at_a_time
 from discreet.core.clipping import Clipping
 from discreet.core.compiled import uncompiled
 from discreet.core.gradient import LossFunction, backward, batch_size_of, settle, trainable
-from discreet.core.layout import SEED, awake, frozen_state, other_rows, recomputes, take
+from discreet.core.layout import SEED, awake, frozen_state, other_rows, take
 from discreet.core.meeting import guard
 from discreet.core.precision import (
     NARROW,
@@ -33,7 +34,6 @@ from discreet.core.precision import (
     widened,
 )
 from discreet.core.route import Route, forced
-from discreet.core.uses import zeros_like_sums
 from discreet.errors import UnsupportedUse
 
 Parts = Sequence[tuple[Any, int]]
@@ -178,7 +178,7 @@ def _compare(
     routes: dict[str, dict[str, None]] = {name: {} for name in parameters}
     for part, count in parts:
         with frozen_state(model):
-            expected = _brute_force(model, loss, part, parameters, count, clipping)
+            expected = by_brute_force(model, loss, part, parameters, count, clipping)
         noise = _rounding(expected.norms, parameters, tolerance)
         reached = {name: known or bool(expected.norms[name].any()) for name, known in reached.items()}
         connected |= expected.connected
@@ -205,8 +205,8 @@ def _compare(
     among_copies = []
     for index in range(size):
         with frozen_state(model):
-            (row,) = _one_at_a_time(model, loss, take(batch, [index] * size, size), parameters, [index])
-        among_copies.append(_norms(row))
+            (row,) = one_at_a_time(model, loss, take(batch, [index] * size, size), parameters, [index])
+        among_copies.append(norms_of(row))
     isolated = all(  # `expected` and `noise` are those of the whole batch, which came last
         is_close(wanted.new_tensor(found), wanted, tolerance, noise=noise)
         for found, wanted in zip(zip(*among_copies, strict=True), expected.norms.values(), strict=True)
@@ -267,7 +267,7 @@ def _agrees_elsewhere(
     parameters = trainable(model)
     book = Book(parameters, examples=size, layout=layout, trust_folds=True, batch=batch)
     with frozen_state(model, seed=seed):
-        expected = _brute_force(model, loss, batch, parameters, size, clipping)
+        expected = by_brute_force(model, loss, batch, parameters, size, clipping)
     try:
         with frozen_state(model, seed=seed), guard(book):
             backward(book, loss(model, batch))
@@ -297,7 +297,7 @@ def norms_agree(
     taken = book.parameter_norms()
     book.discard()
     with frozen_state(model):
-        each = [_norms(row) for row in _one_at_a_time(model, loss, batch, parameters, rows)]
+        each = [norms_of(row) for row in one_at_a_time(model, loss, batch, parameters, rows)]
     wanted = dict(zip(parameters, torch.tensor(each, dtype=torch.float64).T, strict=True))
     nothing = torch.zeros(examples)
     found = {name: taken.get(name, nothing)[list(rows)].cpu().double() for name in wanted}
@@ -315,97 +315,6 @@ def _booked(
     with frozen_state(model, seed=seed), guard(book):
         backward(book, loss(model, batch))
     return book
-
-
-@dataclass(frozen=True)
-class _BruteForce:
-    """What autograd alone finds, one example at a time: norms, the clipped sum, and how much was added up in it."""
-
-    norms: dict[str, Tensor]
-    sums: dict[str, Tensor]
-    scale: float
-    connected: set[str]
-
-    def sum_agrees(self, found: Mapping[str, Tensor], tolerance: float) -> bool:
-        """Whether a clipped sum is this one, relative to all that was added up."""
-        gaps = [(value - found[name]).norm().double() for name, value in self.sums.items()]
-        return float(torch.stack(gaps).norm()) <= tolerance * max(self.scale, tolerance)
-
-
-def _brute_force(
-    model: nn.Module,
-    loss: LossFunction,
-    batch: Any,
-    parameters: dict[str, nn.Parameter],
-    size: int,
-    clipping: Clipping,
-) -> _BruteForce:
-    """Per-example gradients by autograd alone; only one example's gradients are held at a time."""
-    rules = clipping.divide(parameters).rules
-    sums = zeros_like_sums(parameters)
-    norms: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    added, connected = [], set()
-    for row in _one_at_a_time(model, loss, batch, parameters, range(size)):
-        connected |= {name for name, gradient in zip(parameters, row, strict=True) if gradient is not None}
-        each = {
-            name: torch.zeros_like(sums[name]) if gradient is None else gradient.to(sums[name].dtype)
-            for name, gradient in zip(parameters, row, strict=True)
-        }
-        for name, gradient in each.items():
-            norms[name].append(gradient.norm())
-        for group, rule in rules.items():
-            norm = torch.stack([norms[name][-1] for name in group]).norm()
-            if not bool(torch.isfinite(norm)):
-                continue
-            factor = rule.factor(norm.reshape(1))[0]
-            added.append(float(norm * factor))
-            for name in group:
-                sums[name].add_(each[name] * factor)
-    return _BruteForce({name: torch.stack(each) for name, each in norms.items()}, sums, sum(added), connected)
-
-
-def _one_at_a_time(
-    model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter], wanted: Sequence[int]
-) -> Iterator[tuple[Tensor | None, ...]]:
-    """Gradients of one loss after the other, in the order of the parameters, by autograd alone."""
-    losses = loss(model, batch)
-    if recomputes(losses):
-        yield from _one_at_a_time_recomputed(model, loss, batch, parameters, wanted)
-        return
-    for place, index in enumerate(wanted):
-        try:
-            row = torch.autograd.grad(losses[index], list(parameters.values()), retain_graph=True, allow_unused=True)
-        except RuntimeError:
-            if place == 0:
-                raise
-            # A graph that can be gone through once, as selective activation checkpoints make it.
-            yield from _one_at_a_time_recomputed(model, loss, batch, parameters, wanted[place:])
-            return
-        yield row
-
-
-def _one_at_a_time_recomputed(
-    model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter], wanted: Sequence[int]
-) -> Iterator[tuple[Tensor | None, ...]]:
-    """The same where ``autograd.grad`` is not to be had: stand-ins for the parameters collect the gradients."""
-
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, index: int) -> None:
-            with frozen_state(model, seed=torch.initial_seed()):  # the same random numbers for every row
-                loss(self.model, batch)[index].backward()
-
-    for index in wanted:
-        stand_ins = {f"model.{name}": nn.Parameter(parameter.detach()) for name, parameter in parameters.items()}
-        torch.func.functional_call(Loss(), stand_ins, (index,))
-        yield tuple(stand_in.grad for stand_in in stand_ins.values())
-
-
-def _norms(row: Sequence[Tensor | None]) -> list[float]:
-    return [0.0 if gradient is None else float(gradient.double().norm()) for gradient in row]
 
 
 def _rounding(norms: Mapping[str, Tensor], parameters: Mapping[str, Tensor], tolerance: float) -> float:
