@@ -1,7 +1,7 @@
 /* Sums of outer products, example by example: the products that processor.py describes.
  *
- * Operands are packed into panels: for each index that is summed over, sixteen numbers that lie side by side. A tile of
- * sixteen by sixteen products is then made in registers, a vector of one panel times each number of another.
+ * Operands are packed into panels: for each index that is summed over, sixteen numbers that lie side by side. Tiles of
+ * sixteen by sixteen products are then made in registers, a vector of a panel, or of two, times each number of another.
  *
  * Numbers are summed in runs of 32, the runs of a block in float32, and blocks in double precision.
  */
@@ -16,11 +16,13 @@
 #include "../_vectors.h"
 
 #if SEVERAL_PROCESSORS
+#include <immintrin.h>
 
-enum { LANES = 16, TILE = LANES * LANES, RUN = 32, BLOCK = 256, MOST_OPERANDS = 16, LINE = 4 * LANES };
+enum { LANES = 16, TILE = LANES * LANES, RUN = 32, BLOCK = 256, MOST_OPERANDS = 16 };
+enum { LINE = 4 * LANES, AHEAD = 4 * LANES }; /* bytes of a cache's line; numbers of four lines */
 
 typedef float vector_16 __attribute__((vector_size(64), may_alias)), vector_8 __attribute__((vector_size(32), may_alias));
-typedef int32_t picked_16 __attribute__((vector_size(64))), picked_8 __attribute__((vector_size(32)));
+typedef int32_t picked_8 __attribute__((vector_size(32)));
 
 /* A matrix for each example and group: element (row, column) lies at rows[row] + columns[column].
  *
@@ -58,52 +60,51 @@ static inline int side_by_side(const int64_t *places)
     return 1;
 }
 
-#define LOWER(w, d, l) ((l) & (d) ? (w) + (l) - (d) : (l))
-#define UPPER(w, d, l) ((l) & (d) ? (w) + (l) : (l) + (d))
-#define FOUR(which, w, d, l) which(w, d, l), which(w, d, (l) + 1), which(w, d, (l) + 2), which(w, d, (l) + 3)
-#define EVERY_8(which, d) {FOUR(which, 8, d, 0), FOUR(which, 8, d, 4)}
-#define EVERY_16(which, d) {FOUR(which, 16, d, 0), FOUR(which, 16, d, 4), FOUR(which, 16, d, 8), FOUR(which, 16, d, 12)}
-#define EXCHANGE(W, d)                                                                          \
-    for (int r = 0; r < W; r++)                                                                 \
+#define LOWER(d, l) ((l) & (d) ? 8 + (l) - (d) : (l))
+#define UPPER(d, l) ((l) & (d) ? 8 + (l) : (l) + (d))
+#define FOUR(which, d, l) which(d, l), which(d, (l) + 1), which(d, (l) + 2), which(d, (l) + 3)
+#define EXCHANGE(d)                                                                             \
+    for (int r = 0; r < 8; r++)                                                                 \
         if (!(r & (d))) {                                                                       \
-            vector_##W one = row[r], other = row[r + (d)];                                      \
-            row[r] = __builtin_shuffle(one, other, (picked_##W)EVERY_##W(LOWER, d));            \
-            row[r + (d)] = __builtin_shuffle(one, other, (picked_##W)EVERY_##W(UPPER, d));      \
+            vector_8 one = row[r], other = row[r + (d)];                                        \
+            row[r] = __builtin_shuffle(one, other, (picked_8){FOUR(LOWER, d, 0), FOUR(LOWER, d, 4)});       \
+            row[r + (d)] = __builtin_shuffle(one, other, (picked_8){FOUR(UPPER, d, 0), FOUR(UPPER, d, 4)}); \
         }
 
-/* tile[r][l] = sum over i of one[i][r] * other[i][l], for N rows, by vectors of W numbers; WAYS sums side by side hide
- * the time that an addition takes. */
-#define DEFINE_TILE(KIND, W, N, WAYS)                                                                       \
-    FOR(KIND) static void tile_##N##_##W(const float *one, const float *other, Py_ssize_t depth, float *tile) \
+/* tile[p][r][l] = sum over i of one[i][r] * other[p][i][l], for N rows and P panels, by vectors of W numbers; WAYS sums
+ * side by side hide the time that an addition takes. With two panels each number of one is read once for both. */
+#define DEFINE_TILE(KIND, W, N, P, WAYS)                                                                    \
+    FOR(KIND) static void tile_##N##_##P##_##W(const float *one, const float *other, Py_ssize_t depth, float *tile) \
     {                                                                                                       \
-        enum { VECTORS = LANES / W };                                                                       \
-        vector_##W total[N][VECTORS] = {{{0}}};                                                             \
+        enum { EACH = LANES / W, VECTORS = P * EACH };                                                      \
         for (Py_ssize_t start = 0; start < depth; start += RUN) {                                           \
             Py_ssize_t stop = start + RUN < depth ? start + RUN : depth, i = start;                         \
             vector_##W sum[WAYS][N][VECTORS] = {{{{0}}}};                                                   \
             for (; i + WAYS <= stop; i += WAYS)                                                             \
                 for (int way = 0; way < WAYS; way++)                                                        \
                     for (int v = 0; v < VECTORS; v++) {                                                     \
-                        vector_##W right = *(const vector_##W *)(other + (i + way) * LANES + v * W);        \
+                        const float *panel = other + v / EACH * LANES * depth + v % EACH * W;               \
+                        vector_##W right = *(const vector_##W *)(panel + (i + way) * LANES);                \
                         for (int r = 0; r < N; r++)                                                         \
                             sum[way][r][v] += one[(i + way) * LANES + r] * right;                           \
                     }                                                                                       \
             for (; i < stop; i++)                                                                           \
                 for (int v = 0; v < VECTORS; v++) {                                                         \
-                    vector_##W right = *(const vector_##W *)(other + i * LANES + v * W);                    \
+                    const float *panel = other + v / EACH * LANES * depth + v % EACH * W;                   \
+                    vector_##W right = *(const vector_##W *)(panel + i * LANES);                            \
                     for (int r = 0; r < N; r++)                                                             \
                         sum[0][r][v] += one[i * LANES + r] * right;                                         \
                 }                                                                                           \
             for (int r = 0; r < N; r++)                                                                     \
                 for (int v = 0; v < VECTORS; v++) {                                                         \
+                    vector_##W *total = (vector_##W *)(tile + v / EACH * TILE + r * LANES + v % EACH * W);  \
                     for (int way = 1; way < WAYS; way++)                                                    \
                         sum[0][r][v] += sum[way][r][v];                                                     \
-                    total[r][v] += sum[0][r][v];                                                            \
+                    if (start)                                                                              \
+                        sum[0][r][v] += *total;                                                             \
+                    *total = sum[0][r][v];                                                                  \
                 }                                                                                           \
         }                                                                                                   \
-        for (int r = 0; r < N; r++)                                                                         \
-            for (int v = 0; v < VECTORS; v++)                                                               \
-                *(vector_##W *)(tile + r * LANES + v * W) = total[r][v];                                    \
     }
 
 /* Sixteen numbers of one index, in pieces that lie side by side. */
@@ -119,40 +120,70 @@ static inline void copied(const float *data, const int64_t *lanes, int run, floa
             memcpy(to + lane, data + lanes[lane], 4 * sizeof(float));
 }
 
-#define TURN_16 EXCHANGE(16, 8) EXCHANGE(16, 4) EXCHANGE(16, 2) EXCHANGE(16, 1)
-#define TURN_8 EXCHANGE(8, 4) EXCHANGE(8, 2) EXCHANGE(8, 1)
+/* panel[i][l] = data[lanes[l] + i], for i and l of 0 to 15: squares turned over in registers. */
+FOR("x86-64-v3") static void turned_8(const float *data, const int64_t *lanes, float *panel)
+{
+    for (int lane = 0; lane < LANES; lane += 8)
+        for (int i = 0; i < LANES; i += 8) {
+            vector_8 row[8];
+            for (int r = 0; r < 8; r++)
+                memcpy(&row[r], data + lanes[lane + r] + i, sizeof row[r]);
+            EXCHANGE(4) EXCHANGE(2) EXCHANGE(1)
+            for (int r = 0; r < 8; r++)
+                memcpy(panel + (i + r) * LANES + lane, &row[r], sizeof row[r]);
+        }
+}
+
+/* The same, squares of four in each quarter of a vector: reading puts quarters in their places. */
+FOR("x86-64-v4") static void turned_16(const float *data, const int64_t *lanes, float *panel)
+{
+    for (int i = 0; i < LANES; i += 4, panel += 4 * LANES) {
+        __m512 row[4], half[4];
+        for (int r = 0; r < 4; r++) /* sixteen rows are more than a processor foresees by itself */
+            __builtin_prefetch(data + lanes[i + r] + AHEAD);
+        for (int r = 0; r < 4; r++) {
+            row[r] = _mm512_castps128_ps512(_mm_loadu_ps(data + lanes[r] + i));
+            row[r] = _mm512_insertf32x4(row[r], _mm_loadu_ps(data + lanes[4 + r] + i), 1);
+            row[r] = _mm512_insertf32x4(row[r], _mm_loadu_ps(data + lanes[8 + r] + i), 2);
+            row[r] = _mm512_insertf32x4(row[r], _mm_loadu_ps(data + lanes[12 + r] + i), 3);
+        }
+        for (int r = 0; r < 4; r += 2) {
+            half[r] = _mm512_unpacklo_ps(row[r], row[r + 1]);
+            half[r + 1] = _mm512_unpackhi_ps(row[r], row[r + 1]);
+        }
+        for (int r = 0; r < 2; r++) {
+            __m512d one = _mm512_castps_pd(half[r]), other = _mm512_castps_pd(half[r + 2]);
+            _mm512_storeu_pd(panel + 2 * r * LANES, _mm512_unpacklo_pd(one, other));
+            _mm512_storeu_pd(panel + (2 * r + 1) * LANES, _mm512_unpackhi_pd(one, other));
+        }
+    }
+}
 
 #define DEFINE(KIND, W, WIDEST)                                                                                        \
-DEFINE_TILE(KIND, W, 8, 1)                                                                                             \
-DEFINE_TILE(KIND, W, 4, 1)                                                                                             \
-DEFINE_TILE(KIND, W, 2, 2)                                                                                             \
-DEFINE_TILE(KIND, W, 1, 4)                                                                                             \
+DEFINE_TILE(KIND, W, 8, 2, 1)                                                                                          \
+DEFINE_TILE(KIND, W, 8, 1, 1)                                                                                          \
+DEFINE_TILE(KIND, W, 4, 1, 1)                                                                                          \
+DEFINE_TILE(KIND, W, 2, 1, 2)                                                                                          \
+DEFINE_TILE(KIND, W, 1, 1, 4)                                                                                          \
                                                                                                                        \
-FOR(KIND) static void tile_##W(const float *one, const float *other, Py_ssize_t depth, int rows, float *tile)          \
+/* One panel, or a pair of them that lie one after the other. */                                                       \
+FOR(KIND) static void tile_##W(const float *one, const float *other, int panels, Py_ssize_t depth, int rows,           \
+                               float *tile)                                                                            \
 {                                                                                                                      \
-    int r = 0;                                                                                                         \
-    for (; WIDEST == 8 && r + 8 <= rows; r += 8)                                                                       \
-        tile_8_##W(one + r, other, depth, tile + r * LANES);                                                           \
-    for (; r + 4 <= rows; r += 4)                                                                                      \
-        tile_4_##W(one + r, other, depth, tile + r * LANES);                                                           \
-    for (; r + 2 <= rows; r += 2)                                                                                      \
-        tile_2_##W(one + r, other, depth, tile + r * LANES);                                                           \
-    for (; r < rows; r++)                                                                                              \
-        tile_1_##W(one + r, other, depth, tile + r * LANES);                                                           \
-}                                                                                                                      \
-                                                                                                                       \
-/* panel[i][l] = data[lanes[l] + i], for i and l of 0 to 15: squares of W numbers turned over in registers. */         \
-FOR(KIND) static void turned_##W(const float *data, const int64_t *lanes, float *panel)                                \
-{                                                                                                                      \
-    for (int lane = 0; lane < LANES; lane += W)                                                                        \
-        for (int i = 0; i < LANES; i += W) {                                                                           \
-            vector_##W row[W];                                                                                         \
-            for (int r = 0; r < W; r++)                                                                                \
-                memcpy(&row[r], data + lanes[lane + r] + i, sizeof row[r]);                                            \
-            TURN_##W                                                                                                   \
-            for (int r = 0; r < W; r++)                                                                                \
-                memcpy(panel + (i + r) * LANES + lane, &row[r], sizeof row[r]);                                        \
-        }                                                                                                              \
+    int together = 0;                                                                                                  \
+    for (; WIDEST == 8 && panels == 2 && together + 8 <= rows; together += 8)                                          \
+        tile_8_2_##W(one + together, other, depth, tile + together * LANES);                                           \
+    for (int panel = 0; panel < panels; panel++, other += depth * LANES, tile += TILE) {                               \
+        int r = together;                                                                                              \
+        for (; WIDEST == 8 && r + 8 <= rows; r += 8)                                                                   \
+            tile_8_1_##W(one + r, other, depth, tile + r * LANES);                                                     \
+        for (; r + 4 <= rows; r += 4)                                                                                  \
+            tile_4_1_##W(one + r, other, depth, tile + r * LANES);                                                     \
+        for (; r + 2 <= rows; r += 2)                                                                                  \
+            tile_2_1_##W(one + r, other, depth, tile + r * LANES);                                                     \
+        for (; r < rows; r++)                                                                                          \
+            tile_1_1_##W(one + r, other, depth, tile + r * LANES);                                                     \
+    }                                                                                                                  \
 }                                                                                                                      \
                                                                                                                        \
 /* panel[i][l] = data[lanes[l] + depths[i]], zero for absent lanes. */                                                 \
@@ -193,11 +224,15 @@ FOR(KIND) static void add_##W(const float *tile, int rows, int first, double *to
 }                                                                                                                      \
                                                                                                                        \
 /* total += tile, of a matrix whose rows lie so far apart. */                                                          \
-FOR(KIND) static void place_##W(const float *tile, int rows, int first, float *total, Py_ssize_t apart)                \
+FOR(KIND) static void place_##W(const float *tile, int rows, int lanes, int first, float *total, Py_ssize_t apart)     \
 {                                                                                                                      \
     for (int r = 0; r < rows; r++, total += apart, tile += LANES)                                                      \
-        for (int lane = 0; lane < LANES; lane++)                                                                       \
-            total[lane] = (first ? 0 : total[lane]) + tile[lane];                                                      \
+        if (lanes == LANES)                                                                                            \
+            for (int lane = 0; lane < LANES; lane++)                                                                   \
+                total[lane] = (first ? 0 : total[lane]) + tile[lane];                                                  \
+        else                                                                                                           \
+            for (int lane = 0; lane < lanes; lane++)                                                                   \
+                total[lane] = (first ? 0 : total[lane]) + tile[lane];                                                  \
 }                                                                                                                      \
                                                                                                                        \
 /* tile[r][l] = sum over taps of pixels[one[r] + tap][other[l] + tap], zero for absent lanes. */                       \
@@ -247,10 +282,10 @@ DEFINE("x86-64-v4", 16, 8)
 DEFINE("x86-64-v3", 8, 4)
 
 typedef struct {
-    void (*tile)(const float *, const float *, Py_ssize_t, int, float *);
+    void (*tile)(const float *, const float *, int, Py_ssize_t, int, float *);
     void (*pack)(const float *, const int64_t *, Py_ssize_t, const int64_t *, Py_ssize_t, float *);
     void (*add)(const float *, int, int, double *);
-    void (*place)(const float *, int, int, float *, Py_ssize_t);
+    void (*place)(const float *, int, int, int, float *, Py_ssize_t);
     void (*shifted)(const float *, Py_ssize_t, const int64_t *, int, const int64_t *, int, const int64_t *, Py_ssize_t,
                     double *);
     void (*met)(const double *, const double *, int, double, const double *, const double *, const double *, const double *,
@@ -297,13 +332,18 @@ static void gram_of_rows(const instructions *use, const operand *one, const floa
         Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
         packed(use, one, data, positions, start, depth, panels);
         double *total = tiles;
-        for (Py_ssize_t q = 0; q < all; q++)
-            for (Py_ssize_t p = q; p < all; p++, total += TILE) {
-                ALIGNED float tile[TILE];
-                int rows = rows_of(p, positions);
-                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, depth, rows, tile);
-                use->add(tile, rows, first, total);
+        for (Py_ssize_t q = 0; q < all; q += 2) {
+            double *next = total + (all - q) * TILE;
+            for (Py_ssize_t p = q; p < all; p++) {
+                ALIGNED float tile[2 * TILE];
+                const int rows = rows_of(p, positions), count = p > q ? 2 : 1;
+                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, count, depth, rows, tile);
+                use->add(tile, rows, first, total + (p - q) * TILE);
+                if (count == 2)
+                    use->add(tile + TILE, rows, first, next + (p - q - 1) * TILE);
             }
+            total = next + (all - q - 1) * TILE;
+        }
     }
 }
 
@@ -316,12 +356,14 @@ static void gram_of_windows(const instructions *use, const operand *one, const f
     for (Py_ssize_t start = 0; start < one->width; start += BLOCK) {
         Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
         packed(use, one, data, one->pixels, start, depth, panels);
-        for (Py_ssize_t q = 0; q < seen; q++)
+        for (Py_ssize_t q = 0; q < seen; q += 2)
             for (Py_ssize_t p = q; p < seen; p++) {
-                ALIGNED float tile[TILE];
-                int rows = rows_of(p, one->pixels);
-                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, depth, rows, tile);
-                use->place(tile, rows, !start, pixels + p * LANES * apart + q * LANES, apart);
+                ALIGNED float tile[2 * TILE];
+                const int rows = rows_of(p, one->pixels), count = p > q ? 2 : 1;
+                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, count, depth, rows, tile);
+                for (int panel = 0; panel < count; panel++)
+                    use->place(tile + panel * TILE, rows, LANES, !start,
+                               pixels + p * LANES * apart + (q + panel) * LANES, apart);
             }
     }
     for (Py_ssize_t q = 0; q < all; q++)
@@ -456,16 +498,14 @@ static int products(const problem *all, float *out)
             for (Py_ssize_t p = 0; p < across; p++)
                 all->use->pack(right, input->columns + p * LANES, rows_of(p, input->width), input->rows + start, depth,
                                rights + p * LANES * depth);
-            for (Py_ssize_t q = 0; q < across; q++)
+            for (Py_ssize_t q = 0; q < across; q += 2)
                 for (Py_ssize_t p = 0; p < down; p++) {
-                    ALIGNED float tile[TILE];
-                    const int rows = rows_of(p, grad->width), lanes = rows_of(q, input->width);
-                    all->use->tile(panels + p * LANES * depth, rights + q * LANES * depth, depth, rows, tile);
-                    for (int r = 0; r < rows; r++) {
-                        float *line = to + (p * LANES + r) * input->width + q * LANES;
-                        for (int lane = 0; lane < lanes; lane++)
-                            line[lane] = (start ? line[lane] : 0) + tile[r * LANES + lane];
-                    }
+                    ALIGNED float tile[2 * TILE];
+                    const int rows = rows_of(p, grad->width), count = q + 1 < across ? 2 : 1;
+                    all->use->tile(panels + p * LANES * depth, rights + q * LANES * depth, count, depth, rows, tile);
+                    for (int panel = 0; panel < count; panel++)
+                        all->use->place(tile + panel * TILE, rows, rows_of(q + panel, input->width), !start,
+                                        to + p * LANES * input->width + (q + panel) * LANES, input->width);
                 }
         }
     }
