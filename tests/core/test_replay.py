@@ -321,14 +321,22 @@ def _broken_off(self, once: Callable[[], ClippedSum]) -> None:
         raise RuntimeError("operation failed due to a previous error during capture")
 
 
-@pytest.mark.parametrize("record", [lambda self, once: _fail(torch.OutOfMemoryError("no room")), _broken_off])
-def test_when_memory_runs_out_nothing_recorded_is_kept(record, monkeypatch):
+@pytest.mark.parametrize(
+    ("record", "raised"),
+    [
+        (lambda self, once: _fail(torch.OutOfMemoryError("no room")), torch.OutOfMemoryError),
+        (lambda self, once: _fail(RuntimeError("CUDA error: out of memory")), RuntimeError),  # for the graph itself
+        (_broken_off, torch.OutOfMemoryError),
+    ],
+)
+def test_when_memory_runs_out_nothing_recorded_is_kept(record, raised, monkeypatch):
     _, made, wanted = _made()
     made.clipped_gradient(_batch(8))
     plain = replay.Recorder.record
     monkeypatch.setattr(replay.Recorder, "record", record)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(raised) as caught:
         made.clipped_gradient(_batch(9))
+    assert replay.is_out_of_memory(caught.value)
     assert not made._recorded
     monkeypatch.setattr(replay.Recorder, "record", plain)
     _same(made.clipped_gradient(_batch(8)), wanted(_batch(8)))

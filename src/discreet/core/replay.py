@@ -39,6 +39,8 @@ _UNKNOWN = 2
 _WORDS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 """What is told by how it is written. Of an array, or of an object that holds tensors, that is only the first and last
 numbers."""
+_NO_ROOM = ("out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+"""What errors say of memory where they are of no class of their own: of the driver, of cuBLAS and cuDNN, of a CPU."""
 _FEW, _DEPTH = 64, 8
 """Entries of a list or a table that a module holds, up to which each is compared; and lists in lists."""
 
@@ -132,6 +134,12 @@ class Recorder:
                     total = once()
             here.wait_stream(self._beside)
         return graph.replay, total
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, on an accelerator or on the CPU."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in said for words in _NO_ROOM)
 
 
 def records(device: torch.device) -> bool:
@@ -295,7 +303,7 @@ class Replay:
             self._forget()
             # A recording that is broken off ends with an error of its own.
             for first in (error, error.__context__):
-                if isinstance(first, (DiscreetError, torch.OutOfMemoryError)):
+                if isinstance(first, DiscreetError) or is_out_of_memory(first):
                     raise first from None
             raise UnsupportedUse(
                 f"replay=True: the model cannot be recorded ({str(error).splitlines()[0]}); its forward must not ask "
