@@ -86,9 +86,7 @@ def test_out_of_memory_on_a_single_example_is_an_error() -> None:
 
 def test_other_errors_are_not_taken_for_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
-    assert not is_out_of_memory(
-        RuntimeError("out of resource: shared memory, Required: 180264, Limit: 101376")
-    )
+    assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 180264, Limit: 101376"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
