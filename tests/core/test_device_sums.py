@@ -117,6 +117,22 @@ def test_gradients_of_scale_and_shift(dtype, sizes):
     torch.testing.assert_close(shift.double(), grad.double().sum(1), rtol=1e-4, atol=1e-4)
 
 
+def test_programs_lie_along_the_axis_that_has_room_for_them(monkeypatch):
+    """There are 65,535 at most along the others: a norm over 256 channels of 128 by 128 pixels has one more."""
+    from discreet.core.kernels import affine
+
+    kernel, grids = affine._affine_kernel, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(affine, "_affine_kernel", Watched())
+    test_gradients_of_scale_and_shift(torch.float32, (2, 130, 70))
+    assert grids == [(2 * 2,)]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_norm_with_the_kernel_is_the_one_without(bias, monkeypatch):
     torch.manual_seed(4)

@@ -113,6 +113,37 @@ def test_an_old_triton_is_no_triton(version, found, monkeypatch):
     assert dispatch._found.__wrapped__() is found
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "interpreted", "stored"),
+    [
+        ((9, 0), None, "0", {torch.float32, torch.float16, torch.bfloat16}),
+        ((8, 0), None, "0", {torch.float32, torch.float16, torch.bfloat16}),
+        ((7, 5), None, "0", {torch.float32, torch.float16}),
+        ((6, 1), None, "0", set()),
+        ((9, 4), "6.4", "0", set()),  # AMD's cards, which have other wavefronts and less shared memory
+        ((9, 0), None, "1", set()),  # the interpreter would follow addresses of the device
+    ],
+)
+def test_only_cards_that_the_kernels_were_compiled_for_have_them(capability, hip, interpreted, stored, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    assert set(dispatch._stored.__wrapped__(torch.device("cuda", 1))) == stored
+
+
+@needs_triton
+def test_what_a_card_does_not_take_is_left_to_pytorch(used, monkeypatch):
+    value = torch.ones(2, 1, 20, 3)
+    monkeypatch.setattr(dispatch, "_stored", lambda device: (torch.float32,))
+    assert dispatch.suit(value)
+    assert dispatch.draw(value)
+    assert not dispatch.suit(value, value.bfloat16())
+    assert not dispatch.suit_scales(value.bfloat16())
+    assert dispatch.prices(value.bfloat16(), value.bfloat16()) == ACCELERATOR
+    monkeypatch.setattr(dispatch, "_stored", lambda device: ())
+    assert not dispatch.draw(value)
+
+
 @pytest.mark.parametrize("prices", [CPU, PANELS, ACCELERATOR, KERNELS, TENSOR_CORES])
 @pytest.mark.parametrize("positions", [2, 128, 1024, 8192])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (768, 3072), (768, 50257)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,14 @@ from torch import Tensor, nn
 
 from blocks import Fn, loss
 from discreet.core import rules
-from discreet.core.precision import computes_narrowly, full_precision, in_float32, widened
+from discreet.core.precision import (
+    computes_narrowly,
+    full_precision,
+    ieee_products,
+    in_float32,
+    precision_now,
+    widened,
+)
 from discreet.train.check import check
 
 B, D = 4, 6
@@ -136,3 +145,74 @@ def test_the_self_check_compares_in_float32(precision):
         torch.backends.cudnn.conv.fp32_precision = before
     assert len(seen) > 20
     assert seen.count("ieee") > 0.8 * len(seen)
+
+
+@pytest.fixture(params=["default", "older", "newer", "generic"])
+def told(request):
+    """PyTorch is told of TF32 in one of its ways."""
+    if request.param == "older":
+        torch.set_float32_matmul_precision("high")
+    elif request.param == "newer":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    elif request.param == "generic":
+        torch.backends.fp32_precision = "tf32"
+    yield request.param
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("told", ["default", "older", "newer"], indirect=True)
+def test_a_forward_that_holds_settings_of_cudnn_is_checked(told):
+    """``cudnn.flags`` reads the older settings; where newer ones contradicted them, PyTorch refused and the check broke
+    off."""
+
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(D, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+                return self.inner(x)
+
+    before = precision_now(), torch.backends.cudnn.allow_tf32
+    assert check(_model(lambda s, x: s.h(x), h=Held()), loss, _features(D)).passed
+    assert (precision_now(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_a_forward_may_ask_for_the_older_settings_while_it_is_checked():
+    torch.set_float32_matmul_precision("high")
+    seen = set()
+
+    def watched(model, batch):
+        seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return loss(model, batch)
+
+    try:
+        assert check(_model(lambda s, x: s.a(x), a=nn.Linear(D, 2)), watched, _features(D)).passed
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (False, False) in seen
+
+
+def test_float32_is_float32_however_the_process_was_told(told):
+    before = precision_now()
+    for exact in (full_precision, ieee_products):
+        with exact():
+            assert set(precision_now()) == {"ieee"}
+        assert precision_now() == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps", "hpu"])
+def test_autocast_ends_where_norms_begin(device):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no such device here
+        mixed = torch.autocast(device, dtype=torch.bfloat16)
+        mixed._enabled = True
+    with mixed:
+        assert torch.is_autocast_enabled(device)
+        with full_precision():
+            assert not torch.is_autocast_enabled(device)
+        assert torch.is_autocast_enabled(device)

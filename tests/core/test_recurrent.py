@@ -17,6 +17,7 @@ from discreet.core.clipping import Clipping
 from discreet.core.forms import Dense
 from discreet.core.gradient import backward, clipped_gradient, open_book
 from discreet.core.meeting import guard
+from discreet.core.rules import recurrent
 from discreet.errors import UnsupportedUse
 from discreet.train.check import check
 from oracles import relative_gap
@@ -222,6 +223,24 @@ STATES = {
 def test_first_states(name):
     forward, parts = STATES[name]
     assert gap(_model(forward, r=nn.GRU(D, H, batch_first=True), **parts()), random_batch(T, D)) < 1e-9
+
+
+def test_a_frozen_layer_is_run_as_in_training():
+    """cuDNN has no backward for a layer that was run without: what comes before it would get no gradient."""
+    seen = []
+
+    def stack(*given):
+        seen.append(given)
+        return torch.gru(*given)
+
+    gru = nn.GRU(D, H)
+    kind = next(kind for kind in recurrent._KINDS if kind.stack is torch.gru)._replace(stack=stack)
+    weights = recurrent.Weights(gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0)
+    x = torch.randn(T, B, D)
+    output, last = recurrent._frozen_layer(kind, x, [torch.zeros(B, H)], weights)
+    assert seen[0][6] is True  # of gru(input, hx, params, has_biases, num_layers, dropout, train, ...)
+    wanted, ends = gru(x)
+    torch.testing.assert_close((output, last), (wanted, ends[0]))
 
 
 def test_a_trained_first_state_of_a_frozen_layer():

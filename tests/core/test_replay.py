@@ -5,8 +5,10 @@ Without a GPU a stand-in runs the recorded function again, on the same memory; w
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -20,11 +22,13 @@ from discreet.core.replay import Replay
 from discreet.core.style import Style
 from discreet.errors import ConfigError, UnsupportedUse
 from discreet.train.check import check
+from oracles import relative_gap
 from train import toys
 from train.short_run import short_run
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+RECORDER = replay.Recorder
 
 
 class Again:
@@ -32,7 +36,7 @@ class Again:
 
     made = 0
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         Again.made += 1
 
     def record(self, once: Callable[[], ClippedSum]) -> tuple[Callable[[], None], ClippedSum]:
@@ -174,6 +178,84 @@ def test_another_state_of_the_model_is_recorded_anew(change):
     assert next(iter(made._recorded.values())) is not before
 
 
+@pytest.mark.parametrize("setting", ["cuda.matmul", "cudnn.conv"])
+def test_another_precision_is_recorded_anew(setting):
+    """Set as PyTorch advises since 2.9, it cannot be read by the older functions any more: they raise."""
+    library, operation = setting.split(".")
+    told = getattr(getattr(torch.backends, library), operation)
+    _, made, wanted = _made()
+    made.clipped_gradient(_batch(8))
+    before, kept = next(iter(made._recorded.values())), told.fp32_precision
+    try:
+        told.fp32_precision = "ieee" if kept == "tf32" else "tf32"
+        for _ in range(2):
+            found, exact = made.clipped_gradient(_batch(8)), wanted(_batch(8))
+            assert relative_gap(found.tensors, exact.tensors) < 1e-2
+        assert len(made._recorded) == 1
+        assert next(iter(made._recorded.values())) is not before
+    finally:
+        told.fp32_precision = kept
+
+
+class _Streams:
+    """Stands for what is there of ``torch.cuda`` when something is recorded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, breaks: bool) -> None:
+        self.device, self.stream, self.seen = 0, "default", []
+        self._breaks = breaks
+        for name in ("Stream", "CUDAGraph", "graph_pool_handle", "current_stream", "current_device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: self.for_a_while("device", device.index))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: self.for_a_while("stream", stream))
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext(self.seen.append(devices)))
+
+    @contextlib.contextmanager
+    def for_a_while(self, name: str, value: object) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, value)
+        try:
+            yield
+        finally:
+            setattr(self, name, before)
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, *, pool: object, stream: object) -> Iterator[None]:
+        self.stream = stream  # a recording that is broken off leaves it so
+        yield
+        if self._breaks:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def Stream(self, device: torch.device) -> object:
+        return types.SimpleNamespace(device=device, wait_stream=lambda other: None)
+
+    def CUDAGraph(self) -> object:
+        return types.SimpleNamespace(replay=lambda: None)
+
+    def graph_pool_handle(self) -> object:
+        return (0, 1)
+
+    def current_stream(self) -> object:
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    def current_device(self) -> int:
+        return self.device
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_it_is_recorded_on_the_device_of_the_model(breaks, monkeypatch):
+    """PyTorch records on the device that is current: what runs on another is done at once, and the graph is empty."""
+    device, once = torch.device("cuda", 1), lambda: (cuda.device, cuda.stream)
+    cuda = _Streams(monkeypatch, breaks=breaks)
+    with contextlib.ExitStack() as stack:
+        if breaks:
+            stack.enter_context(pytest.raises(RuntimeError, match="previous error"))
+        _, (where, stream) = RECORDER(device).record(once)
+        assert (where, stream.device) == (1, device)
+    assert cuda.seen == [[1]]
+    assert (cuda.device, cuda.stream) == (0, "default")
+
+
 def test_a_use_that_the_check_did_not_see_is_refused_as_without_a_recording():
     model, made, wanted = _made()
     made.clipped_gradient(_batch(8))
@@ -239,14 +321,22 @@ def _broken_off(self, once: Callable[[], ClippedSum]) -> None:
         raise RuntimeError("operation failed due to a previous error during capture")
 
 
-@pytest.mark.parametrize("record", [lambda self, once: _fail(torch.OutOfMemoryError("no room")), _broken_off])
-def test_when_memory_runs_out_nothing_recorded_is_kept(record, monkeypatch):
+@pytest.mark.parametrize(
+    ("record", "raised"),
+    [
+        (lambda self, once: _fail(torch.OutOfMemoryError("no room")), torch.OutOfMemoryError),
+        (lambda self, once: _fail(RuntimeError("CUDA error: out of memory")), RuntimeError),  # for the graph itself
+        (_broken_off, torch.OutOfMemoryError),
+    ],
+)
+def test_when_memory_runs_out_nothing_recorded_is_kept(record, raised, monkeypatch):
     _, made, wanted = _made()
     made.clipped_gradient(_batch(8))
     plain = replay.Recorder.record
     monkeypatch.setattr(replay.Recorder, "record", record)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(raised) as caught:
         made.clipped_gradient(_batch(9))
+    assert replay.is_out_of_memory(caught.value)
     assert not made._recorded
     monkeypatch.setattr(replay.Recorder, "record", plain)
     _same(made.clipped_gradient(_batch(8)), wanted(_batch(8)))
@@ -353,8 +443,12 @@ def test_a_leaf_with_a_graph_is_refused():
         made.clipped_gradient(batch)
 
 
-def test_a_constant_of_the_batch_may_have_as_many_rows_as_there_are_examples():
-    """Weights of classes are no rows of examples, at whatever size: sizes at which they differ tell so."""
+@pytest.mark.parametrize(("counts", "most", "recorders"), [((6, 7, 7, 8), 64, 1), ((7, 6, 7), 16, 2)], ids=str)
+def test_a_constant_of_the_batch_may_have_as_many_rows_as_there_are_examples(counts, most, recorders):
+    """Weights of classes are no rows of examples, at whatever size: sizes at which they differ tell so.
+
+    Where they tell it late, all recordings go, and with them the memory that they shared: PyTorch has given it up.
+    """
     model, clipping = nn.Linear(4, 3).to(DEVICE), Clipping.abadi(1.0)
 
     def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -363,11 +457,12 @@ def test_a_constant_of_the_batch_may_have_as_many_rows_as_there_are_examples():
     x, weight = torch.randn(20, 4).to(DEVICE), torch.arange(1.0, 8.0).to(DEVICE)
     layout = check(model, loss, (x[:4], weight), clipping=clipping, examples=4).layout
     made = Replay(model, loss, clipping=clipping, layout=layout)
-    for count in (6, 7, 7, 8):
-        found = made.clipped_gradient((x[:count], weight), examples=count, at_most=64)
+    for count in counts:
+        found = made.clipped_gradient((x[:count], weight), examples=count, at_most=most)
         wanted = clipped_gradient(model, loss, (x[:count], weight), clipping=clipping, layout=layout, examples=count)
         for name, value in wanted.tensors.items():
             torch.testing.assert_close(found.tensors[name], value, rtol=1e-4, atol=1e-6)
+    assert ON_GPU or Again.made == recorders
 
 
 def test_what_a_forward_keeps_for_itself_outlives_its_recording():

@@ -86,7 +86,23 @@ def test_out_of_memory_on_a_single_example_is_an_error() -> None:
 
 def test_other_errors_are_not_taken_for_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
-    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 180264, Limit: 101376"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory",  # what the driver takes for itself: a context, a graph, a stack for a kernel
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory (MPS allocated: 17.00 GB)",
+    ],
+)
+def test_memory_that_libraries_and_drivers_miss_is_memory(said: str) -> None:
+    assert is_out_of_memory(RuntimeError(said))
 
 
 def test_gradient_is_divided_by_the_expected_batch() -> None:

@@ -72,12 +72,17 @@ class Wish:
             return UnsupportedUse(
                 f"torch.compile(backend={self.name!r}, options={dict(self.options)}): it has none; leave them out."
             )
-        if self.options.get("triton.cudagraphs") and any(isinstance(each, Tensor) and each.is_cuda for each in inputs):
+        if self._asks_for_graphs() and any(isinstance(each, Tensor) and each.is_cuda for each in inputs):
             return UnsupportedUse(
-                "torch.compile with CUDA graphs (mode='reduce-overhead' or 'max-autotune'): they reuse the memory of "
-                "what is booked; pass mode='default' or 'max-autotune-no-cudagraphs'."
+                "torch.compile with CUDA graphs (mode='reduce-overhead' or 'max-autotune', TORCHINDUCTOR_CUDAGRAPHS): "
+                "they reuse the memory of what is booked; pass mode='default' or 'max-autotune-no-cudagraphs'."
             )
         return None
+
+    def _asks_for_graphs(self) -> bool:
+        import torch._inductor.config as kernels
+
+        return self.name == INDUCTOR and bool(self.options.get("triton.cudagraphs", kernels.triton.cudagraphs))
 
 
 _CALLBACK = "callback"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ ROUNDING_GAP = 1e-3
 """And where nothing is: kernels change with the size of a batch, and with the examples that a router sends together."""
 _LEAST = 1e-5
 """Below it, losses are rounding of their logits."""
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu")
 
 
 class _Watch(TorchDispatchMode):
@@ -59,39 +61,63 @@ def widened(batch: Any) -> Any:
 def full_precision() -> Iterator[None]:
     """Products and convolutions of float32 tensors in float32 inside, on every device."""
     with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
+        for device in _AUTOCAST:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(ieee_products())
+        stack.enter_context(ieee_products(told=False))
         yield
 
 
 @contextlib.contextmanager
-def ieee_products() -> Iterator[None]:
+def ieee_products(*, told: bool = True) -> Iterator[None]:
     """The same where autocast stays: what a check compares must not differ by how a kernel rounds.
 
     TF32 rounds otherwise for another number of examples, by a thousandth.
+
+    Args:
+        told: by PyTorch's older settings too: a forward that reads them, or holds them (``cudnn.flags``), is refused by
+            PyTorch where newer ones contradict them.
     """
-    if not _PER_BACKEND:
-        before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-            torch.backends.cudnn.allow_tf32 = convolutions
-        return
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    settings = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
+    settings, back = _settings(), []
     kept = [setting.fp32_precision for setting in settings]
     try:
+        for get, put, exact in _OLDER if told or not settings else ():
+            with contextlib.suppress(RuntimeError):  # the caller's own contradict each other already
+                back.append((put, get()))
+                put(exact)
         for setting in settings:
             setting.fp32_precision = "ieee"
         yield
     finally:
+        for put, value in back:
+            put(value)
         for setting, precision in zip(settings, kept, strict=True):
             setting.fp32_precision = precision
+
+
+def precision_now() -> tuple[object, ...]:
+    """How products and convolutions of float32 tensors are taken now: equal where nothing was set otherwise."""
+    settings = _settings()
+    return tuple(setting.fp32_precision for setting in settings) or tuple(get() for get, _, _ in _OLDER)
+
+
+def _settings() -> tuple[Any, ...]:
+    """One for each library and operation; none before PyTorch 2.9."""
+    if not _PER_BACKEND:
+        return ()
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
+
+
+_OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], object], object], ...] = (
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    (
+        functools.partial(getattr, torch.backends.cudnn, "allow_tf32"),
+        functools.partial(setattr, torch.backends.cudnn, "allow_tf32"),
+        False,
+    ),
+)
+"""The older settings: how each is read and written, and what it is for float32."""
 
 
 def is_close(

@@ -26,6 +26,7 @@ from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, batch_size_of, settled, trainable, zero_sum
+from discreet.core.precision import precision_now
 from discreet.core.recording import Recording
 from discreet.core.uses import identity_of, zeros_like_sums
 from discreet.errors import ConfigError, DiscreetError, UnsupportedUse
@@ -38,6 +39,8 @@ _UNKNOWN = 2
 _WORDS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 """What is told by how it is written. Of an array, or of an object that holds tensors, that is only the first and last
 numbers."""
+_NO_ROOM = ("out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+"""What errors say of memory where they are of no class of their own: of the driver, of cuBLAS and cuDNN, of a CPU."""
 _FEW, _DEPTH = 64, 8
 """Entries of a list or a table that a module holds, up to which each is compared; and lists in lists."""
 
@@ -102,15 +105,18 @@ class _Recorded:
         """Whether all norms are sure; waits until they are there, and not for the sums."""
         answer = self.answer.numpy()
         while answer[0] == _UNKNOWN:
-            if torch.cuda.current_stream().query() and answer[0] == _UNKNOWN:  # raises what made the accelerator stop
+            # Raises what made the accelerator stop.
+            if torch.cuda.current_stream(self.takes_part_B.device).query() and answer[0] == _UNKNOWN:
                 return False
         return bool(answer[0] == 0)
 
 
 class Recorder:
-    """CUDA graphs, which share the memory of what they make on the way."""
+    """CUDA graphs of one device, which share the memory of what they make on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._beside = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, once: Callable[[], ClippedSum]) -> tuple[Callable[[], None], ClippedSum]:
@@ -118,15 +124,22 @@ class Recorder:
 
         What dropout draws meanwhile is drawn again by the replay: a step is the same whether it is recorded or not.
         """
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-            once()
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            total = once()
+        with torch.cuda.device(self._device):  # PyTorch's own stream for recordings is on the device that had the first
+            here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            self._beside.wait_stream(here)
+            with torch.cuda.stream(self._beside):  # left as it was also where a recording is broken off
+                with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+                    once()
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._beside):
+                    total = once()
+            here.wait_stream(self._beside)
         return graph.replay, total
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, on an accelerator or on the CPU."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in said for words in _NO_ROOM)
 
 
 def records(device: torch.device) -> bool:
@@ -242,11 +255,15 @@ class Replay:
         shared = self._shared.setdefault(str(structure), other)
         if not other <= shared:
             shared |= other
-            self._recorded.clear()
+            self._forget()
         return tuple(at not in shared for at in range(len(leaves)))
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
     def _check_leaves(self, leaves: list[Any]) -> None:
-        device = next(self._model.parameters()).device
+        device = self._device
         for leaf in leaves:
             dense = type(leaf) is Tensor and leaf.layout is torch.strided and leaf.device == device
             if type(leaf) in _WORDS or (dense and not leaf.requires_grad):
@@ -258,18 +275,18 @@ class Replay:
             )
 
     def _forget(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # one of them may be at work
+        for place in {self._device, *(each.takes_part_B.device for each in self._recorded.values())}:
+            if place.type == "cuda":
+                torch.cuda.synchronize(place)  # one of them may be at work
         self._recorded.clear()
         self._sums.clear()
         self._held.clear()
         self._recorder = None
 
     def _recording_of(self, own: Any, form: _Form) -> _Recorded:
-        parameters = trainable(self._model)
-        device = next(iter(parameters.values())).device
+        parameters, device = trainable(self._model), self._device
         takes_part_B = torch.arange(form.rounded, device=device) < form.size
-        answer = torch.empty(1, dtype=torch.int8, pin_memory=device.type == "cuda")
+        answer = torch.empty(1, dtype=torch.int8, device="cpu", pin_memory=device.type == "cuda")
 
         def once() -> ClippedSum:
             total = self._sum(own, form.rounded, form.at_most, Recording(takes_part_B, answer))
@@ -278,7 +295,7 @@ class Replay:
             return replace(total, tensors=dict(self._sums))
 
         if self._recorder is None:
-            self._recorder = Recorder()
+            self._recorder = Recorder(device)
             self._sums.update(zeros_like_sums(parameters))
         try:
             again, total = self._recorder.record(once)
@@ -286,7 +303,7 @@ class Replay:
             self._forget()
             # A recording that is broken off ends with an error of its own.
             for first in (error, error.__context__):
-                if isinstance(first, (DiscreetError, torch.OutOfMemoryError)):
+                if isinstance(first, DiscreetError) or is_out_of_memory(first):
                     raise first from None
             raise UnsupportedUse(
                 f"replay=True: the model cannot be recorded ({str(error).splitlines()[0]}); its forward must not ask "
@@ -335,7 +352,7 @@ def _state_of(model: nn.Module, held: list[object] | None = None) -> tuple[objec
     return (
         tuple((name, _said(value, held), value.requires_grad) for name, value in values),
         tuple((id(module), _attributes(module, held)) for module in model.modules()),
-        (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.get_float32_matmul_precision()),
+        (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), precision_now()),
         torch.are_deterministic_algorithms_enabled(),
     )
 

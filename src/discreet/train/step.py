@@ -17,14 +17,13 @@ from discreet.core.axes import Layout
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
-from discreet.core.replay import Replay
+from discreet.core.replay import Replay, is_out_of_memory
 from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
 from discreet.train.recheck import ask_again
 from discreet.train.stillness import Moving, Watch
 
 _Made = TypeVar("_Made")
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
 
 def whole_batch(batch_size: int) -> int:
@@ -175,13 +174,6 @@ class ClippedStep:
 
 def _nothing() -> None:
     """Until a run is there to save."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on an accelerator or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
 
 
 def forget_gradients(parameters: Mapping[str, nn.Parameter]) -> None:

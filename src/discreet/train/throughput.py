@@ -26,11 +26,12 @@ from discreet.core.axes import Layout
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, batch_size_of, clipped_gradient, trainable
 from discreet.core.noise import release
+from discreet.core.replay import is_out_of_memory
 from discreet.core.rng import NoiseSource
 from discreet.privacy.compute import Machine
 from discreet.train.check import check
 from discreet.train.examples import made_up
-from discreet.train.step import is_out_of_memory, write_gradient
+from discreet.train.step import write_gradient
 
 CPU_MICROBATCH = 512
 """On a CPU larger microbatches only leave the cache."""

@@ -25,7 +25,7 @@ def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: T
     rows, positions, width = input_NSD.shape
     scale, shift = torch.empty(2, rows, width, dtype=torch.float32, device=input_NSD.device)
     with on_device_of(input_NSD):
-        _affine_kernel[(rows, triton.cdiv(width, _COLUMNS))](
+        _affine_kernel[(rows * triton.cdiv(width, _COLUMNS),)](
             *(input_NSD, grad_NSD, mean_NS, rstd_NS, scale, shift, positions, width),
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
@@ -38,8 +38,9 @@ def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: T
 def _affine_kernel(
     input, grad, mean, rstd, scale, shift, positions, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # One axis of programs: along others there are 65,535 at most.
+    row = (tl.program_id(0) // tl.cdiv(width, COLUMNS)).to(tl.int64)
+    column = tl.program_id(0) % tl.cdiv(width, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
     scales = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     shifts = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     for start in range(0, positions, ROWS):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +21,7 @@ from discreet.core.kernels.processor import Spread
 from discreet.core.kernels.results import GramProducts, Squares
 from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, PANELS_OF_WINDOWS, TENSOR_CORES, Prices
 
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
+_STORED = (torch.float32, torch.float16, torch.bfloat16)
 _RUN = 16
 """Positions of one example below which most of a tensor core's step would be spent on nothing."""
 
@@ -28,7 +29,7 @@ _RUN = 16
 def suit(*operands: Tensor) -> bool:
     """Whether norms of these operands are taken by the kernels; decided from device, dtype and shape alone."""
     if all(_on_accelerator(value) for value in operands):
-        return all(value.dtype in _STORED and value.numel() for value in operands) and _found()
+        return _found() and all(value.dtype in _stored(value.device) and value.numel() for value in operands)
     return processor.suit(*operands) and operands[0].shape[2] <= processor.MOST_POSITIONS
 
 
@@ -69,7 +70,7 @@ def window_prices(input: Tensor, grad: Tensor, *, positions: int, pixels: int) -
 
 def draw(*values: Tensor) -> bool:
     """Whether noise is drawn by the kernel, where the sums are."""
-    return all(_on_accelerator(value) for value in values) and _found()
+    return _found() and all(_on_accelerator(value) and _stored(value.device) for value in values)
 
 
 def add_noise(
@@ -158,7 +159,7 @@ def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Ten
 
 def suit_scales(*operands: Tensor) -> bool:
     """Whether gradients of the scale and the shift of a normalisation are taken by a kernel."""
-    return all(_on_accelerator(value) and value.dtype in _STORED and value.numel() for value in operands) and _found()
+    return all(map(_on_accelerator, operands)) and suit(*operands)
 
 
 def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +171,20 @@ def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: T
 
 def _on_accelerator(value: Tensor) -> bool:
     return value.is_cuda
+
+
+@functools.cache
+def _stored(device: torch.device) -> tuple[torch.dtype, ...]:
+    """What operands may be there; nothing where Triton has no compiler that was ever tried, or runs its interpreter.
+
+    Cards before 8.0 have no tensor cores for bfloat16: a kernel takes two minutes to compile.
+    """
+    if device.type != "cuda":
+        return _STORED
+    if torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1":  # which reads no device's memory
+        return ()
+    capability = torch.cuda.get_device_capability(device)
+    return _STORED if capability >= (8, 0) else _STORED[:2] if capability >= (7, 5) else ()
 
 
 @functools.cache

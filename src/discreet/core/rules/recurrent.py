@@ -143,7 +143,7 @@ def _layer(kind: _Kind, input_TBI: Tensor, states: Sequence[Tensor], weights: We
 def _frozen_layer(kind: _Kind, input_TBI: Tensor, states: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
     first = [state.unsqueeze(0) for state in states]
     values = [value for value in weights if value is not None]
-    options = (weights.input_bias is not None, 1, 0.0, False, False, False)
+    options = (weights.input_bias is not None, 1, 0.0, True, False, False)  # without "train" cuDNN has no backward
     output_TBP, *last = kind.stack(input_TBI, first if kind is _LSTM else first[0], values, *options)
     return output_TBP, *(state[0] for state in last)
 
