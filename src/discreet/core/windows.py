@@ -116,10 +116,7 @@ class Windows(Form):
         return torch.cat([part._gram_norm2(route) for part in self._parts()])
 
     def _gram_norm2(self, route: Route) -> Tensor:
-        if route is Route.WINDOWS:
-            outer = self.unfolded()
-            return outer.quick_norm2()
-        return self._norm2_by_pixels()
+        return self.unfolded().quick_norm2() if route is Route.WINDOWS else self._norm2_by_pixels()
 
     def _parts(self) -> list[Windows]:
         """A few examples at a time, so that Gram matrices and unfolded windows stay small."""
