@@ -49,6 +49,16 @@ def test_examples_without_a_factor_are_passed_over_wherever_they_stand(dead, pos
     torch.testing.assert_close(_summed(input, grad, factor), wanted, rtol=1e-5, atol=1e-4)
 
 
+def test_no_chain_is_longer_than_a_program_holds(monkeypatch):
+    from discreet.core.kernels import sums
+
+    monkeypatch.setattr(sums, "_TOGETHER", 4)
+    made, chain = [], sums._Chain.of.__func__
+    monkeypatch.setattr(sums._Chain, "of", lambda factor_B: made.append(len(factor_B)) or chain(sums._Chain, factor_B))
+    test_examples_without_a_factor_are_passed_over_wherever_they_stand(dead=(0, 5), positions=16)
+    assert made == [4, 2]
+
+
 @pytest.mark.parametrize("bound", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("order", ["falling", "rising", "mixed"])
 def test_factors_as_far_apart_as_they_can_be(bound, order):
