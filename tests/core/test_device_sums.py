@@ -309,6 +309,17 @@ def test_norms_and_sums_of_convolutions_are_those_of_float64(name, dtype, place,
     assert (norm2 <= wanted2 * (1 + 2e-2)).all()
 
 
+def test_sums_of_windows_leave_no_room_for_gram_matrices(monkeypatch):
+    """512 images of 32 by 32 pixels were summed seven at a time, for matrices that only norms are made of."""
+    from discreet.core import windows
+
+    asked = []
+    monkeypatch.setattr(windows, "examples_at_a_time", lambda numbers: asked.append(numbers) or 3)
+    form, factor = _windows("3 x 3", torch.float32), torch.linspace(0.1, 1.0, 6)
+    torch.testing.assert_close(form._summed_by_parts(factor), form.weighted_sum(factor), rtol=1e-4, atol=1e-4)
+    assert asked == [14 * 14 * 8 * 9 + 12]
+
+
 @needs_card
 @pytest.mark.parametrize("positions", [1, 40])
 def test_products_of_float32_are_float32_on_this_card(positions, asked_for):
