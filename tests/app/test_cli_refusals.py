@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from app.data_files import write
 from app.program import CANARY, idx, must_refuse, run_program, table
+from discreet.app.options import pick_device
+from discreet.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,14 @@ def test_what_is_wrong_with_a_clipping_is_told(
         capsys, "train", data, "--target", "income", "--epsilon", 8, "--clipping", text, "--out", "run"
     )
     assert told in err
+
+
+def test_a_card_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1").index == 1
+    with pytest.raises(ConfigError, match='device "cuda:2": must be below cuda:2'):
+        pick_device("cuda:2")
 
 
 def test_budget_spent_by_statistics_exits_3(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

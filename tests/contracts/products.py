@@ -20,6 +20,8 @@ from discreet.core.kernels.results import GramProducts, Squares
 needs_triton = pytest.mark.skipif(
     not dispatch._found(), reason="no Triton of version 3.4 or newer: pip install 'discreet[gpu]' on Linux"
 )
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: only a card shows this")
+needs_two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 EPS = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (  # examples, groups, positions, inputs, outputs

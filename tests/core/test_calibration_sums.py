@@ -168,3 +168,11 @@ def test_settings_out_of_range_are_refused():
         Reliability(bins=2, nll_bound=5.0)
     with pytest.raises(ConfigError, match="nll_bound"):
         Reliability(bins=15, nll_bound=INF)
+
+
+def test_sums_are_on_the_host_whatever_the_default_device_is():
+    asked = Reliability(bins=5, nll_bound=4.0)
+    given = {"asked": asked, "neighbours": Neighbours.ADD_REMOVE}
+    with torch.device("meta"):
+        found = summed_reliability(BASE, TARGET, **given)
+    assert torch.equal(_stacked(found), _stacked(summed_reliability(BASE, TARGET, **given)))

@@ -6,6 +6,7 @@ Without a GPU they run in Triton's interpreter.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from contracts.products import draw, each, needs_triton
+from contracts.products import draw, each, needs_card, needs_triton, needs_two_cards
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.forms import Dense, drop_vanishing
 from discreet.core.gradient import clipped_gradient
 from discreet.core.kernels import dispatch
-from discreet.core.rng import seed_key
+from discreet.core.noise import release
+from discreet.core.outer import Outer
+from discreet.core.precision import full_precision
+from discreet.core.rng import NoiseSource, seed_key
+from discreet.core.style import Style
 from discreet.core.uses import Derivation, Record, Uses
+from discreet.core.windows import Geometry, Windows
+from discreet.train.check import check
 from discreet.train.journal import SumJournal
 
 pytestmark = needs_triton
@@ -47,6 +54,16 @@ def test_examples_without_a_factor_are_passed_over_wherever_they_stand(dead, pos
     alive = [example for example in range(6) if example not in dead]
     wanted = (factor.reshape(-1, 1, 1, 1) * exact)[alive].sum(0).float()
     torch.testing.assert_close(_summed(input, grad, factor), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_no_chain_is_longer_than_a_program_holds(monkeypatch):
+    from discreet.core.kernels import sums
+
+    monkeypatch.setattr(sums, "_TOGETHER", 4)
+    made, chain = [], sums._Chain.of.__func__
+    monkeypatch.setattr(sums._Chain, "of", lambda factor_B: made.append(len(factor_B)) or chain(sums._Chain, factor_B))
+    test_examples_without_a_factor_are_passed_over_wherever_they_stand(dead=(0, 5), positions=16)
+    assert made == [4, 2]
 
 
 @pytest.mark.parametrize("bound", [1e-6, 1.0, 1e6])
@@ -228,3 +245,169 @@ def test_small_parameters_of_an_accelerator_are_settled_together():
         parameter, grad = torch.zeros(1024, device=device), torch.zeros(128, 1024, device=device)
         record = Record.of(Derivation.of("bias", parameter), Dense(grad), None)
         assert Uses.of("bias", [(0, record)], 128).is_small is together
+
+
+PLACES = [
+    "cpu",
+    pytest.param("cuda", marks=needs_card),
+    pytest.param("cuda:1", marks=needs_two_cards),
+]
+SHAPES = {  # of the weight; stride, padding, dilation, groups
+    "3 x 3": ((12, 8, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 1)),
+    "steps and groups": ((12, 4, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 2)),
+    "depthwise, with holes": ((8, 1, 3, 3), Geometry((1, 1), (2, 2), (2, 2), 8)),
+    "one axis": ((12, 8, 5), Geometry((1,), (2,), (1,), 1)),
+}
+
+
+def _windows(name: str, dtype: torch.dtype) -> Windows:
+    shape, geometry = SHAPES[name]
+    image = (14, 14)[: len(shape) - 2]
+    generator = torch.Generator().manual_seed(9)
+    input = torch.randn(6, 1, 8, *image, generator=generator)
+    taken = [getattr(geometry, part) for part in ("stride", "padding", "dilation")]
+    convolve = F.conv1d if len(image) == 1 else F.conv2d
+    output = convolve(input[:, 0], torch.zeros(shape), None, *taken, geometry.groups).unsqueeze(1)
+    grad = torch.randn(output.shape, generator=generator)
+    return Windows(input.to(dtype), grad.to(dtype), torch.Size(shape), geometry)
+
+
+def _there(form: Windows, place: str) -> Windows:
+    return replace(form, input=form.input.to(place), grad=form.grad.to(place))
+
+
+@pytest.fixture(params=["as it comes", "TF32"])
+def asked_for(request):
+    """TF32 as PyTorch has it from the start (cuDNN takes it, cuBLAS does not), and wherever it can be asked for."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    kept = [setting.fp32_precision for setting in settings]
+    for setting, precision in zip(settings, kept, strict=True):
+        setting.fp32_precision = precision if request.param == "as it comes" else "tf32"
+    yield
+    for setting, precision in zip(settings, kept, strict=True):
+        setting.fp32_precision = precision
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_norms_and_sums_of_convolutions_are_those_of_float64(name, dtype, place, asked_for):
+    """TF32, which keeps 10 bits of each factor, is 5e-4 off."""
+    form, factor = _windows(name, dtype), torch.linspace(0.1, 1.0, 6)
+    exact = replace(form, input=form.input.double(), grad=form.grad.double())
+    with full_precision():
+        summed = _there(form, place).weighted_sum(factor.to(place)).cpu().double()
+        norm2 = _there(form, place).quick_norm2().cpu()
+        each = _there(form, place).per_example().cpu().double()
+    wanted = exact.weighted_sum(factor.double())
+    most = 2e-6 if dtype is torch.float32 else 5e-5  # tensor cores cut what they add up
+    assert summed.shape == wanted.shape
+    assert float((summed - wanted).norm() / wanted.norm()) < most
+    assert float((each - exact.per_example()).norm() / each.norm()) < most
+    wanted2 = exact.norm2()
+    assert (norm2 >= wanted2 * (1 - 1e-6)).all()
+    assert (norm2 <= wanted2 * (1 + 2e-2)).all()
+
+
+def test_sums_of_windows_leave_no_room_for_gram_matrices(monkeypatch):
+    """512 images of 32 by 32 pixels were summed seven at a time, for matrices that only norms are made of."""
+    from discreet.core import windows
+
+    asked = []
+    monkeypatch.setattr(windows, "examples_at_a_time", lambda numbers: asked.append(numbers) or 3)
+    form, factor = _windows("3 x 3", torch.float32), torch.linspace(0.1, 1.0, 6)
+    torch.testing.assert_close(form._summed_by_parts(factor), form.weighted_sum(factor), rtol=1e-4, atol=1e-4)
+    assert asked == [14 * 14 * 8 * 9 + 12]
+
+
+@needs_card
+@pytest.mark.parametrize("positions", [1, 40])
+def test_products_of_float32_are_float32_on_this_card(positions, asked_for):
+    """Whatever the process or its environment asks for (``NVIDIA_TF32_OVERRIDE=1``)."""
+    input, grad = draw(11, torch.float32, (64, 1, positions, 256), (64, 1, positions, 192))
+    form = Outer(input.cuda(), grad.cuda(), torch.Size((192, 256)))
+    with full_precision():
+        found = form.weighted_sum(torch.ones(64, device="cuda")).cpu().double()
+    wanted = each(input, grad).sum(0)[0]
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-6
+
+
+class Late(torch.autograd.Function):
+    """The same; its gradient may be a long time in coming."""
+
+    cycles = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        torch.cuda._sleep(Late.cycles)
+        return grad.clone()
+
+
+class Beside(nn.Module):
+    """A first layer on a stream of its own, as two towers are run at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 32, bias=False), nn.Linear(32, 2)
+        self.side = torch.cuda.Stream()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            hidden = Late.apply(self.first(x))
+        torch.cuda.current_stream().wait_stream(self.side)
+        return self.last(torch.tanh(hidden))
+
+
+def _classified(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@needs_card
+@pytest.mark.parametrize("style", [Style.flat(), Style.per_layer()], ids=str)
+def test_what_is_booked_on_another_stream_is_there_when_it_is_read(style, monkeypatch):
+    torch.manual_seed(4)
+    model, clipping = Beside().cuda(), Clipping.abadi(0.1, style=style)
+    batch = (torch.randn(64, 6, device="cuda"), torch.randint(2, (64,), device="cuda"))
+    layout = check(model, _classified, tuple(value[:4] for value in batch), clipping=clipping).layout
+    sums = []
+    for cycles in (0, 300_000_000):
+        with torch.cuda.stream(model.side):
+            torch.full((64, 32), 1e6, device="cuda")  # let go of at once: what lies where gradients will be made
+        monkeypatch.setattr(Late, "cycles", cycles)
+        torch.cuda.synchronize()
+        sums.append(clipped_gradient(model, _classified, batch, clipping=clipping, layout=layout).tensors)
+        torch.cuda.synchronize()
+    for name, value in sums[0].items():
+        torch.testing.assert_close(sums[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+@needs_two_cards
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_second_card_is_as_the_first_while_the_first_is_current(dtype, tmp_path):
+    """Kernels, digests and noise are launched where the tensors are."""
+    results = []
+    for place in ("cuda:0", "cuda:1"):
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.Linear(24, 3)).to(place, dtype)
+        generator = torch.Generator().manual_seed(6)
+        batch = torch.randn(8, 20, 12, generator=generator).to(place, dtype)
+
+        def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            return model(batch).float().square().sum((1, 2))
+
+        layout = check(model, loss, batch[:4]).layout
+        total = clipped_gradient(model, loss, batch, clipping=Clipping.abadi(0.5), layout=layout)
+        journal = SumJournal(tmp_path / place.replace(":", ""), key=seed_key(1))
+        assert journal.admits(0, total)
+        assert journal.admits(0, total)
+        released = release(total, noise_multiplier=0.7, source=NoiseSource.insecure_seed(2), divisor=8.0)
+        assert all(str(value.device) == place for value in released.tensors.values())
+        results.append({name: value.cpu() for name, value in released.tensors.items()})
+        assert torch.cuda.current_device() == 0
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6)

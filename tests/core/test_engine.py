@@ -8,8 +8,10 @@ from torch import nn
 
 from blocks import B, Fn, loss
 from cases import CASES
+from discreet.core import book
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
 from discreet.core.gradient import clipped_gradient
+from discreet.core.style import Style
 from discreet.train.check import check
 from oracles import abadi, alone, automatic, norms, relative_gap, rows, weighted
 
@@ -132,3 +134,37 @@ def test_wide_features_that_are_constant_keep_the_bound(width, feature):
     whole = clipped_gradient(model, losses, (x, g), clipping=clipping, layout=layout).tensors["weight"]
     rest = clipped_gradient(model, losses, (x[1:], g[1:]), clipping=clipping, layout=layout).tensors["weight"]
     assert float((whole - rest).norm()) <= 1.0
+
+
+class Queue:
+    """Stands for a stream of an accelerator."""
+
+    def __init__(self) -> None:
+        self.waited_for: list[Queue] = []
+
+    def wait_stream(self, other: Queue) -> None:
+        self.waited_for.append(other)
+
+
+@pytest.mark.parametrize("style", [Style.flat(), Style.per_layer()], ids=str)
+def test_what_a_stream_of_the_forward_books_is_waited_for(style, monkeypatch):
+    """PyTorch waits for the streams of leaves that get a gradient. Parameters get none here: a norm that was read on
+    another stream could have been read before it was there."""
+    main, side, turns = Queue(), Queue(), []
+
+    def streams_of(value: torch.Tensor) -> set[Queue]:
+        if torch._C._current_graph_task_id() == -1:
+            return {main}
+        turns.append(value)
+        return {side if len(turns) == 1 else main}  # of the first layer that has a gradient, the last one
+
+    monkeypatch.setattr(book, "_streams_of", streams_of)
+    a, b = nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False)
+    model = Fn(lambda s, x: s.b(torch.tanh(s.a(x))), a=a, b=b)
+    batch = {"x": torch.randn(4, 3), "target": torch.randn(4)}
+    layout = check(model, loss, batch).layout
+    main.waited_for.clear()
+    turns.clear()
+    clipped_gradient(model, loss, batch, clipping=Clipping.abadi(1.0, style=style), layout=layout)
+    assert side in main.waited_for
+    assert side.waited_for == []

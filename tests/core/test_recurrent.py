@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from blocks import Fn, frozen, loss, par
+from contracts.products import needs_card
 from core.brute_force import B, gap, random_batch
 from discreet.core.book import Book
 from discreet.core.clipping import Clipping
@@ -241,6 +242,15 @@ def test_a_frozen_layer_is_run_as_in_training():
     assert seen[0][6] is True  # of gru(input, hx, params, has_biases, num_layers, dropout, train, ...)
     wanted, ends = gru(x)
     torch.testing.assert_close((output, last), (wanted, ends[0]))
+
+
+@needs_card
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_layer_between_others_on_a_card(kind):
+    model = _model(_all_of, torch.float32, r=KINDS[kind](D, H, 3, batch_first=True))
+    frozen(model, *(name for name, _ in model.named_parameters() if name.endswith("_l1"))).cuda()
+    batch = {key: value.float().cuda() for key, value in random_batch(T, D).items()}
+    assert check(model, loss, batch).passed
 
 
 def test_a_trained_first_state_of_a_frozen_layer():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from contracts.products import needs_card, needs_two_cards
 from discreet.core import replay
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import clipped_gradient
@@ -254,6 +255,51 @@ def test_it_is_recorded_on_the_device_of_the_model(breaks, monkeypatch):
         assert (where, stream.device) == (1, device)
     assert cuda.seen == [[1]]
     assert (cuda.device, cuda.stream) == (0, "default")
+
+
+@needs_card
+def test_a_replay_draws_the_masks_that_a_step_as_written_draws():
+    """Dropout in a graph takes its numbers from where the generator stands, and moves it on by as many."""
+    model, made, wanted = _made()
+    model.drop.p = 0.5
+    found = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        found.append([made.clipped_gradient(_batch(8)) for _ in range(2)])
+        torch.manual_seed(seed)
+        for each in found[-1]:
+            _same(each, wanted(_batch(8)))
+    assert len(made._recorded) == 1
+    assert relative_gap(found[0][0].tensors, found[0][1].tensors) > 0.01
+    assert relative_gap(found[0][0].tensors, found[1][0].tensors) > 0.01
+    _same(found[2][1], found[0][1])
+
+
+@needs_card
+@pytest.mark.parametrize("place", ["cuda:0", pytest.param("cuda:1", marks=needs_two_cards)])
+def test_what_is_recorded_is_replayed_and_not_done_as_written(place, monkeypatch):
+    """On whichever card, and while another is current: only recordings call Python."""
+    calls = []
+
+    def counted(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        return _loss(model, batch)
+
+    model, clipping = Words(), Clipping.automatic()
+    model.scale = model.scale.to(place)
+    model.to(place)
+    batches = [{name: value.to(place) for name, value in _batch(8, seed=seed).items()} for seed in range(4)]
+    layout = check(model, counted, {name: value[:4] for name, value in batches[0].items()}, clipping=clipping).layout
+    made = Replay(model, counted, clipping=clipping, layout=layout)
+    stream = torch.cuda.current_stream()
+    made.clipped_gradient(batches[0])
+    calls.clear()
+    sums = [made.clipped_gradient(batch) for batch in batches]
+    assert not calls
+    assert torch.cuda.current_device() == 0
+    assert torch.cuda.current_stream() == stream
+    for batch, found in zip(batches, sums, strict=True):
+        _same(found, clipped_gradient(model, counted, batch, clipping=clipping, layout=layout))
 
 
 def test_a_use_that_the_check_did_not_see_is_refused_as_without_a_recording():

@@ -50,6 +50,17 @@ def test_each_thing_that_changes_a_sum_changes_one_line() -> None:
         assert [key for key in base if base[key] != changed[key]] == [name]
 
 
+def test_tf32_is_another_sum_and_is_named() -> None:
+    base, kept = _describe(), torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        changed = _describe()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = kept
+    assert [key for key in base if base[key] != changed[key]] == ["precision"]
+    assert _describe() == base
+
+
 def _scaled(factor: float) -> Callable[..., torch.Tensor]:
     return lambda model, batch: factor * toys.loss(model, batch)
 

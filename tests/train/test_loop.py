@@ -266,6 +266,18 @@ def test_a_nan_row_changes_nothing_beyond_its_share(tmp_path: Path) -> None:
     assert torch.isfinite(_finish(short_run(tmp_path, dataset=TensorDataset(features, targets)))).all()
 
 
+@pytest.mark.parametrize("rate", [None, "auto"])
+def test_tensors_of_our_own_are_where_they_have_to_be_whatever_the_default_is(rate: object, tmp_path: Path) -> None:
+    """``torch.set_default_device("cuda")`` put those of the self-check beside a generator, or a loss, of the host."""
+    ends = []
+    for name, place in (("host", "cpu"), ("elsewhere", "meta")):
+        model, data = toys.model(dropout=0.1), toys.data()
+        with torch.device(place):
+            _finish(short_run(tmp_path / name, model=model, dataset=data, learning_rate=rate, steps=40))
+        ends.append(toys.weights(model))
+    assert torch.equal(*ends)
+
+
 def test_dropout_is_a_function_of_the_key_and_leaves_the_callers_generator_alone(tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from discreet.core.style import Style
 from discreet.errors import ConfigError
 from discreet.privacy.compute import Machine
 from discreet.privacy.plan import Plan
+from discreet.train import setup
 from discreet.train.setup import check_plan, clipping_of, covered_parameters, default_clipping, solve_plan
 from train import toys
 
@@ -106,6 +108,16 @@ def test_a_plan_of_other_data_or_clipping_is_refused() -> None:
         check_plan(plan, clipping=None, examples=101)
     with pytest.raises(ConfigError, match="abadi"):
         check_plan(plan, clipping=Clipping.abadi(1.0), examples=100)
+
+
+@pytest.mark.parametrize("places", [("cpu", "meta"), ("cuda:0", "cuda:1"), ("mps:0",)])
+def test_parameters_are_on_one_device_that_knows_float64(places: tuple[str, ...], monkeypatch) -> None:
+    """Norms are added up there; PyTorch would say that it expected all tensors on one device, and not what to do."""
+    model = nn.Linear(3, 2)
+    spread = {place: types.SimpleNamespace(device=torch.device(place)) for place in places}
+    monkeypatch.setattr(setup, "trainable", lambda _: spread)
+    with pytest.raises(ConfigError, match=f"{places[-1]}: must be on one device.*move the model"):
+        covered_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_exactly_the_trainable_parameters_are_covered() -> None:

@@ -109,4 +109,6 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f'device "{name}": torch does not know it; use auto, cpu or cuda.') from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f'device "{name}": no CUDA device is available; use --device cpu.')
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f'device "{name}": must be below cuda:{count}, as they are counted from 0; name another one.')
     return device

@@ -11,6 +11,7 @@ Shape legend: B = examples of the microbatch.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,11 @@ from discreet.core.route import Route
 from discreet.core.routing import Given, Picking, Trail
 from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identity_of, sum_dtype, zeros_like_sums
 from discreet.errors import UnsupportedUse
+
+
+def _streams_of(value: Tensor) -> set[torch.cuda.Stream]:
+    """Where work on a value is queued now; nothing on a processor, which does it at once."""
+    return {torch.cuda.current_stream(value.device)} if value.is_cuda else set()
 
 
 class Book:
@@ -83,6 +89,7 @@ class Book:
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
         self._end = torch.autograd.graph.get_gradient_edge(self.sink).node
+        self._streams: set[torch.cuda.Stream] = set()
 
     @property
     def settles_early(self) -> bool:
@@ -118,6 +125,13 @@ class Book:
             yield
         finally:
             self._collecting = False
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Let the accelerator's queue wait for those of a forward's own: its backward made there what is booked."""
+        here = _streams_of(self.sink)
+        for mine, other in itertools.product(here, self._streams - here):
+            mine.wait_stream(other)
 
     def expect(self, derivation: Derivation) -> None:
         """Announce, from the forward, a use that will be recorded in the backward."""
@@ -147,6 +161,7 @@ class Book:
                 f"{', '.join(late)}: another gradient came after its group was settled (a backward through part of the "
                 "graph, or activation checkpointing that splits a group); use the flat clipping style."
             )
+        self._streams |= _streams_of(self.sink)
         form = form.detached()
         choice = form.choice
         if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
@@ -159,6 +174,7 @@ class Book:
         if self._group_of:
             for group in {self._group_of[name]: None for name in derivation.names}:
                 if all(self._expected[name] <= 0 for name in group):
+                    self._catch_up()
                     with full_precision():
                         self._settle_group(group)
 

@@ -118,11 +118,11 @@ def summed_reliability(
     loss_N = torch.where(known_N, loss_N.nan_to_num(nan=asked.nll_bound), asked.nll_bound).clamp(0, asked.nll_bound)
     true_N = torch.where(known_N, probability_NK.gather(1, label_N[:, None]).squeeze(1), 0.0)
     brier_N = ((probability_NK**2).sum(1) - 2 * true_N + 1).clamp(0, 2)
-    borders = torch.linspace(0, 1, asked.bins + 1, dtype=torch.float64)[1:-1]
+    borders = torch.linspace(0, 1, asked.bins + 1, dtype=torch.float64, device="cpu")[1:-1]
     bin_N = torch.searchsorted(borders, confidence_N.contiguous(), side="left")
 
     def by_bin(value_N: Tensor) -> Tensor:
-        return torch.zeros(asked.bins, dtype=torch.float64).index_add_(0, bin_N, value_N)
+        return torch.zeros(asked.bins, dtype=torch.float64, device="cpu").index_add_(0, bin_N, value_N)
 
     return ClippedSum(
         tensors={

@@ -190,7 +190,7 @@ class Region:
         for expected in self._books[-1].expected:
             book.expect(_named(expected, call))
         given = [values[names[self._slots[at]]] if at in self._slots else arg for at, arg in enumerate(args)]
-        return self._run(book.sink[0], torch.tensor(ticket), *given)
+        return self._run(book.sink[0], torch.tensor(ticket, device="cpu"), *given)
 
     def _fits(self, book: Book, args: Sequence[Any], names: Mapping[str, str]) -> bool:
         """Whether this call is one that the trace was made for: same batch, same layout, no rows picked outside."""
@@ -260,7 +260,7 @@ def compile_traced(region: Region, book: Book, inputs: Sequence[Any], wish: Wish
     graph.output(tuple(graph.call_function(operator.getitem, (together, at)) for at in range(outputs)))
     mode = torch._guards.TracingContext.get().fake_mode
     sink = mode.from_tensor(torch.zeros((), device=book.sink.device, requires_grad=True), static_shapes=True)
-    ticket = mode.from_tensor(torch.tensor(0), static_shapes=True)
+    ticket = mode.from_tensor(torch.tensor(0, device="cpu"), static_shapes=True)
     kept = [plain(value) for value in inputs]  # until the trace is made: a tensor is known by its identity
     values = [
         mode.from_tensor(value, static_shapes=True) if at in region._slots else value for at, value in enumerate(kept)

@@ -161,7 +161,7 @@ def _bounded_counts(
         _check_length(column, len(named.value_N), examples)
         counter = Counter(value for value in named.value_N if value is not None and _is_countable(value))
         for name in sorted(name for name, count in counter.items() if count >= presence):
-            tensors[_name_prefix(i) + name] = torch.tensor([counter[name]], dtype=torch.float64)
+            tensors[_name_prefix(i) + name] = torch.tensor([counter[name]], dtype=torch.float64, device="cpu")
     columns = len(buckets) + len(names)
     if columns == 0:
         raise ConfigError("0 columns to count: needs at least 1; skip the query when the schema covers every column.")

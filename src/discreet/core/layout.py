@@ -136,7 +136,7 @@ def awake(parameters: Mapping[str, Tensor]) -> Iterator[None]:
     Behind a gate, an adapter or a last layer that begins at zero, every gradient is zero, and no loss depends on
     anything: what is wrong there would be seen after the first update, and not before.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    how = {"generator": torch.Generator().manual_seed(SEED), "device": "cpu"}
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         with torch.no_grad():
@@ -145,7 +145,7 @@ def awake(parameters: Mapping[str, Tensor]) -> Iterator[None]:
                 before = parameter[asleep]
                 if before.numel():
                     kept.append((parameter, asleep, before))
-                    parameter[asleep] = (torch.randn(before.shape, generator=generator) * _AWAKE).to(before)
+                    parameter[asleep] = (torch.randn(before.shape, **how) * _AWAKE).to(before)
         yield
     finally:
         with torch.no_grad():

@@ -203,19 +203,8 @@ def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, s
         summed: the dtype that the weighted sum is computed in.
     """
     found = gram_products(inputs_BKSI, grads_BKSO)
-    return _rounded_up(found, inputs_BKSI, grads_BKSO, taken=inputs_BKSI[0].dtype, summed=summed)
-
-
-def _rounded_up(
-    found: GramProducts,
-    inputs_BKSI: Sequence[Tensor],
-    grads_BKSO: Sequence[Tensor],
-    *,
-    taken: torch.dtype,
-    summed: torch.dtype,
-) -> Tensor:
     inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
-    sums = Sums(inputs, outputs, 32 * found.spacings, taken, summed)
+    sums = Sums(inputs, outputs, 32 * found.spacings, inputs_BKSI[0].dtype, summed)
     return rounded_up(found.total_B, found.input2_BKS, found.grad2_BKS, sums)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,11 +110,7 @@ def _settings() -> tuple[Any, ...]:
 
 _OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], object], object], ...] = (
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-    (
-        functools.partial(getattr, torch.backends.cudnn, "allow_tf32"),
-        functools.partial(setattr, torch.backends.cudnn, "allow_tf32"),
-        False,
-    ),
+    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False),
 )
 """The older settings: how each is read and written, and what it is for float32."""
 

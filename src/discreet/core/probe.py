@@ -40,7 +40,7 @@ def counted_levels(model: nn.Module, loss: LossFunction, batches: Batches) -> Cl
     Returns:
         The counts, shape (K,).
     """
-    count_K = torch.zeros(len(OCTAVES), dtype=torch.float64)
+    count_K = torch.zeros(len(OCTAVES), dtype=torch.float64, device="cpu")
     for losses_B in _passes(model, loss, batches):
         finite_B = losses_B[losses_B.isfinite()].abs()
         place_B = torch.frexp(finite_B).exponent.long() - 1 - OCTAVES[0]
@@ -72,7 +72,7 @@ def summed_rises(
     if not 0 < bound < float("inf"):
         raise ConfigError(f"bound={bound} of a rise: must be finite and above 0; take a released level of the loss.")
     before = list(_passes(model, loss, batches))
-    total = torch.zeros(1, dtype=torch.float64)
+    total = torch.zeros(1, dtype=torch.float64, device="cpu")
     for sign in (1, -1):
         with _displaced(model, shift, sign=sign):
             after = list(_passes(model, loss, batches))

@@ -102,10 +102,9 @@ class _Recorded:
         self.replay()
 
     def is_sure(self) -> bool:
-        """Whether all norms are sure; waits until they are there, and not for the sums."""
+        """Whether all norms are sure; waits for them, and not for the sums. Raises what made the accelerator stop."""
         answer = self.answer.numpy()
         while answer[0] == _UNKNOWN:
-            # Raises what made the accelerator stop.
             if torch.cuda.current_stream(self.takes_part_B.device).query() and answer[0] == _UNKNOWN:
                 return False
         return bool(answer[0] == 0)

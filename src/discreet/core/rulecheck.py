@@ -110,7 +110,7 @@ class _Caller(nn.Module):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """One number per example that depends on every entry, curved so that scales and signs matter."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for use in range(self.uses):
             scaled = {k: v * (1 - 0.3 * use) if v.is_floating_point() else v for k, v in batch.items()}
             flat = model(scaled).reshape(len(batch["count"]), -1)
@@ -125,7 +125,7 @@ class _Caller(nn.Module):
             for at, leaf in enumerate(self.leaves)
             if _is_example(leaf) and leaf.dim() > 0 and leaf.shape[0] == self.size
         }
-        batch["count"] = torch.arange(self.size)
+        batch["count"] = torch.arange(self.size, device="cpu")
         found = []
         isolation = examine_isolation(self, self.loss, batch)
         if not (isolation.by_substitution and isolation.by_removal):

@@ -62,7 +62,7 @@ def summed_scores(model: nn.Module, score: ScoreFunction, batches: Iterable[tupl
     Raises:
         ConfigError: the scores are not one per example.
     """
-    total = torch.zeros(1, dtype=torch.float64)
+    total = torch.zeros(1, dtype=torch.float64, device="cpu")
     with evaluating(model), torch.no_grad():
         for batch, examples in batches:
             total += _scores(model, score, batch, examples).sum()

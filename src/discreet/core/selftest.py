@@ -298,8 +298,8 @@ def norms_agree(
     book.discard()
     with frozen_state(model):
         each = [norms_of(row) for row in one_at_a_time(model, loss, batch, parameters, rows)]
-    wanted = dict(zip(parameters, torch.tensor(each, dtype=torch.float64).T, strict=True))
-    nothing = torch.zeros(examples)
+    wanted = dict(zip(parameters, torch.tensor(each, dtype=torch.float64, device="cpu").T, strict=True))
+    nothing = torch.zeros(examples, device="cpu")
     found = {name: taken.get(name, nothing)[list(rows)].cpu().double() for name in wanted}
     finite = torch.stack([*wanted.values(), *found.values()]).isfinite().all(0)
     noise = _rounding(wanted, parameters, tolerance)

@@ -116,16 +116,13 @@ class Windows(Form):
         return torch.cat([part._gram_norm2(route) for part in self._parts()])
 
     def _gram_norm2(self, route: Route) -> Tensor:
-        if route is Route.WINDOWS:
-            outer = self.unfolded()
-            return outer.quick_norm2()
-        return self._norm2_by_pixels()
+        return self.unfolded().quick_norm2() if route is Route.WINDOWS else self._norm2_by_pixels()
 
-    def _parts(self) -> list[Windows]:
-        """A few examples at a time, so that Gram matrices and unfolded windows stay small."""
+    def _parts(self, *, grams: int = 2) -> list[Windows]:
+        """A few examples at a time, so that unfolded windows and so many Gram matrices stay small."""
         rows = self._pixels if self.choice.route is Route.PIXELS else self._positions
         unfolded = self._positions * math.prod(self.value_shape[1:])
-        chunk = examples_at_a_time(self.geometry.groups * (2 * rows**2 + unfolded) + self.value_shape[0])
+        chunk = examples_at_a_time(self.geometry.groups * (grams * rows**2 + unfolded) + self.value_shape[0])
         return [self.rows(start, start + chunk) for start in range(0, self.examples, chunk)]
 
     def _norm2_by_pixels(self) -> Tensor:
@@ -211,7 +208,7 @@ class Windows(Form):
         if dispatch.suit_windows(self.input, self.grad):
             return dispatch.windows_products(*self._spread()).reshape(self.examples, *self.value_shape)
         if self.input.device.type != "cpu":
-            return torch.cat([part.unfolded().per_example() for part in self._parts()])
+            return torch.cat([part.unfolded().per_example() for part in self._parts(grams=0)])
         examples, folds = self.input.shape[:2]
         each = _weight_grad(
             wide(self.input).reshape(1, -1, *self.input.shape[3:]),
@@ -233,7 +230,7 @@ class Windows(Form):
 
     def _summed_by_parts(self, factor_B: Tensor) -> Tensor:
         """The weighted sum by products: an accelerator's convolutions take ways that round more."""
-        parts = self._parts()
+        parts = self._parts(grams=0)
         factors = factor_B.split([part.examples for part in parts])
         sums = (part.unfolded().weighted_sum(factor) for part, factor in zip(parts, factors, strict=True))
         return functools.reduce(torch.add, sums)

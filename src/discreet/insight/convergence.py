@@ -67,7 +67,7 @@ def tangent_kernel(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
         backward(book, outputs.gather(1, (index_P % count)[:, None]).squeeze(1))
     grams = book.grams()
     book.discard()
-    zeros = torch.zeros(rows, rows, dtype=torch.float64)
+    zeros = torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
     return {name: grams[name].double().cpu() if name in grams else zeros for name in trainable(model)}
 
 
@@ -161,8 +161,8 @@ def flow(
     (slope_NK,) = torch.autograd.grad(value, [outputs])
     examples, count = outputs.shape
     slope_P = slope_NK.reshape(-1)
-    matrix = torch.zeros(examples * count, examples * count, dtype=torch.float64)
-    clipped_N = torch.zeros(examples, dtype=torch.bool)
+    matrix = torch.zeros(examples * count, examples * count, dtype=torch.float64, device="cpu")
+    clipped_N = torch.zeros(examples, dtype=torch.bool, device="cpu")
     for group, share in rule.divide(kernels).rules.items():
         kernel = sum((kernels[name] for name in group), torch.zeros_like(matrix))
         blocks = kernel.reshape(examples, count, examples, count).diagonal(dim1=0, dim2=2)  # (K, K, N)

@@ -59,10 +59,10 @@ def _each(batch: Any, size: int, draw: Draw) -> Any:
 
 
 def _mixed(given: Tensor, generator: torch.Generator) -> Tensor:
-    one, other = (given[torch.randperm(len(given), generator=generator)] for _ in range(2))
+    one, other = (given[torch.randperm(len(given), generator=generator, device="cpu")] for _ in range(2))
     if not given.is_floating_point():
         return one
-    share_B = torch.rand(len(given), generator=generator).reshape(-1, *[1] * (given.dim() - 1))
+    share_B = torch.rand(len(given), generator=generator, device="cpu").reshape(-1, *[1] * (given.dim() - 1))
     return torch.lerp(one.double(), other.double(), share_B.double())
 
 
@@ -80,7 +80,7 @@ def _redrawn(given: Tensor, generator: torch.Generator) -> Tensor:
 def _reused(given: Tensor, generator: torch.Generator) -> Tensor:
     if given.is_floating_point():
         return _between(given.double(), generator)
-    return given.flatten()[torch.randint(given.numel(), given.shape, generator=generator)]
+    return given.flatten()[torch.randint(given.numel(), given.shape, generator=generator, device="cpu")]
 
 
 def _between(given: Tensor, generator: torch.Generator) -> Tensor:
@@ -95,5 +95,5 @@ def _between(given: Tensor, generator: torch.Generator) -> Tensor:
 
 def _shares(given: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform in [0, 1], float64; at each place the least of the examples is 0, and the largest 1."""
-    share = torch.rand(given.shape, generator=generator, dtype=torch.float64)
+    share = torch.rand(given.shape, generator=generator, dtype=torch.float64, device="cpu")
     return share.masked_fill(share == share.amin(0), 0.0).masked_fill(share == share.amax(0), 1.0)

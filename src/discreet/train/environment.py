@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction
+from discreet.core.precision import precision_now
 from discreet.train.auto_lr import RateControl
 from discreet.train.examples import Examples
 
@@ -50,6 +51,7 @@ def describe_environment(
         "clipping": repr(clipping),
         "device": _device_name(device),
         "threads": str(torch.get_num_threads()),
+        "precision": " ".join(map(str, (*precision_now(), torch.backends.cudnn.benchmark))),
         "torch": str(torch.__version__),
         "discreet": _own_code(),
     }

@@ -39,7 +39,7 @@ def response(optimizer: torch.optim.Optimizer, *, noise_std: float) -> float:
     Raises:
         ConfigError: another optimizer of this class cannot be made from its options, or it does not move.
     """
-    weights = {"w": nn.Parameter(torch.zeros(_WEIGHTS))}
+    weights = {"w": nn.Parameter(torch.zeros(_WEIGHTS, device="cpu"))}
     options = {key: value for key, value in optimizer.param_groups[0].items() if key not in _NOT_REHEARSED}
     name, remedy = type(optimizer).__name__, "pass a number, a scheduler, or None for the optimizer's own rate"
     try:

@@ -27,6 +27,12 @@ from discreet.train.tempered import Tempered, tempered_clipping
 def covered_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """The trainable parameters, which must be exactly those that the optimizer moves."""
     parameters = trainable(model)
+    places = sorted({str(parameter.device) for parameter in parameters.values()})
+    if len(places) > 1 or places[0].startswith("mps"):
+        raise ConfigError(
+            f"trainable parameters on {', '.join(places)}: must be on one device, where norms are added up, and not on "
+            "mps, which has no float64; move the model to one GPU or to the CPU."
+        )
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter): name for name, parameter in parameters.items()}
     if needs_arguments(type(optimizer).step):

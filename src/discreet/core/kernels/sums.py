@@ -12,6 +12,7 @@ Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from discreet.core.kernels.operands import described, interpreted, loaded, on_de
 _SIDE, _DEPTH, _SHALLOW, _AT_ONCE, _BAND = 128, 64, 32, 2, 8
 """Side of a tile; positions of a step, and where they would leave a tenth of it empty; programs that a processor holds;
 rows of tiles that go together."""
+_TOGETHER = 1 << 13
+"""Examples of one chain: a program holds it whole, and takes minutes to compile for 65,536."""
 _SHARES = 12
 _WRITING = 0.065
 """What a share costs, of the time in which all processors make one round of tiles over as many products."""
@@ -77,6 +80,9 @@ def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Ten
         factor_B: one factor for each example, not negative; one of 0 leaves the example out, whatever it holds.
     """
     examples, groups, positions, inputs = input_BKSI.shape
+    if examples > _TOGETHER:
+        parts = zip(*(value.split(_TOGETHER) for value in (input_BKSI, grad_BKSO, factor_B)), strict=True)
+        return functools.reduce(torch.add, (weighted_sum(*part) for part in parts))
     outputs, chain = grad_BKSO.shape[3], _chained(factor_B)
     tiles = (triton.cdiv(outputs, _SIDE), triton.cdiv(inputs, _SIDE))
     shares = _shares(groups * tiles[0] * tiles[1], examples, processors(grad_BKSO.device) * _AT_ONCE)

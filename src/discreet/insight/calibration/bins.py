@@ -132,7 +132,9 @@ def borders(bins: int) -> tuple[float, ...]:
 
 def place(value_N: Tensor, edges: tuple[float, ...]) -> Tensor:
     """The bin of each value: ``edges[m] < value <= edges[m + 1]``; 0 is in the first, and 1 in the last."""
-    return torch.searchsorted(torch.tensor(edges[1:-1], dtype=torch.float64), value_N.contiguous(), side="left")
+    return torch.searchsorted(
+        torch.tensor(edges[1:-1], dtype=torch.float64, device="cpu"), value_N.contiguous(), side="left"
+    )
 
 
 def by_rank(value_N: Tensor, bins: int) -> Tensor:
@@ -163,7 +165,7 @@ def _check(bins: int) -> None:
 
 def _sums(confidence_N: Tensor, correct_N: Tensor, index_N: Tensor, edges: tuple[float, ...]) -> Bins:
     def total(value_N: Tensor) -> Tensor:
-        return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add_(0, index_N, value_N)
+        return torch.zeros(len(edges) - 1, dtype=torch.float64, device="cpu").index_add_(0, index_N, value_N)
 
     return Bins(
         edges=edges,

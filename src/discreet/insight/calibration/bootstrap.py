@@ -49,7 +49,7 @@ def intervals(predictions: Predictions, *, beta: float, bins: int = BINS) -> dic
     sums = _Sums(predictions, beta=beta, bins=bins)
     parts = [sums.figures(weight_RN) for weight_RN in _weights(len(predictions))]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    sample = sums.figures(torch.ones(1, len(predictions), dtype=torch.float64))
+    sample = sums.figures(torch.ones(1, len(predictions), dtype=torch.float64, device="cpu"))
     return {name: _interval(name, float(sample[name]), value_R) for name, value_R in whole.items()}
 
 

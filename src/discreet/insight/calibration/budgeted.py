@@ -153,7 +153,7 @@ def budgeted_report(
     found = {name: unweighted(name, value, examples=examples, asked=asked) for name, value in released.tensors.items()}
     std = {name: unit_of(name, examples=examples, asked=asked) * released.noise_std for name in found}
     gap_M, count_M = found[GAP], found[COUNT]
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")
     return BudgetedReport(
         examples=examples,
         accuracy=_within(float(found[RIGHT]), 1.0),

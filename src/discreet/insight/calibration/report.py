@@ -238,7 +238,7 @@ def _groups(predictions: Predictions, bins: int) -> tuple[Group, ...]:
     if len(names) > MOST_GROUPS:
         raise ConfigError(f"{len(names)} groups: at most {MOST_GROUPS} make a table; group by a column of few values.")
     number = {name: index for index, name in enumerate(names)}
-    index_N = torch.tensor([number[name] for name in predictions.groups])
+    index_N = torch.tensor([number[name] for name in predictions.groups], device="cpu")
     return tuple(_group(name, predictions.rows(index_N == index), bins) for name, index in number.items())
 
 
