@@ -85,6 +85,31 @@ def test_a_rule_that_is_a_little_wrong_is_caught_in_half_precision(error, monkey
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_that_is_zero_by_symmetry_is_rounding_under_autocast(dtype):
+    """That of an attention's key bias: what half precision leaves of it, 1e-4 of the norm, is another number each time.
+
+    Parameters are float32 there, and so was what was taken for rounding.
+    """
+
+    def attend(s, x):
+        q, k, v = (part(x).unflatten(2, (2, -1)).transpose(1, 2) for part in (s.q, s.k, s.v))
+        return s.n(s.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+    def autocast_loss(model, batch):
+        with torch.autocast("cpu", dtype):
+            out = model(batch["x"])
+        return F.cross_entropy(out.float().mean(1), batch["y"], reduction="none")
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        parts = {name: nn.Linear(8, 8) for name in "qkvo"}
+        report = check(
+            Fn(attend, n=nn.LayerNorm(8), **parts), autocast_loss, {"x": torch.randn(B, B, 8), "y": torch.arange(B)}
+        )
+        assert report.passed, report.table()
+
+
 def test_a_model_that_asks_for_half_precision_itself_is_compared_in_it():
     model = _model(lambda s, x: s.a(x.bfloat16()), a=nn.Linear(D, 2)).bfloat16()
     report = check(model, loss, _features(3, D))
