@@ -77,7 +77,7 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
         reference = _losses(model, loss, batch, examples=size)
     # Replacing changes no shape, so that losses of the others keep their bits; removing others changes the kernels.
     exact = 16 * torch.finfo(reference.dtype).eps
-    tolerance = 1e-8 if reference.dtype is torch.float64 else 1e-4
+    tolerance = 1e-8 if all(each.dtype is torch.float64 for each in (reference, *model.parameters())) else 1e-4
     if computes_narrowly(lambda: _losses(model, loss, batch, examples=size)):
         tolerance = NARROW_GAP
     by_substitution = True
