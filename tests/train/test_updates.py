@@ -358,6 +358,21 @@ def test_a_run_that_is_finished_early_certifies_what_it_spent(tmp_path: Path) ->
         _private(tmp_path, resume=True)
 
 
+def test_weights_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    """Adam in float16, whose squares vanish: all of the budget went, and a model of NaN was released and certified."""
+    private = _private(
+        tmp_path,
+        model=toys.model(torch.float16),
+        dataset=toys.data(torch.float16),
+        loss=lambda model, batch: toys.loss(model, batch).float(),
+    )
+    with pytest.raises(ConfigError, match=r"not finite after update [0-7],.*bfloat16"):
+        list(private)
+    assert 0 < private.done < private.steps
+    private.finish()
+    assert discreet.verify(tmp_path).finished
+
+
 def test_parameters_that_are_parts_of_one_memory_are_saved(tmp_path: Path) -> None:
     """As flattened ones are, and those of an LSTM on CUDA: the run was refused when all was done, at its end."""
     network = toys.model()
