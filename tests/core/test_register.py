@@ -299,6 +299,7 @@ WRONG = {
     "of the sum, for everyone": lambda grad, x, w: (None, _fused_formula(grad, x, w)[1].sum(0).expand(len(x), -1)),
     "in another order": lambda grad, x, w: (None, _fused_formula(grad, x, w)[1].flip(0)),
     "of memory in another order": lambda grad, x, w: _fused_formula(grad.as_strided(x.shape, x.stride()), x, w),
+    "in half precision": lambda grad, x, w: (None, _fused_formula(grad, x, w)[1].half()),
     "of the first position": lambda grad, x, w: (None, _fused_formula(grad[:, :1], x[:, :1], w)[1]),
 }
 

@@ -60,7 +60,7 @@ class Book:
         self.examples = examples
         self.axes: dict[UseKey, tuple[Axis, ...]] = {}
         self.kind = ""
-        self.compiled = self.as_written = False
+        self.compiled = self.as_written = self.casts = False
         self.holds: list[object] = []
         self.verified = layout
         self.trusts = trust_folds
@@ -79,7 +79,7 @@ class Book:
         self._group_of = {name: group for group in groups for name in group} if len(groups) > 1 else {}
         # Asked for now: of a guarded parameter every attribute is a call that is met.
         self._dtypes = {name: sum_dtype(parameter) for name, parameter in self.parameters.items()}
-        self.rounds = torch.float32 in self._dtypes.values()  # whether some sum is made in float32
+        self._rounds = torch.float32 in self._dtypes.values()
         self._derivations: dict[str, tuple[object, Derivation]] = {}
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
@@ -149,7 +149,7 @@ class Book:
                 "graph, or activation checkpointing that splits a group); use the flat clipping style."
             )
         form = form.detached()
-        self.rounds |= form.rounds  # also where a float64 parameter was cast, or got other memory
+        self._rounds |= form.rounds  # also where a float64 parameter was cast, or got other memory
         choice = form.choice
         if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
             with full_precision():
@@ -353,7 +353,7 @@ class Book:
         One spacing for each example, and 256 for opposed uses that meet others in a sum: hostile batches moved 4e-5 R.
         So many as there may be in a microbatch: one example more, where memory runs out, must not move all others.
         """
-        if math.isinf(rule.clip_bound) or not self.rounds:
+        if math.isinf(rule.clip_bound) or not self._rounds:
             return 1.0
         return 1.0 - (256 + self._company) * torch.finfo(torch.float32).eps
 
