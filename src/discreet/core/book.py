@@ -60,7 +60,8 @@ class Book:
         self.examples = examples
         self.axes: dict[UseKey, tuple[Axis, ...]] = {}
         self.kind = ""
-        self.compiled = self.as_written = self.casts = False
+        self.compiled = self.as_written = False
+        self.casts: set[torch.dtype] = set()
         self.holds: list[object] = []
         self.verified = layout
         self.trusts = trust_folds

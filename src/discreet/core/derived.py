@@ -86,7 +86,7 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
 
 def cast(use: Use, guarded: Tensor, result: Tensor) -> Tensor:
     """A guarded value in another dtype or memory order: the same value, so the same derivation."""
-    use.book.casts |= result.dtype is not torch.float64
+    use.book.casts.add(result.dtype)
     return _wrap(result, replace(use.origin(guarded)), like=guarded)
 
 
