@@ -94,8 +94,58 @@ def test_a_rule_that_is_a_little_wrong_is_caught_in_half_precision(error, monkey
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_a_model_that_asks_for_half_precision_itself_is_compared_in_it():
-    model = _model(lambda s, x: s.a(x.bfloat16()), a=nn.Linear(D, 2)).bfloat16()
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_in_float64_of_a_model_in_float32_is_no_coupling(seed):
+    """What changes with the number of examples is the rounding of the model, and not that of the loss."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    batch = (torch.randn(B, 64), torch.arange(B) % 3)
+    report = check(model, lambda m, b: F.cross_entropy(m(b[0]).double(), b[1], reduction="none"), batch)
+    assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_float64_parameters_that_are_cast_are_compared_as_they_are_computed(dtype):
+    model = _model(lambda s, x: F.linear(x.to(dtype), s.w.to(dtype)).float(), w=nn.Parameter(torch.randn(3, 64)))
+    report = check(model.double(), loss, _features(64))
+    assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_that_is_zero_by_symmetry_is_rounding_under_autocast(dtype):
+    """That of an attention's key bias: what half precision leaves of it, 1e-4 of the norm, is another number each time.
+
+    Parameters are float32 there, and so was what was taken for rounding.
+    """
+
+    def attend(s, x):
+        q, k, v = (part(x).unflatten(2, (2, -1)).transpose(1, 2) for part in (s.q, s.k, s.v))
+        return s.n(s.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+    def autocast_loss(model, batch):
+        with torch.autocast("cpu", dtype):
+            out = model(batch["x"])
+        return F.cross_entropy(out.float().mean(1), batch["y"], reduction="none")
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        parts = {name: nn.Linear(8, 8) for name in "qkvo"}
+        report = check(
+            Fn(attend, n=nn.LayerNorm(8), **parts), autocast_loss, {"x": torch.randn(B, B, 8), "y": torch.arange(B)}
+        )
+        assert report.passed, report.table()
+
+
+@pytest.mark.parametrize(
+    ("forward", "layer"),
+    [
+        (lambda s, x: s.a(x.bfloat16()), lambda: nn.Linear(D, 2)),
+        (lambda s, x: s.a(x.bfloat16())[0], lambda: nn.GRU(D, 2, batch_first=True)),
+    ],
+    ids=["linear", "gru"],
+)
+def test_a_model_that_asks_for_half_precision_itself_is_compared_in_it(forward, layer):
+    model = _model(forward, a=layer()).bfloat16()
     report = check(model, loss, _features(3, D))
     assert report.passed, report.table()
 

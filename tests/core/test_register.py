@@ -216,10 +216,90 @@ def test_an_example_that_is_not_finite_stays_alone():
     assert float(found.tensors["w"].norm()) > 0
 
 
+def test_entries_are_in_the_order_of_the_formula_whatever_that_of_the_call_is():
+    @wrap_torch_function(lambda x, scale, shift: (x, scale, shift))
+    def affine(x, scale, shift):
+        return x * scale + shift
+
+    register_rule(affine, per_example=lambda grad, x, scale, shift: (None, (grad * x).sum(1), grad.sum(1)))
+    arguments = {"shift": nn.Parameter(torch.randn(D)), "scale": nn.Parameter(torch.randn(D))}
+    check_rule(affine, (torch.randn(4, T, D),), named=arguments)
+    _exact(Fn(lambda s, x: affine(x, shift=s.b, scale=s.a), a=par(D), b=par(D)).double(), _x(T, D))
+
+
+def test_numbers_that_cancel_are_no_coupling():
+    """One number per example, one of them near zero: alone its last bits are others, which was more than 1e-4 of it."""
+
+    @wrap_torch_function(lambda x, w: (x, w))
+    def score(x, w):
+        return x @ w
+
+    register_rule(score)
+    torch.manual_seed(1)
+    model = Fn(lambda s, x: score(x, s.w).unsqueeze(1), w=par(256))
+    x = torch.randn(64, 256)
+    for row in x[::4]:
+        row -= (row @ model.w.detach()) / model.w.detach().square().sum() * model.w.detach()
+    found = clipped_gradient(model, loss, {"x": x, "target": torch.randn(64)}, clipping=Clipping.automatic())
+    assert 0 < float(found.tensors["w"].norm()) <= 64
+
+
+def test_a_formula_runs_under_the_autocast_of_its_function():
+    @wrap_torch_function(lambda x, w: (x, w))
+    def linear(x, w):
+        return F.linear(x, w)
+
+    register_rule(linear, per_example=lambda grad, x, w: (None, torch.einsum("bto,bti->boi", grad, x)))
+
+    def autocast_loss(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(batch["x"])
+        return out.float().flatten(1).square().mean(1)
+
+    model = Fn(lambda s, x: linear(s.l(x).float(), s.w), w=par(3, D), l=nn.Linear(D, D))
+    report = check(model, autocast_loss, {"x": torch.randn(B, T, D)})
+    assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("kind", [{}, {"per_example": lambda grad, x, w: (None, (grad * x).sum(1))}])
+def test_an_activation_that_is_changed_after_its_use_is_refused(kind):
+    @wrap_torch_function(lambda x, w: (x, w))
+    def scaled(x, w):
+        return x * w
+
+    def forward(self, x):
+        hidden = self.l(x)
+        out = scaled(hidden, self.w)
+        with torch.no_grad():
+            hidden.mul_(3)
+        return out
+
+    register_rule(scaled, **kind)
+    model = Fn(forward, w=par(D), l=nn.Linear(D, D)).double()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        clipped_gradient(model, loss, _x(T, D), clipping=Clipping.automatic())
+
+
+@pytest.mark.parametrize("kind", [{}, {"per_example": lambda grad, w: (grad,)}])
+def test_a_function_of_parameters_alone_needs_a_decomposition(kind):
+    @wrap_torch_function(lambda w: (w,))
+    def binary(w):
+        return w.sign()
+
+    model = Fn(lambda s, x: F.linear(x, binary(s.w)), w=par(3, D)).double()
+    with pytest.raises(UnsupportedUse, match="give it a rule"):
+        clipped_gradient(model, loss, _x(T, D), clipping=Clipping.automatic())
+    register_rule(binary, **kind)
+    with pytest.raises(UnsupportedUse, match="no argument carries the batch"):
+        clipped_gradient(model, loss, _x(T, D), clipping=Clipping.automatic())
+
+
 WRONG = {
     "half of it": lambda grad, x, w: (None, 0.5 * _fused_formula(grad, x, w)[1]),
     "of the sum, for everyone": lambda grad, x, w: (None, _fused_formula(grad, x, w)[1].sum(0).expand(len(x), -1)),
     "in another order": lambda grad, x, w: (None, _fused_formula(grad, x, w)[1].flip(0)),
+    "of memory in another order": lambda grad, x, w: _fused_formula(grad.as_strided(x.shape, x.stride()), x, w),
+    "in half precision": lambda grad, x, w: (None, _fused_formula(grad, x, w)[1].half()),
     "of the first position": lambda grad, x, w: (None, _fused_formula(grad[:, :1], x[:, :1], w)[1]),
 }
 
@@ -238,6 +318,8 @@ def test_a_wrong_formula_is_found_out(name):
         lambda grad, x, w: (None, (grad * x).sum((0, 1))),
         lambda grad, x, w: (None, None),
         lambda grad, x, w: ((grad * x).sum(1),),
+        lambda grad, x, w: (grad * x).sum(1),
+        lambda grad, x, w: None,
     ],
 )
 def test_gradients_of_another_shape_are_refused(found):
@@ -323,8 +405,9 @@ def test_a_rule_is_registered_once():
 def test_two_kinds_at_once_and_no_function_at_all_are_refused():
     with pytest.raises(ConfigError, match="one of the two"):
         register_rule(wrapped_swish(), decomposition=_swish, per_example=_swish_formula)
-    with pytest.raises(ConfigError, match="cannot be called"):
-        register_rule("linear")
+    for no_function in ("linear", _Fused):
+        with pytest.raises(ConfigError, match="is no function"):
+            register_rule(no_function)
 
 
 def test_a_function_that_never_meets_its_parameters_is_found_out():

@@ -162,6 +162,32 @@ def test_the_doubt_about_one_example_changes_no_other_factor(kind, spoilt):
     assert float((sums[0] - sums[1]).norm()) <= 1e-3
 
 
+@pytest.mark.parametrize(
+    "model",
+    [Fn(lambda s, x: F.linear(x, s.w.float()), w=par(4, D)), Fn(lambda s, x: x + s.w.float(), w=par(D))],
+    ids=["weight", "bias"],
+)
+def test_float64_parameters_that_are_cast_leave_room_for_the_rounding_of_float32(model):
+    """65,536 examples that agree: one of them moved the sum by 1.001 of the bound."""
+    model = model.double()
+    torch.manual_seed(0)
+    layout = check(model, _summed, torch.randn(3, D)).layout
+    worst = 0.0
+    for size, bound in ((16_384, 1.0), (65_536, 1.0), (65_536, 0.77)):
+        x = torch.randn(1, D).expand(size, D)
+        clipping = Clipping.abadi(bound)
+        whole, without = (
+            flat(clipped_gradient(model, _summed, part, clipping=clipping, layout=layout, at_most=size).tensors)
+            for part in (x, x[1:])
+        )
+        worst = max(worst, float((whole - without).norm()) / bound)
+    assert 0.98 < worst <= ALLOWED
+
+
+def _summed(model: nn.Module, x: Tensor) -> Tensor:
+    return 100 * model(x).sum(1)
+
+
 def test_the_measure_sees_a_norm_that_is_too_small(monkeypatch):
     """Negative control: with norms 0.1 % too small the same measurement fails."""
     from discreet.core import uses

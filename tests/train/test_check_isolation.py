@@ -195,6 +195,16 @@ def test_a_coupling_that_begins_at_a_size_is_caught(dropout):
     expect_failed(model, drawn(D), "losses in a larger batch")
 
 
+def test_a_loss_near_zero_is_no_coupling():
+    """A critic's: terms cancel, and alone the last bits are others, which was more than 1e-4 of what is left."""
+    torch.manual_seed(0)
+    model = nn.Linear(512, 1, bias=False)
+    x, weight = torch.randn(6, 512), model.weight.detach()[0]
+    x[2] -= (x[2] @ weight) / weight.square().sum() * weight
+    report = check(model, lambda m, b: m(b).squeeze(1), x)
+    assert report.passed, report.table()
+
+
 def test_a_model_that_takes_no_larger_batch_is_not_asked():
     def forward(s, x: Tensor) -> Tensor:
         assert len(x) <= B

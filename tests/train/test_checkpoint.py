@@ -20,7 +20,7 @@ def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int
         microbatch=16,
         model=model_tensors(model),
         optimizer=optimizer.state_dict(),
-        scheduler={"last_epoch": 3, "base_lrs": [0.1], "odd": (1, None, True)},
+        scheduler={"last_epoch": 3, "base_lrs": [0.1], "odd": (1, None, True), "type": torch.bfloat16},
         ledger_head="abc",
     )
 
@@ -53,7 +53,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, optimizer_class: type, options:
     found = load(tmp_path)
     assert found is not None
     assert (found.step, found.microbatch, found.ledger_head) == (3, 16, "abc")
-    assert found.scheduler == {"last_epoch": 3, "base_lrs": [0.1], "odd": (1, None, True)}
+    assert found.scheduler == {"last_epoch": 3, "base_lrs": [0.1], "odd": (1, None, True), "type": torch.bfloat16}
     other = toys.model()
     other_optimizer = optimizer_class(other.parameters(), **options)
     other.load_state_dict(dict(found.model))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from discreet.core.clipping import Clipping
-from discreet.errors import CheckFailed, ConfigError, LedgerError
+from discreet.errors import CheckFailed, ConfigError, LedgerError, UnsupportedUse
 from discreet.train.loop import make_private
 from train import toys
 from train.short_run import short_run
@@ -43,6 +43,48 @@ def test_foreign_parameter_in_the_optimizer(tmp_path: Path) -> None:
         short_run(tmp_path / "run", model=network, optimizer=torch.optim.SGD([*network.parameters(), extra], lr=0.1))
 
 
+class _Wrapper(torch.optim.Optimizer):
+    """As found in many repositories: it has all that it is asked for, but not what torch sets up."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+
+    def step(self, closure: object = None) -> None:
+        self.inner.step()
+
+
+def test_an_optimizer_whose_steps_cannot_be_watched(tmp_path: Path) -> None:
+    """It failed in the middle, with an AttributeError, when the run had been begun."""
+    network = toys.model()
+    inner = torch.optim.SGD(network.parameters(), lr=0.1)
+    for other in (_Wrapper(inner), [inner, inner], None):
+        with pytest.raises(ConfigError, match=r"must be one torch\.optim\.Optimizer"):
+            make_private(network, other, toys.data(), loss=toys.loss, epsilon=3.0, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    private = make_private(
+        network, inner, toys.data(), loss=toys.loss, noise_multiplier=1.0, batch_size=20, steps=2,
+        learning_rate=None, run_dir=tmp_path / "run",
+    )  # fmt: skip
+    wrapper = _Wrapper(inner)
+    for batch in private.loader:
+        private.backward(toys.loss(network, batch))
+        wrapper.step()
+    assert private.done == 2
+
+
+@pytest.mark.parametrize("rate", ["auto", 0.1])
+def test_groups_of_parameters_that_come_later(tmp_path: Path, rate: float | str) -> None:
+    """The error gave the same rate twice, and spoke of a scheduler."""
+    network = toys.model()
+    optimizer = torch.optim.Adam(network.parameters())
+    private = short_run(tmp_path, model=network, optimizer=optimizer, learning_rate=rate)
+    steps = iter(private)
+    next(steps)
+    optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()]})
+    with pytest.raises(ConfigError, match="2 groups of parameters, and 1 when"):
+        next(steps)
+
+
 def test_closure(tmp_path: Path) -> None:
     network = toys.model()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -68,6 +110,26 @@ def test_a_skipped_microbatch(tmp_path: Path) -> None:
     next(batches)
     with pytest.raises(ConfigError, match="was skipped"):
         next(batches)
+
+
+@pytest.mark.parametrize("change", ["requires_grad_", "requires_grad", "data", "half"])
+def test_a_model_that_is_changed_between_a_batch_and_its_backward(tmp_path: Path, change: str) -> None:
+    """The error said to freeze the parameter, which is what the loop had tried."""
+    network = toys.model()
+    private = toys.private_run(tmp_path, network=network, epsilon=3.0, learning_rate=None)
+    weight = network[0].weight
+    changes = {
+        "requires_grad_": lambda: weight.requires_grad_(False),
+        "requires_grad": lambda: setattr(weight, "requires_grad", False),
+        "data": lambda: setattr(weight, "data", weight.detach().clone()),
+        "half": network.half,
+    }
+    for _ in private.loader:
+        with pytest.raises(UnsupportedUse, match=r"0\.weight.*change parameters after its update") as refused:
+            changes[change]()
+        assert "getset_descriptor" not in str(refused.value)
+        break
+    private.close()
 
 
 def test_two_iterators_at_a_time(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -356,6 +356,36 @@ def test_a_run_that_is_finished_early_certifies_what_it_spent(tmp_path: Path) ->
         next(iter(private))
     with pytest.raises(ConfigError, match="this run has ended"):
         _private(tmp_path, resume=True)
+
+
+def test_weights_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    """Adam in float16, whose squares vanish: all of the budget went, and a model of NaN was released and certified."""
+    private = _private(
+        tmp_path,
+        model=toys.model(torch.float16),
+        dataset=toys.data(torch.float16),
+        loss=lambda model, batch: toys.loss(model, batch).float(),
+    )
+    with pytest.raises(ConfigError, match=r"not finite after update [0-7],.*bfloat16"):
+        list(private)
+    assert 0 < private.done < private.steps
+    private.finish()
+    assert discreet.verify(tmp_path).finished
+
+
+def test_parameters_that_are_parts_of_one_memory_are_saved(tmp_path: Path) -> None:
+    """As flattened ones are, and those of an LSTM on CUDA: the run was refused when all was done, at its end."""
+    network = toys.model()
+    network.append(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)))
+    network[4][1].weight = network[4][0].weight
+    flat = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat, network.parameters())
+    list(_private(tmp_path, model=network, steps=2))
+    again = toys.model().append(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)))
+    again[4][1].weight = again[4][0].weight
+    load_model(again, tmp_path / "release" / "model.safetensors")
+    assert torch.equal(toys.weights(again), toys.weights(network))
+    assert len(load_file(tmp_path / "release" / "model.safetensors")) == 6
 
 
 def test_iterating_a_finished_run_does_nothing(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class Book:
         self.axes: dict[UseKey, tuple[Axis, ...]] = {}
         self.kind = ""
         self.compiled = self.as_written = False
+        self.casts: set[torch.dtype] = set()
         self.holds: list[object] = []
         self.verified = layout
         self.trusts = trust_folds
@@ -85,6 +86,7 @@ class Book:
         self._group_of = {name: group for group in groups for name in group} if len(groups) > 1 else {}
         # Asked for now: of a guarded parameter every attribute is a call that is met.
         self._dtypes = {name: sum_dtype(parameter) for name, parameter in self.parameters.items()}
+        self._rounds = torch.float32 in self._dtypes.values()
         self._derivations: dict[str, tuple[object, Derivation]] = {}
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
@@ -112,7 +114,7 @@ class Book:
         known = self._derivations.get(name)
         if known is None or known[0] != memory:
             known = self._derivations[name] = (memory, Derivation.of(name, parameter))
-            if sum_dtype(parameter) is torch.float32:  # so is the rounding, whatever the book was opened with
+            if sum_dtype(parameter) is torch.float32:  # whatever the book was opened with
                 self._dtypes[name] = torch.float32
         return known[1]
 
@@ -163,6 +165,7 @@ class Book:
             )
         self._streams |= _streams_of(self.sink)
         form = form.detached()
+        self._rounds |= form.rounds  # also where a float64 parameter was cast, or got other memory
         choice = form.choice
         if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
             with full_precision():
@@ -367,7 +370,7 @@ class Book:
         One spacing for each example, and 256 for opposed uses that meet others in a sum: hostile batches moved 4e-5 R.
         So many as there may be in a microbatch: one example more, where memory runs out, must not move all others.
         """
-        if math.isinf(rule.clip_bound) or all(dtype is torch.float64 for dtype in self._dtypes.values()):
+        if math.isinf(rule.clip_bound) or not self._rounds:
             return 1.0
         return 1.0 - (256 + self._company) * torch.finfo(torch.float32).eps
 

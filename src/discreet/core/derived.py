@@ -86,9 +86,8 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
 
 def cast(use: Use, guarded: Tensor, result: Tensor) -> Tensor:
     """A guarded value in another dtype or memory order: the same value, so the same derivation."""
-    known = use.origin(guarded)
-    derivation = Derivation(known.names, known.sources, known.rebuild, known.isometric, known.identity)
-    return _wrap(result, derivation, like=guarded)
+    use.book.casts.add(result.dtype)
+    return _wrap(result, replace(use.origin(guarded)), like=guarded)
 
 
 def _wrap(value: Tensor, derivation: Derivation, *, like: Tensor) -> Tensor:

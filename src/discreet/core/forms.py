@@ -104,6 +104,12 @@ class Form(abc.ABC):
         """Add the per-example gradients to a tensor of shape (B, *shape), in place."""
         to += self.per_example()
 
+    @property
+    def rounds(self) -> bool:
+        """Whether sums of it are float32."""
+        tensors = (value for value in vars(self).values() if isinstance(value, Tensor))
+        return any(value.is_floating_point() and wide_dtype(value) is torch.float32 for value in tensors)
+
     def detached(self) -> Self:
         """The same without the graph behind it: a book that held that would hold the graph, which holds the book."""
         tied = {name: value.detach() for name, value in vars(self).items() if _has_graph(value)}

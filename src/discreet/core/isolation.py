@@ -77,7 +77,7 @@ def _isolation(model: nn.Module, loss: LossFunction, batch: Any, size: int) -> I
         reference = _losses(model, loss, batch, examples=size)
     # Replacing changes no shape, so that losses of the others keep their bits; removing others changes the kernels.
     exact = 16 * torch.finfo(reference.dtype).eps
-    tolerance = 1e-8 if reference.dtype is torch.float64 else 1e-4
+    tolerance = 1e-8 if all(each.dtype is torch.float64 for each in (reference, *model.parameters())) else 1e-4
     if computes_narrowly(lambda: _losses(model, loss, batch, examples=size)):
         tolerance = NARROW_GAP
     by_substitution = True
@@ -129,17 +129,16 @@ def _survives_removal(
     model: nn.Module, loss: LossFunction, batch: Any, size: int, tolerance: float
 ) -> tuple[bool, bool]:
     """Whether each loss is the same without the others; and whether examples kept what was drawn for them."""
-    draws, same = Draws(size), True
+    draws, alone = Draws(size), []
     with draws.written():
         reference = _losses(model, loss, batch, examples=size)
     for row in range(size):
         try:
             with draws.given([row]):
-                alone = _losses(model, loss, take(batch, [row], size), examples=1)
+                alone.append(_losses(model, loss, take(batch, [row], size), examples=1))
         except (ValueError, RuntimeError, IndexError):
             return False, draws.followed
-        same &= is_close(alone, reference[row : row + 1], tolerance)
-    return same, draws.followed
+    return each_close(torch.cat(alone), reference, tolerance, least=0.0), draws.followed
 
 
 @uncompiled()

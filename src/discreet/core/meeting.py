@@ -192,8 +192,11 @@ FOR_ALL = (
 
 def _no_rule(func: Function, names: tuple[str, ...], guarded: Tensor) -> UnsupportedUse:
     usual = (
-        "freeze the parameter (requires_grad=False), or write this part with linear, convolution, embedding, "
-        "normalisation or elementwise functions."
+        "its rule is for activations, and no argument carries the batch in dimension 0; write what is made of "
+        "parameters alone in torch functions, or register a function of your own with such a decomposition."
+        if func in RULES
+        else "freeze the parameter (requires_grad=False), write this part with linear, convolution, embedding, "
+        "normalisation or elementwise functions, or give it a rule (discreet.register_rule)."
     )
     if isinstance(guarded, DerivedParameter) and not guarded.derivation.isometric:
         usual = f"it is {FOR_ALL}; or {usual}"
@@ -203,10 +206,13 @@ def _no_rule(func: Function, names: tuple[str, ...], guarded: Tensor) -> Unsuppo
     )
 
 
+_GUARDED = "a batch is in the model: change parameters after its update, or before training begins."
 _FAST_PATH = "it has no gradient in torch either; call the module, or F.multi_head_attention_forward."
 _REMEDIES: dict[Function, str] = {
     torch.nn.functional.batch_norm: "use GroupNorm, LayerNorm or RMSNorm: BatchNorm mixes examples.",
     **dict.fromkeys((torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd), _FAST_PATH),
+    **dict.fromkeys((Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.data.__set__), _GUARDED),
+    torch._has_compatible_shallow_copy_type: _GUARDED,
 }
 """What to write instead, where the usual advice would not help."""
 

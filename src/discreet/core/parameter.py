@@ -251,6 +251,8 @@ def plain(value: Any) -> Any:
 def function_name(function: Function) -> str:
     """A readable name: torch's own names for its C classes are not the ones that users write."""
     name = str(getattr(function, "__qualname__", None) or getattr(function, "__name__", None) or function)
+    attribute = getattr(getattr(function, "__self__", None), "__name__", "")  # p.data = ... is a call of a descriptor
+    name = name.replace("getset_descriptor.", f"Tensor.{attribute}.")
     return name.replace("TensorBase.", "Tensor.").replace("_VariableFunctionsClass.", "torch.")
 
 

@@ -137,10 +137,10 @@ def is_close(
     return bool(((gap >= -tolerance * scale - noise) & (gap <= most * scale + noise)).all())
 
 
-def each_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+def each_close(found: Tensor, expected: Tensor, tolerance: float, *, least: float = _LEAST) -> bool:
     """Equal within the tolerance, each relative to itself or the median: one that is huge must not hide the others."""
     finite = torch.isfinite(expected)
     if not torch.equal(finite, torch.isfinite(found)) or not finite.any():
         return torch.equal(finite, torch.isfinite(found))
     size, gap = expected[finite].abs(), (found[finite] - expected[finite]).abs()
-    return bool((gap <= tolerance * size.clamp(min=size.median()) + _LEAST).all())
+    return bool((gap <= tolerance * size.clamp(min=size.median()) + least).all())

@@ -13,6 +13,7 @@ Shape legend: B = examples.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,6 @@ from discreet.errors import ConfigError
 
 Function = Callable[..., Any]
 PerExample = Callable[..., Sequence[Tensor | None]]
-"""``per_example(grad, *arguments)``: one entry per tensor argument, (B, *shape), or None where it is no parameter."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -52,9 +52,10 @@ def register_rule(
         function: what ``__torch_function__`` receives: a torch function, an operator of ``torch.library``, or a Python
             function under ``torch.overrides.wrap_torch_function``.
         decomposition: the same function with the same signature, written in functions that have rules of their own.
-        per_example: ``(grad, *arguments)`` to the gradients of each tensor argument, example by example: a sequence
-            with one entry per tensor among the arguments, in their order, of shape (B, *argument.shape), and None for
-            those that are no parameter. Arguments arrive without their guard; autograd takes care of activations.
+        per_example: ``(grad, *arguments)`` to the gradients of each tensor argument, example by example: a tuple with
+            one entry per tensor among the arguments, in the order of its own signature, of shape (B, *argument.shape),
+            and None for those that are no parameter. What is left out or None in a call has no entry. Arguments arrive
+            without their guard; autograd takes care of activations.
 
     Raises:
         ConfigError: the function has a rule already, or both kinds of rule are given.
@@ -73,7 +74,8 @@ def register_rule(
     if decomposition is not None:
         parameter.decomposition(*targets)(decomposition)
     else:
-        parameter.rule(*targets)(functools.partial(_meet, per_example))
+        order = inspect.signature(per_example).parameters if per_example is not None else ()
+        parameter.rule(*targets)(functools.partial(_meet, per_example, tuple(order)))
 
 
 def targets_of(function: Any) -> tuple[Function, ...]:
@@ -84,8 +86,8 @@ def targets_of(function: Any) -> tuple[Function, ...]:
         function = function.overloadpacket
     if isinstance(function, torch._ops.OpOverloadPacket):
         return (function, *(getattr(function, overload) for overload in function.overloads()))
-    if not callable(function):
-        raise ConfigError(f"{function!r} cannot be called; pass the function that the model calls.")
+    if not callable(function) or isinstance(function, type):
+        raise ConfigError(f"{function!r} is no function; pass what the model calls.")
     return (function,)
 
 
@@ -96,6 +98,7 @@ class _Call:
     Attributes:
         rows: for each tensor, how many of its rows belong to one example; 0 when it is the same for all.
         origins: for each tensor, where it comes from when it is guarded.
+        autocast: the arguments of `torch.autocast` as it is there.
     """
 
     use: Use
@@ -103,6 +106,7 @@ class _Call:
     spec: TreeSpec
     rows: tuple[int, ...]
     origins: tuple[Derivation | None, ...]
+    autocast: tuple[str, torch.dtype, bool]
 
     @property
     def book(self) -> Book:
@@ -137,16 +141,19 @@ class _Tensor:
 _TENSOR = _Tensor()
 
 
-def _meet(per_example: PerExample | None, use: Use, *args: Any, **named: Any) -> Tensor:
+def _meet(per_example: PerExample | None, order: Sequence[str], use: Use, *args: Any, **named: Any) -> Tensor:
+    # Entries are told apart by their order, which must not be that of the keywords in a model.
+    named = dict(sorted(named.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
     leaves, spec = tree_flatten((args, named))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    examples = use.book.examples
+    examples, kind = use.book.examples, use.book.sink.device.type
     call = _Call(
         use=use,
         constants=tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves),
         spec=spec,
         rows=tuple(t.shape[0] // examples if use.is_batched(t) else 0 for t in tensors),
         origins=tuple(use.derivation(t) if isinstance(t, Guarded) else None for t in tensors),
+        autocast=(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)),
     )
     values = [plain(tensor) for tensor in tensors]
     if per_example is None:
@@ -163,11 +170,9 @@ class _Alone(torch.autograd.Function):
             output = call.run([tensor.detach() for tensor in tensors])
         if output.requires_grad:
             raise call.use.refuse("it uses a trainable tensor that is not among its arguments", "pass it as one.")
-        if output.dim() == 0 or output.shape[0] % call.book.examples:
+        if output.dim() == 0 or output.shape[0] % call.book.examples or output.numel() == 0:
             raise call.use.refuse(f"an output of shape {tuple(output.shape)}", "return one row or more per example.")
         ctx.call = call
-        kind = output.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(output, *tensors)
         return output
 
@@ -180,18 +185,21 @@ class _Alone(torch.autograd.Function):
         parts: dict[int, list[Tensor]] = {
             at: [] for at, origin in enumerate(call.origins) if origin is not None or asked[at]
         }
-        kind, dtype, enabled = ctx.autocast
-        for example in range(call.book.examples):
-            with torch.autocast(kind, dtype, enabled):
-                _one_example(call, example, tensors, output, grad, parts)
+        # Rounding is told by an example's largest entry, or the median example's where its own cancel.
+        largest_B = output.nan_to_num(0, 0, 0).abs().reshape(call.book.examples, -1).amax(1)
+        scales = largest_B.clamp(min=largest_B.median()).tolist()
+        for example, scale in enumerate(scales):
+            with torch.autocast(*call.autocast):
+                _one_example(call, example, tensors, output, grad, parts, scale=scale)
         call.record({at: torch.stack(parts[at]) for at, origin in enumerate(call.origins) if origin is not None})
         into = [torch.cat(parts[at]) if asked[at] else None for at in range(len(tensors))]
         return None, None, *into
 
 
 def _one_example(
-    call: _Call, example: int, tensors: Sequence[Tensor], output: Tensor, grad: Tensor, parts: dict[int, list[Tensor]]
-) -> None:
+    call: _Call, example: int, tensors: Sequence[Tensor], output: Tensor, grad: Tensor, parts: dict[int, list[Tensor]],
+    *, scale: float,
+) -> None:  # fmt: skip
     """Run the function on one example's rows, and append its gradients."""
     mine = [
         (tensor[example * rows : (example + 1) * rows] if rows else tensor).detach().requires_grad_(at in parts)
@@ -201,17 +209,16 @@ def _one_example(
     its_own = slice(example * rows, (example + 1) * rows)
     with torch.enable_grad():
         alone = call.run(mine)
-    _compare(call.use, alone, output[its_own])
+    _compare(call.use, alone, output[its_own], scale=scale)
     leaves = [mine[at] for at in parts]
     found = torch.autograd.grad(alone, leaves, grad[its_own], allow_unused=True)
     for at, leaf, gradient in zip(parts, leaves, found, strict=True):
         parts[at].append(torch.zeros_like(leaf) if gradient is None else gradient)
 
 
-def _compare(use: Use, alone: Tensor, together: Tensor) -> None:
+def _compare(use: Use, alone: Tensor, together: Tensor, *, scale: float) -> None:
     """Refuse a function whose rows depend on each other, or that draws random numbers."""
     tolerance = _TOLERANCE.get(together.dtype, 5e-2)
-    scale = float(together.detach().nan_to_num(0, 0, 0).abs().amax()) if together.numel() else 0.0
     if alone.shape != together.shape or not torch.allclose(
         alone, together, rtol=tolerance, atol=tolerance * scale, equal_nan=True
     ):
@@ -231,14 +238,17 @@ class _Formula(torch.autograd.Function):
         with torch.enable_grad():
             ctx.output = call.run(ctx.inputs)
         _refuse_hidden(call.use, ctx.output, ctx.inputs)
+        ctx.save_for_backward(*tensors)  # so that torch sees it when one is changed meanwhile
         return ctx.output.detach()
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        args, named = call.arguments([tensor.detach() for tensor in ctx.inputs])
-        found = ctx.per_example(grad, *args, **named)
+        args, named = call.arguments([tensor.detach() for tensor in ctx.saved_tensors])
+        with torch.autocast(*call.autocast):
+            found = ctx.per_example(grad, *args, **named)
+        found = found if isinstance(found, (tuple, list)) else ()
         shapes = [None if entry is None else tuple(entry.shape) for entry in found]
         due = [
             None if origin is None else (call.book.examples, *tensor.shape)
@@ -247,14 +257,9 @@ class _Formula(torch.autograd.Function):
         if len(shapes) != len(due) or any(want not in (None, got) for want, got in zip(due, shapes, strict=False)):
             raise call.use.refuse(f"per_example returned shapes {shapes}", f"return {due}.")
         call.record({at: found[at].detach() for at, origin in enumerate(call.origins) if origin is not None})
-        wanted = [at for at in range(len(ctx.inputs)) if ctx.needs_input_grad[3 + at]]
-        into: list[Tensor | None] = [None] * len(ctx.inputs)
-        if wanted:
-            inputs = [ctx.inputs[at] for at in wanted]
-            gradients = torch.autograd.grad(ctx.output, inputs, grad, allow_unused=True, retain_graph=True)
-            for at, gradient in zip(wanted, gradients, strict=True):
-                into[at] = gradient
-        return None, None, None, *into
+        asked = [tensor for tensor in ctx.inputs if tensor.requires_grad]
+        into = iter(torch.autograd.grad(ctx.output, asked, grad, allow_unused=True, retain_graph=True) if asked else ())
+        return None, None, None, *(next(into) if tensor.requires_grad else None for tensor in ctx.inputs)
 
 
 def _refuse_hidden(use: Use, output: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -38,8 +38,8 @@ def check_rule(
 
     The guarded output is compared with the plain one; per-example norms and the clipped sum with one example at a time,
     for B examples, for another number of them and for one, in every dtype, with all parameters trained and with each
-    alone, and with the function used twice; and examples are replaced and removed, to see that it keeps them apart.
-    A test and no proof: it sees these arguments.
+    alone, and with the function used twice, the second time with a gradient that is not contiguous; and examples are
+    replaced and removed, to see that it keeps them apart. A test and no proof: it sees these arguments.
 
     Args:
         function: as it was registered, or any function that has a rule.
@@ -114,6 +114,7 @@ class _Caller(nn.Module):
         for use in range(self.uses):
             scaled = {k: v * (1 - 0.3 * use) if v.is_floating_point() else v for k, v in batch.items()}
             flat = model(scaled).reshape(len(batch["count"]), -1)
+            flat = flat.T.contiguous().T if use else flat  # the gradient of the second use lies in another order
             direction = torch.linspace(0.5, 1.5, flat.shape[1], dtype=flat.dtype, device=flat.device)
             total = total + (flat * direction).sum(1) + (flat * direction.flip(0)).tanh().square().sum(1)
         return total

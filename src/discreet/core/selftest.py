@@ -46,6 +46,8 @@ _FLOAT32, _DEEP = 2e-3, 0.3
 
 Roundings of bfloat16 add up over the layers: 50 of them on a GPU, whose kernels change with the shape, were 5 %.
 """
+_LEFT = {_FLOAT32: torch.finfo(torch.float32).eps, NARROW_GAP: 2.0**-16, _DEEP: 2.0**-16}
+"""A 64th of what a gradient that is zero may be of an example's norm: half precision leaves 1e-4 in it."""
 _ROUNDED_UP = 5e-2
 """How far a norm may be above, as training takes it: the bound on its rounding is added, which long sequences and large
 vocabularies let grow to a percent. The sure way has no such excuse."""
@@ -131,7 +133,7 @@ def _compare_in_float32(
         twin = in_float32(model)
         others = [widened(other) for other in elsewhere]
         return _compare(twin, loss, widened(batch), trainable(twin), size, clipping, _FLOAT32, others)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         return None
 
 
@@ -166,6 +168,7 @@ def _compare(
     for part, count in parts:
         first = _booked(model, loss, part, count, layout=None)
         layout = layout.merged(first.layout())
+        tolerance = max(tolerance, _FLOAT32 if first.casts - {torch.float64} else 0.0)
         first.discard()
         if first.compiled:
             ways = [False, True]
@@ -302,7 +305,7 @@ def norms_agree(
     nothing = torch.zeros(examples, device="cpu")
     found = {name: taken.get(name, nothing)[list(rows)].cpu().double() for name in wanted}
     finite = torch.stack([*wanted.values(), *found.values()]).isfinite().all(0)
-    noise = _rounding(wanted, parameters, tolerance)
+    noise = _rounding(wanted, parameters, tolerance if narrow else _FLOAT32)
     return all(is_close(found[name][finite], value[finite], tolerance, noise=noise) for name, value in wanted.items())
 
 
@@ -321,12 +324,12 @@ def _rounding(norms: Mapping[str, Tensor], parameters: Mapping[str, Tensor], tol
     """What rounding leaves of a gradient that is zero by symmetry, as that of an attention's key bias is."""
     norm_B = torch.stack([each.to(torch.float64) for each in norms.values()]).norm(dim=0)
     finite = norm_B[torch.isfinite(norm_B)]
-    coarsest = max(torch.finfo(parameter.dtype).eps for parameter in parameters.values())
+    coarsest = max(_LEFT.get(tolerance, 0.0), *(torch.finfo(parameter.dtype).eps for parameter in parameters.values()))
     return min(64 * coarsest, tolerance / 10) * float(finite.max()) if finite.numel() else 0.0
 
 
 def _tolerance(model: nn.Module, loss: LossFunction, batch: Any, parameters: dict[str, nn.Parameter]) -> float:
-    if all(parameter.dtype is torch.float64 for parameter in parameters.values()):
-        return 1e-8
     with frozen_state(model), torch.enable_grad():
-        return NARROW_GAP if computes_narrowly(lambda: loss(model, batch)) else _FLOAT32
+        if computes_narrowly(lambda: loss(model, batch)):
+            return NARROW_GAP
+    return 1e-8 if all(parameter.dtype is torch.float64 for parameter in parameters.values()) else _FLOAT32

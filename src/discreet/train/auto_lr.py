@@ -210,6 +210,11 @@ class RateControl:
                 f"{type(self.scheduler).__name__}.step() was called in the loop: a scheduler passed as learning_rate "
                 "is stepped here, once per update; drop the call."
             )
+        if len(found.rates) != len(left.rates):
+            raise ConfigError(
+                f"{len(found.rates)} groups of parameters, and {len(left.rates)} when their rates were set: make them "
+                "before make_private, or set learning_rate=None."
+            )
         ruler = "a number" if self._decay is not None else "a scheduler" if self._auto is None else '"auto"'
         raise ConfigError(
             f"lr={found.rates[0]} although learning_rate, {ruler}, set {left.rates[0]}: a scheduler or the loop also "

@@ -31,6 +31,7 @@ _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.jso
 _TENSOR_MARK = "__tensor__"
 _TUPLE_MARK = "__tuple__"
 _KEYS_MARK = "__items__"
+_TYPE_MARK = "__dtype__"
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,8 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return [_encode(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, torch.dtype):
+        return {_TYPE_MARK: str(value).removeprefix("torch.")}
     raise ConfigError(
         f"{where}: state of type {type(value).__name__} cannot be saved without pickle; use an optimizer or scheduler "
         "whose state is made of tensors, numbers and text."
@@ -243,6 +246,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     if _TENSOR_MARK in value:
         return tensors[value[_TENSOR_MARK]]
+    if _TYPE_MARK in value:
+        return getattr(torch, value[_TYPE_MARK])
     if _TUPLE_MARK in value:
         return tuple(_decode(item, tensors) for item in value[_TUPLE_MARK])
     return {key: _decode(item, tensors) for key, item in value[_KEYS_MARK]}

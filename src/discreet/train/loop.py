@@ -38,6 +38,7 @@ from discreet.train.setup import (
     clipping_of,
     covered_parameters,
     existing_run,
+    refuse_half_an_optimizer,
     replay_of,
     rule_for,
     solve_plan,
@@ -308,6 +309,7 @@ def make_private(
         raise ConfigError(f"{world_size()} ranks: training across ranks is not supported yet; run one process.")
     if checkpoint_steps < 1:
         raise ConfigError(f"checkpoint_steps={checkpoint_steps}: must be at least 1; the default is 50.")
+    refuse_half_an_optimizer(optimizer)
     # Of an earlier run, as when the cell of a notebook is run again.
     ungate = getattr(optimizer.step, "ungate", None)
     if ungate is not None:

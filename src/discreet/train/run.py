@@ -19,13 +19,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from discreet.core.rng import KEY_BYTES, NoiseSource, seed_key, subkey
+from discreet.core.uses import identity_of
 from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.accounting import Query, query_to_json
 from discreet.privacy.certificate import write_certificate
@@ -336,9 +338,14 @@ class Run:
 
     def _save(self, model: nn.Module) -> None:
         temporary = self.path / "private" / "model.safetensors"
-        saved_state(model)
+        # Copies: parts of one memory are refused (flattened parameters, an LSTM's on CUDA). What is tied has one.
+        copies: dict[object, Tensor] = {}
+        state = {
+            name: copies.setdefault(identity_of(value), value.detach().to("cpu", copy=True))
+            for name, value in saved_state(model).items()
+        }
         try:
-            save_model(model, str(temporary))
+            save_model(SimpleNamespace(state_dict=lambda: state), str(temporary))  # type: ignore[arg-type]
         except SafetensorError as error:
             raise OSError(f"{temporary}: cannot be written ({error})") from error
         temporary.chmod(0o644)

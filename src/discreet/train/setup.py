@@ -24,6 +24,25 @@ from discreet.train.step import refuse_unreleased
 from discreet.train.tempered import Tempered, tempered_clipping
 
 
+def refuse_half_an_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse several optimizers, and wrappers around one whose steps torch lets nobody watch.
+
+    Raises:
+        ConfigError: it has no hooks, as where a wrapper never calls ``super().__init__()``.
+    """
+    try:
+        optimizer.register_step_pre_hook(_nothing).remove()
+    except AttributeError:
+        raise ConfigError(
+            f"{type(optimizer).__name__}: must be one torch.optim.Optimizer that is made by its __init__; put several "
+            "into one, as its groups, and of a wrapper (Lookahead) pass the optimizer inside, and step the wrapper."
+        ) from None
+
+
+def _nothing(*_: object) -> None:
+    """Waits for a step, for a moment."""
+
+
 def covered_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """The trainable parameters, which must be exactly those that the optimizer moves."""
     parameters = trainable(model)

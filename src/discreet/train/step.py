@@ -219,6 +219,22 @@ def write_gradient(released: Released, parameters: Mapping[str, nn.Parameter]) -
         parameter.grad = gradients[name]
 
 
+def refuse_dead(parameters: Mapping[str, nn.Parameter], *, update: int) -> None:
+    """Refuse weights from which nothing is learned any more. They follow from what was released: asking costs nothing.
+
+    Raises:
+        ConfigError: one is not finite; every later update would be noise alone.
+    """
+    for name, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise ConfigError(
+                f"{name}: not finite after update {update}, so that each later one would be noise: the rate is too "
+                f"high, or the optimizer's state does not fit into {parameter.dtype} (Adam's squares vanish in "
+                "float16); pass a smaller learning_rate, or train in float32 or bfloat16. finish() certifies what was "
+                "spent."
+            )
+
+
 def refuse_unreleased(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse an optimizer that would move a parameter by a gradient that no release wrote.
 

@@ -71,8 +71,9 @@ class Watch:
         names = names or [name for name in before if versions[name] != now[name]] or views.unlike(contents)
         if names:
             raise UnsupportedUse(
-                f"{', '.join(names)}: a forward wrote it, as no example of the self-check made it do: it would carry "
-                "private statistics, and be saved without noise; use a layer that keeps none. Its batch is not "
+                f"{', '.join(names)}: a forward wrote it, as no example of the self-check made it do (or the loop, "
+                "between a batch and its backward): it would carry private statistics, and be saved without noise; use "
+                "a layer that keeps none, and exchange averaged weights after optimizer.step(). Its batch is not "
                 "released."
             )
 

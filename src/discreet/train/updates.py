@@ -30,7 +30,7 @@ from discreet.train.examples import Examples
 from discreet.train.horizon import Charges, replaced_because, steps_charged, steps_released, updates_allowed
 from discreet.train.recheck import is_due
 from discreet.train.run import LEDGER, Run, Stage
-from discreet.train.step import ClippedStep, gradient_memory, refuse_unreleased, write_gradient
+from discreet.train.step import ClippedStep, gradient_memory, refuse_dead, refuse_unreleased, write_gradient
 from discreet.train.tolerance import Verdict
 
 RESERVE_STEPS = 16
@@ -192,7 +192,8 @@ class Updates:
             None when nothing was released, as `release_sum` has it.
 
         Raises:
-            ConfigError: what `release_sum` refuses, or a rate that something else wrote beside an automatic one.
+            ConfigError: what `release_sum` refuses, or a rate that something else wrote beside an automatic one. The
+                update is made, and its weights are not finite; asked now and then.
         """
         self.rates.refuse_others()
         released = self.release_sum(total, index=index)
@@ -209,6 +210,8 @@ class Updates:
         self.step = self.step.after(released)
         self.done += 1
         self._moved += 1
+        if self.asks_again or self.finished or self.done % self._checkpoint_steps == 0:
+            refuse_dead(self.step.parameters, update=index)
         return Step(
             index=index,
             steps=self.last,
