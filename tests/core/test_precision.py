@@ -17,8 +17,10 @@ from discreet.core.precision import (
     ieee_products,
     in_float32,
     precision_now,
+    refuse_forced_tf32,
     widened,
 )
+from discreet.errors import ConfigError
 from discreet.train.check import check
 
 B, D = 4, 6
@@ -266,3 +268,12 @@ def test_autocast_ends_where_norms_begin(device):
         with full_precision():
             assert not torch.is_autocast_enabled(device)
         assert torch.is_autocast_enabled(device)
+
+
+def test_tf32_that_nobody_can_switch_off_is_refused(monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    refuse_forced_tf32(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="NVIDIA_TF32_OVERRIDE=1"):
+        refuse_forced_tf32(torch.device("cuda"))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    refuse_forced_tf32(torch.device("cuda"))

@@ -19,6 +19,7 @@ from discreet.core.clipping import BELOW, ClippedSum, Clipping
 from discreet.core.layout import observed_layout
 from discreet.core.meeting import FOR_ALL, guard
 from discreet.core.parameter import Guarded, PrivateParameter
+from discreet.core.precision import refuse_forced_tf32
 from discreet.core.strays import run_backward
 from discreet.core.uses import zeros_like_sums
 from discreet.errors import ConfigError, UnsupportedUse
@@ -86,12 +87,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training moves: name -> parameter, each object once.
 
     Raises:
-        ConfigError: there are none, or one is complex, sparse, integer, or of a class of its own.
+        ConfigError: there are none, or one is complex, sparse, integer, or of a class of its own; or its device rounds
+            all products.
     """
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
         raise ConfigError("no parameter has requires_grad=True: there is nothing to train; unfreeze at least one.")
     for name, parameter in found.items():
+        refuse_forced_tf32(parameter.device)
         if not parameter.is_floating_point() or parameter.layout is not torch.strided:
             raise ConfigError(f"{name}: dtype {parameter.dtype}, layout {parameter.layout}; must be dense and real.")
         if type(parameter) not in (nn.Parameter, PrivateParameter):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from discreet.errors import ConfigError
 
 _PER_BACKEND = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
@@ -92,6 +95,15 @@ def ieee_products(*, told: bool = True) -> Iterator[None]:
             put(value)
         for setting, precision in zip(settings, kept, strict=True):
             setting.fp32_precision = precision
+
+
+def refuse_forced_tf32(device: torch.device) -> None:
+    """Raise `ConfigError` where the environment rounds every product, whatever settings say."""
+    if device.type == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        raise ConfigError(
+            "NVIDIA_TF32_OVERRIDE=1: CUDA's libraries keep 10 bits of each factor, whatever they are asked for, so that "
+            "a norm can be too small; unset it before Python starts."
+        )
 
 
 def precision_now() -> tuple[object, ...]:
