@@ -101,8 +101,8 @@ def refuse_forced_tf32(device: torch.device) -> None:
     """Raise `ConfigError` where the environment rounds every product, whatever settings say."""
     if device.type == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
         raise ConfigError(
-            "NVIDIA_TF32_OVERRIDE=1: CUDA's libraries keep 10 bits of each factor, whatever they are asked for, so that "
-            "a norm can be too small; unset it before Python starts."
+            "NVIDIA_TF32_OVERRIDE=1: CUDA's libraries keep 10 bits of each factor, whatever they are asked for, so "
+            "that a norm can be too small; unset it before Python starts."
         )
 
 
