@@ -50,6 +50,13 @@ def _weighted(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return _plain(network, rows, targets) / targets.float().mean()
 
 
+def _balanced_slightly(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    """A mixture of experts has a load-balancing loss of about 1 over the batch, times a thousandth."""
+    logits = network(rows)
+    shares = F.one_hot(logits.argmax(1), 2).float().mean(0)
+    return F.cross_entropy(logits, targets, reduction="none") + 1e-3 * (shares * logits.softmax(1).mean(0)).sum()
+
+
 def _loop(private: Private, optimizer: torch.optim.Optimizer, losses: Losses) -> None:
     for rows, targets in private.loader:
         private.backward(losses(private.model, rows, targets))
@@ -67,7 +74,7 @@ def test_ever_fewer_updates_ask() -> None:
     assert [update for update in range(70) if is_due(update)] == [0, 1, 3, 7, 15, 31, 63]
 
 
-@pytest.mark.parametrize("losses", [_mixed, _averaged, _standardised, _balanced, _weighted])
+@pytest.mark.parametrize("losses", [_mixed, _averaged, _standardised, _balanced, _weighted, _balanced_slightly])
 def test_a_loop_that_couples_what_it_is_given(tmp_path: Path, losses: Losses) -> None:
     private, optimizer = _private(tmp_path)
     before = toys.weights(private.model)
@@ -76,6 +83,25 @@ def test_a_loop_that_couples_what_it_is_given(tmp_path: Path, losses: Losses) ->
     with pytest.raises(ConfigError, match="without a clipped gradient"):
         optimizer.step()
     assert torch.equal(toys.weights(private.model), before)
+
+
+def _hooked(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    logits = network(rows)
+    logits.register_hook(lambda gradient: gradient / gradient.norm())
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _straight_through(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    losses_B = _plain(network, rows, targets)
+    term_B = losses_B * losses_B.mean()
+    return losses_B + term_B - term_B.detach()
+
+
+@pytest.mark.parametrize("losses", [_hooked, _straight_through])
+def test_a_loop_that_couples_gradients_alone(tmp_path: Path, losses: Losses) -> None:
+    private, optimizer = _private(tmp_path)
+    with pytest.raises(CheckFailed, match="their gradients are not"):
+        _loop(private, optimizer, losses)
 
 
 def test_updates_are_counted_from_where_a_process_begins(tmp_path: Path) -> None:
@@ -137,6 +163,59 @@ def test_a_loop_that_takes_things_out_of_its_batch(tmp_path: Path) -> None:
         private.backward(_plain(private.model, batch.pop("rows"), labels))
         optimizer.step()
     assert private.done == 12
+
+
+def test_a_loop_that_writes_into_its_batch(tmp_path: Path) -> None:
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return _plain(network, batch[0] - 0.5, batch[1])
+
+    private, optimizer = _private(tmp_path, loss=loss)
+    _loop(private, optimizer, lambda network, rows, targets: _plain(network, rows.sub_(0.5), targets))
+    assert private.done == 12
+
+
+@pytest.mark.parametrize("losses", [_plain, _averaged])
+def test_a_compiled_loop_with_dropout(tmp_path: Path, losses: Losses) -> None:
+    """Guarded once more, the same code runs, and draws the same masks."""
+    network = toys.model(dropout=0.4)
+    compiled = torch.compile(network, backend="aot_eager")
+    private, optimizer = _private(tmp_path, network=network, loss=lambda _, batch: toys.loss(compiled, batch), steps=3)
+    if losses is _averaged:
+        with pytest.raises(CheckFailed, match="losses of this loop are not those of loss="):
+            _loop(private, optimizer, lambda _, *given: losses(compiled, *given))
+        return
+    _loop(private, optimizer, lambda _, *given: losses(compiled, *given))
+    assert private.done == 3
+
+
+def test_a_loop_that_draws_before_its_losses(tmp_path: Path) -> None:
+    private, optimizer = _private(tmp_path, network=toys.model(dropout=0.4))
+
+    def losses(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            network(rows)
+        return _plain(network, rows, targets)
+
+    with pytest.raises(CheckFailed, match=r"another forward with dropout.* do that after private.backward"):
+        _loop(private, optimizer, losses)
+
+
+def test_what_was_refused_and_mended_goes_on_where_it_was(tmp_path: Path) -> None:
+    """All updates since the last checkpoint were lost, of which there is one in 50."""
+
+    def later(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+        return (_plain if private.done < 6 else _averaged)(network, rows, targets)
+
+    private, optimizer = _private(tmp_path)
+    with pytest.raises(CheckFailed, match=r"^update 7: .*with resume=True. Updates 4 to 6 were not asked"):
+        _loop(private, optimizer, later)
+    charged, before = private.run.ledger.steps_reserved, toys.weights(private.model)
+    private.close()
+    private, optimizer = _private(tmp_path, resume=True)
+    assert private.done == 7
+    assert torch.equal(toys.weights(private.model), before)
+    _loop(private, optimizer, _plain)
+    assert private.run.ledger.steps_reserved == charged
 
 
 class _Later(nn.Module):
