@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,30 @@ def _noisy(x: Tensor) -> Tensor:
 def test_an_augmentation_of_each_example_passes(tmp_path: Path) -> None:
     for _ in _private(tmp_path, _Batched(_noisy)):
         pass
+
+
+class _Restless(Dataset):
+    """Its own generator goes on with every item; seeded from torch, it is what torch says."""
+
+    def __init__(self, *, seeded: bool) -> None:
+        self.data, self.seeded, self.generator = toys.data(), seeded, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.seeded:
+            self.generator = np.random.default_rng(int(torch.randint(2**31, ())))
+        x, y = self.data[index]
+        return x * float(self.generator.uniform(0.9, 1.1)), y
+
+
+def test_a_generator_of_its_own_is_named(tmp_path: Path) -> None:
+    """It was said to couple examples, which it does not."""
+    with pytest.raises(CheckFailed, match="gives another example each time") as refusal:
+        _private(tmp_path, _Restless(seeded=False))
+    assert WHAT not in str(refusal.value)
+    assert len(list(_private(tmp_path / "seeded", _Restless(seeded=True)))) == 2
 
 
 class _Ragged(Dataset):

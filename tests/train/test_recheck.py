@@ -328,6 +328,80 @@ def test_an_augmentation_draws_the_same_again(tmp_path: Path) -> None:
     assert sum(1 for _ in private) == 12
 
 
+WORDS = 9
+
+
+class _Sentences(Dataset[Tensor]):
+    """The first ones are as long as each other; what comes later is not."""
+
+    def __len__(self) -> int:
+        return toys.EXAMPLES
+
+    def __getitem__(self, index: int) -> Tensor:
+        return 2 + torch.arange(4 if index < 8 else 2 + index * 7 % 13) % (WORDS - 2)
+
+
+def _masks(words: Tensor) -> Tensor:
+    return torch.bernoulli((words > 0) * 0.4).bool()
+
+
+class _Filler(nn.Module):
+    """Guesses hidden words (1) from the mean of those that are left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, WORDS)
+
+    def forward(self, words: Tensor) -> Tensor:
+        seen = (words > 1)[..., None]
+        context = (self.table(words) * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
+        return self.head(self.table(words) + context)
+
+
+def _of_masked(network: nn.Module, words: Tensor, masks: Tensor) -> Tensor:
+    logits = network(words.masked_fill(masks, 1))
+    each = F.cross_entropy(logits.transpose(1, 2), words, reduction="none")
+    return (each * masks).sum(1) / masks.sum(1).clamp(min=1)
+
+
+@pytest.mark.parametrize("where", ["collate", "loss"])
+def test_masked_words_of_texts_that_are_padded(tmp_path: Path, where: str) -> None:
+    """Masks are drawn for a whole batch, padded to its longest text: other company, other numbers for the same text."""
+
+    def collated(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        words = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        return words, _masks(words) if where == "collate" else words > 0
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        words, masks = batch
+        return _of_masked(network, words, _masks(words) if where == "loss" else masks)
+
+    loader = DataLoader(_Sentences(), collate_fn=collated)
+    private, _ = _private(tmp_path, dataset=loader, network=_Filler(), loss=loss)
+    assert sum(1 for _ in private) == 12
+
+
+@pytest.mark.parametrize("where", ["collate", "loss"])
+def test_masked_words_that_are_coupled(tmp_path: Path, where: str) -> None:
+    """The same, and each loss is divided by the number of masks of the batch, or of its longest text."""
+
+    def collated(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        words = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        return words, _masks(words)
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        words, masks = batch
+        share = words.shape[1] if where == "collate" else 4.0 if words.shape[1] == 4 else masks.sum()
+        return _of_masked(network, words, masks) / share
+
+    loader = DataLoader(_Sentences(), collate_fn=collated)
+    private, _ = _private(tmp_path, dataset=loader, network=_Filler(), loss=loss)
+    with pytest.raises(CheckFailed, match="an example's loss depends on others"):
+        for _ in private:
+            pass
+
+
 def test_hostile_losses_hide_nothing() -> None:
     """One loss of a million beside others of one: 0.1 % of it is a thousand of them."""
     expected = torch.tensor([1e6, 1.0, 1.1, float("nan"), 0.9])

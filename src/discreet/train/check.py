@@ -109,14 +109,21 @@ class CheckReport:
         ]
         return {"passed": True, "rows": rows}
 
-    def with_data_set(self, alone: bool) -> CheckReport:
-        """The same, and whether the data set gives each example whichever are fetched with it."""
+    def with_data_set(self, *, again: bool, alone: bool) -> CheckReport:
+        """The same, and whether the data set gives each example again, and whichever are fetched with it."""
         detail = (
             "what the data set or its collate function makes of an example depends on those that are fetched with it "
             "(mixup, a standardisation, a number of the whole batch); do it within each example."
         )
         row = _verdict_row("isolation", "examples when others are fetched with them", alone, detail)
-        return replace(self, rows=(*self.rows, row))
+        detail = (
+            "the data set gives another example each time, under the same seeds of torch, numpy and random (a "
+            "generator of its own, as some augmentation packages have, a counter, a change in place), so that nothing "
+            "of it can be checked or repeated; seed that in __getitem__, from torch: rng = "
+            "numpy.random.default_rng(int(torch.randint(2**31, ())))."
+        )
+        first = _verdict_row("data", "examples when they are fetched again", again, detail)
+        return replace(self, rows=(*self.rows, first, row))
 
     def raise_if_failed(self) -> None:
         """Raise `CheckFailed` with every failed row, if any; what two rows say alike is said once."""
@@ -188,7 +195,8 @@ def _checked(model: nn.Module, loss: LossFunction, batch: Any, clipping: Clippin
 def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     remedy = (
         "an example's loss depends on other examples (batch statistics, a mean over the batch's tokens, an auxiliary "
-        "or contrastive loss); use GroupNorm or LayerNorm, and average within each example."
+        "or contrastive loss); use GroupNorm or LayerNorm, and average within each example. Random numbers of numpy or "
+        "of a generator of its own look like that: draw them by torch, unseeded."
     )
     rows = [
         _verdict_row("isolation", "losses when another example is replaced", verdict.by_substitution, remedy),

@@ -28,7 +28,7 @@ from discreet.privacy.verification import verify
 from discreet.train.auto_lr import GradientNoise, LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
-from discreet.train.fetching import fetched_alone
+from discreet.train.fetching import fetched_again, fetched_alone
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.probing import find_rate
 from discreet.train.run import Run
@@ -404,7 +404,9 @@ def self_check(
     compare = Clipping.automatic() if rule.kind is ClippingKind.NONE else rule
     report = check(model, loss, batch, clipping=compare, examples=count)
     report.raise_if_failed()
-    report = report.with_data_set(fetched_alone(model, loss, examples, count=count, device=device))
+    again = fetched_again(examples, count=count, device=device)
+    alone = not again or fetched_alone(model, loss, examples, count=count, device=device)
+    report = report.with_data_set(again=again, alone=alone)
     report.raise_if_failed()
     return report
 

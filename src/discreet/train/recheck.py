@@ -12,7 +12,8 @@ Shape legend: B = examples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from discreet.core.axes import Layout
 from discreet.core.clipping import BELOW, ClippedSum
+from discreet.core.draws import Draws
 from discreet.core.gradient import LossFunction
 from discreet.core.isolation import first_losses_agree
 from discreet.core.layout import copies, put_back
@@ -75,23 +77,41 @@ def ask_again(
         return
     stay = list(range(update.bit_length() % min(_EVERY, examples), examples, _EVERY))
     others = sorted(set(range(examples)) - set(stay))
-    batches = []
-    for rows in (stay + others, [stay[place % len(stay)] for place in range(examples)]):
-        with seeded(_SEED + update, devices=devices):
-            batches.append((fetch(indices_B[rows]), examples))
-    if not first_losses_agree(model, loss, *batches, first=len(stay)):
+    given, copied = indices_B[stay + others], indices_B[[stay[place % len(stay)] for place in range(examples)]]
+    for batch, other in in_two_companies(fetch, given, copied, seed=_SEED + update, devices=devices):
+        if first_losses_agree(model, loss, (batch, examples), (other, examples), first=len(stay)):
+            break
+    else:
         raise CheckFailed(
             "an example's loss depends on others of its microbatch, as no example of the self-check showed (a term "
-            "that has begun since, values or lengths that those did not have, a number of examples); take each example "
-            "by itself."
+            "that has begun since, values or lengths that those did not have, a number of examples, random numbers "
+            "of numpy for all of a padded batch); take each example by itself, and draw for each by itself, or by "
+            "torch."
         )
     rows = range(min(2, len(stay)))
-    if not norms_agree(model, loss, batches[0][0], layout=layout, examples=examples, rows=rows):
+    if not norms_agree(model, loss, batch, layout=layout, examples=examples, rows=rows):
         raise CheckFailed(
             "the norm of an example's gradient is not that of autograd, as no example of the self-check showed (a "
             "batch that is put in an order by what those have in common, a use that they do not make); keep each "
             "example at its place."
         )
+
+
+def in_two_companies(
+    fetch: Callable[[np.ndarray], Any], one: np.ndarray, other: np.ndarray, *, seed: int, devices: Sequence[int]
+) -> Iterator[tuple[Any, Any]]:
+    """Two batches that begin with the same examples, under one seed; and if they are asked for again, once more.
+
+    Then the second is given what the first drew: a collate function that draws for all of a padded batch draws other
+    numbers for the same examples, where another example brings another length.
+    """
+    draws = Draws(len(one), seed=seed)
+    for writing, giving in ((nullcontext, nullcontext), (draws.written, lambda: draws.given(range(len(other))))):
+        with seeded(seed, devices=devices), writing():
+            batch = fetch(one)
+        with seeded(seed, devices=devices), giving():
+            again = fetch(other)
+        yield batch, again
 
 
 Again = Callable[[Any], tuple[Tensor, ClippedSum]]
