@@ -78,7 +78,9 @@ class Draws:
 
     def _note(self, now: _Draw | None) -> None:
         self.followed &= now is not None
-        self._drawn += [] if now is None else [replace(now, value=now.value.clone())]
+        if now is not None:  # masks as small as they can be: those of a whole microbatch wait beside its forward
+            masks = now.kind[0] is torch.ops.aten.bernoulli_.float
+            self._drawn.append(replace(now, value=now.value.to(torch.bool if masks else now.value.dtype, copy=True)))
 
     def _instead(self, now: _Draw | None, drawn: _Draw | None, rows: Sequence[int]) -> Tensor | None:
         """What was drawn for these examples, of the shape of what would be drawn now; None when there is no such."""

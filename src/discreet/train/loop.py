@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction, trainable
 from discreet.core.world import world_size
-from discreet.errors import ConfigError
+from discreet.errors import CheckFailed, ConfigError
 from discreet.privacy.compute import Machine
 from discreet.privacy.plan import Plan
 from discreet.privacy.verification import verify
@@ -357,11 +357,6 @@ def make_private(
         size = Microbatch(_microbatch_size(microbatch, device, most), batch=most)
         report = self_check(model, loss, examples, rule, device)
         recorded = replay_of(model, loss, rule, report) if replay else None
-        if run is None:
-            run = Run.create(
-                Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed
-            )
-            on_failure.callback(run.close)
         step = ClippedStep(
             model=model,
             loss=loss,
@@ -374,6 +369,12 @@ def make_private(
             made_up=examples.made_up(device=device) if report.allowed.moving else None,
             replay=recorded,
         )
+        _rehearse(step, examples.count, batch=the_plan.batch_size)
+        if run is None:
+            run = Run.create(
+                Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed
+            )
+            on_failure.callback(run.close)
         updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
         run.write("check.json", report.released())
         on_failure.pop_all()
@@ -409,6 +410,24 @@ def self_check(
     report = report.with_data_set(again=again, alone=alone)
     report.raise_if_failed()
     return report
+
+
+def _rehearse(step: ClippedStep, count: int, *, batch: int) -> None:
+    """Ask of a microbatch as large as those of training what its updates ask, before anything is charged.
+
+    Args:
+        step: as it will be made. count: examples of the data set, from all over which they are. batch: expected size.
+
+    Raises:
+        CheckFailed: it would be refused in training.
+    """
+    size = min(batch, step.microbatch.size, count)
+    try:
+        step.ask_again(np.arange(size) * count // size, update=0)
+    except CheckFailed as refusal:
+        raise CheckFailed(
+            f"the self-check on {size} examples failed, so no private training starts: {refusal}"
+        ) from None
 
 
 def _tame(leaf: Any) -> Any:

@@ -1,10 +1,10 @@
 """The self-check goes on: updates 0, 1, 3, 7, ... of a process ask again, of what they draw.
 
-Before the first update it sees four examples and the model as it begins. It cannot see what comes later (a term that a
-loss adds after a thousand updates, values that the four do not have, what a model does from a hundred examples on), nor
-what a loop of one's own makes of the batches that it is given. So ever fewer updates ask again, before
+Before the first update it sees four examples, asks the same of a microbatch from all over the data, and sees the model
+as it begins. It cannot see what comes later (a term that a loss adds after a thousand updates, values that those do not
+have), nor what a loop of one's own makes of the batches that it is given. So ever fewer updates ask again, before
 anything of them is released: are the losses of some examples what they are in other company, are their norms those of
-autograd, and are the losses that a loop hands in those of the loss that was checked?
+autograd, and are the losses and gradients of a loop those of the loss that was checked?
 
 Shape legend: B = examples.
 """
