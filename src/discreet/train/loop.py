@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction, trainable
+from discreet.core.layout import carries
 from discreet.core.world import world_size
 from discreet.errors import CheckFailed, ConfigError
 from discreet.privacy.compute import Machine
@@ -402,6 +403,12 @@ def self_check(
     """
     count = min(CHECK_EXAMPLES, examples.count)
     batch = tree_map(_tame, examples.fetch(np.arange(count), device=device))
+    if not any(carries(leaf, count) for leaf in tree_leaves(batch)):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in tree_leaves(batch)}))
+        raise ConfigError(
+            f"a batch of {count} examples without a tensor of {count} rows ({type(batch).__name__} of {kinds}): which "
+            "part is whose cannot be told; give a collate function that stacks or pads them, (B, ...)."
+        )
     compare = Clipping.automatic() if rule.kind is ClippingKind.NONE else rule
     report = check(model, loss, batch, clipping=compare, examples=count)
     report.raise_if_failed()
