@@ -8,11 +8,12 @@ missed uses of a parameter and wrong layouts, whatever their class is called.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
@@ -160,27 +161,33 @@ def check(
     if size < 2:
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
     with gradients_kept(model):
-        _refuse_changes(model, loss, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch))
-        return _checked(model, loss, batch, clipping or Clipping.automatic(), size)
+        return _checked(model, _unchanging(loss), batch, clipping or Clipping.automatic(), size)
 
 
-def _refuse_changes(model: nn.Module, loss: LossFunction, batch: Any) -> None:
-    """Refuse a loss that changes its batch: what asks for losses twice, as this check does, would get others.
+def _unchanging(loss: LossFunction) -> LossFunction:
+    """The same loss, refused where it changes its batch: what asks for losses twice, as this check does, gets others.
 
     Raises:
         ConfigError: it takes something out, puts something in, or writes into a tensor.
     """
-    leaves, structure = tree_flatten(batch)
-    writes = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
-    with frozen_state(model):
-        loss(model, batch)
-    after, other = tree_flatten(batch)
-    same = structure == other and all(one is two for one, two in zip(leaves, after, strict=True))
-    if not same or writes != [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]:
-        raise ConfigError(
-            "the loss changes its batch (takes labels out of it, writes into a tensor): asked again, it would give "
-            "other losses; let it begin with a copy, batch = dict(batch) or x = x.clone()."
-        )
+
+    def versions(leaves: Sequence[Any]) -> list[int]:
+        return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        leaves, structure = tree_flatten(batch)
+        written = versions(leaves)
+        losses = loss(model, batch)
+        after, other = tree_flatten(batch)
+        same = structure == other and all(one is two for one, two in zip(leaves, after, strict=True))
+        if not same or versions(leaves) != written:
+            raise ConfigError(
+                "the loss changes its batch (takes labels out of it, writes into a tensor): asked again, it would give "
+                "other losses; let it begin with a copy, batch = dict(batch) or x = x.clone()."
+            )
+        return losses
+
+    return watched
 
 
 def _checked(model: nn.Module, loss: LossFunction, batch: Any, clipping: Clipping, size: int) -> CheckReport:
