@@ -7,7 +7,7 @@ import pytest
 from architecture.reading import Source, calls_of, findings, sources
 from architecture.style_rules import broad_excepts, keyword_sinks, unannotated, undocumented
 
-CORE_LINES = 7_820
+CORE_LINES = 7_900
 RULE_LINES = 2200
 KERNEL_LINES = 1_900
 """The engine, clipping, noise, sums and self-check; apart from them the rules, which are many small texts read one at a

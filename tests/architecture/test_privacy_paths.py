@@ -12,6 +12,7 @@ MAY_DRAW = {
     "app/training.py": "starting weights, before any example is seen",
     "core/rng.py": "the noise source itself",
     "core/rules/elementwise.py": "names functions that models call on a parameter for its shape; draws nothing itself",
+    "core/draws.py": "stands in, in the self-check, for what a forward draws by chances that are tensors",
     "core/layout.py": "fixes dropout masks while a forward pass is repeated; puts the state back",
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
     "train/loop.py": "the random suffix of a new run folder's name",

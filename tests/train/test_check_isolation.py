@@ -335,6 +335,33 @@ def test_layers_that_are_dropped_at_random_are_known_wherever_they_are_kept(toss
             clipped_gradient(model, loss, drawn(T, D), clipping=Clipping.abadi(1.0), layout=report.layout)
 
 
+@pytest.mark.parametrize("chance", [0.3, 0.5, 0.7])
+def test_one_layer_that_is_used_at_times_is_known_where_nothing_else_is_random(chance):
+    """Two seeds that took the same path told that there was no other, and training came upon it."""
+
+    def tossed(s, x):
+        hidden = s.first(x).tanh()
+        return s.last(s.more(hidden).tanh() if torch.rand(()) < chance else hidden)
+
+    model = built(tossed, first=nn.Linear(D, D), more=nn.Linear(D, D), last=nn.Linear(D, 4))
+    layout = check(model, loss, drawn(D)).layout
+    for seed in range(20):
+        with seeded(seed):
+            clipped_gradient(model, loss, drawn(D), clipping=Clipping.abadi(1.0), layout=layout)
+
+
+def test_losses_near_zero_are_compared_by_the_size_of_what_was_subtracted():
+    """1 minus a cosine that is nearly 1 has the rounding of 1, whatever is left."""
+
+    def apart(m, b):
+        one, other = (F.normalize(m(b["x"] + far * torch.randn_like(b["x"])), dim=1) for far in (0.0, b["far"]))
+        return 1 - (one * other).sum(1)
+
+    batch = drawn(D) | {"far": torch.tensor([3e-3, 1.0, 3e-3, 3e-3])[:, None]}
+    report = check(built(lambda s, x: s.l(x), l=nn.Linear(D, 16)), apart, batch)
+    assert report.passed, report.table()
+
+
 def test_a_layer_that_is_used_seldom_is_compared_where_it_is():
     """Rows folded the wrong way round, in one forward of two."""
 

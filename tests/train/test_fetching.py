@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from discreet.errors import CheckFailed
+from discreet.errors import CheckFailed, ConfigError
 from discreet.train.loop import Data, Private, make_private
 from train import toys
 
@@ -92,6 +95,30 @@ def test_an_augmentation_of_each_example_passes(tmp_path: Path) -> None:
         pass
 
 
+class _Restless(Dataset):
+    """Its own generator goes on with every item; seeded from torch, it is what torch says."""
+
+    def __init__(self, *, seeded: bool) -> None:
+        self.data, self.seeded, self.generator = toys.data(), seeded, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.seeded:
+            self.generator = np.random.default_rng(int(torch.randint(2**31, ())))
+        x, y = self.data[index]
+        return x * float(self.generator.uniform(0.9, 1.1)), y
+
+
+def test_a_generator_of_its_own_is_named(tmp_path: Path) -> None:
+    """It was said to couple examples, which it does not."""
+    with pytest.raises(CheckFailed, match="gives another example each time") as refusal:
+        _private(tmp_path, _Restless(seeded=False))
+    assert WHAT not in str(refusal.value)
+    assert len(list(_private(tmp_path / "seeded", _Restless(seeded=True)))) == 2
+
+
 class _Ragged(Dataset):
     """Sentences of different lengths; an item may draw how much of it is there."""
 
@@ -156,6 +183,63 @@ def test_a_collate_function_is_used_whatever_the_data_set_is(tmp_path: Path) -> 
         return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
 
     assert len(list(_private(tmp_path, DataLoader(toys.data(), collate_fn=named), loss=loss))) == 2
+
+
+class _Encoding(UserDict[str, Tensor]):
+    """As tokenizers give it: a mapping that torch knows nothing of, whose values are attributes as well."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self.data[name]
+
+
+@dataclass
+class _Pair:
+    x: Tensor
+    y: Tensor
+
+
+def _stacked(items: list[Any]) -> dict[str, Tensor]:
+    x, y = default_collate(items)
+    return {"x": x, "y": y}
+
+
+def _loss_of_pair(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch.x), batch.y, reduction="none")
+
+
+@pytest.mark.parametrize("made", [lambda parts: _Encoding(parts), lambda parts: _Pair(**parts)])
+def test_a_batch_of_a_class_of_its_own(tmp_path: Path, made: Callable[[dict[str, Tensor]], Any]) -> None:
+    """It counted as one leaf without a tensor, and what it holds as coupled."""
+    data = DataLoader(toys.data(), collate_fn=lambda items: made(_stacked(items)))
+    assert len(list(_private(tmp_path / "alone", data, loss=_loss_of_pair))) == 2
+    mixed = DataLoader(
+        toys.data(), collate_fn=lambda items: made(_stacked(list(zip(*_standardised(items), strict=True))))
+    )
+    with pytest.raises(CheckFailed, match=WHAT):
+        _private(tmp_path / "mixed", mixed, loss=_loss_of_pair)
+
+
+def test_a_batch_that_is_a_list_of_examples_is_refused_by_name(tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return toys.loss(model, default_collate(batch))
+
+    with pytest.raises(ConfigError, match="without a tensor of 4 rows"):
+        _private(tmp_path, DataLoader(toys.data(), collate_fn=lambda items: items), loss=loss)
+
+
+def _takes_out(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch.pop("y"), reduction="none")
+
+
+def _writes(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["x"].sub_(0.1)), batch["y"], reduction="none")
+
+
+@pytest.mark.parametrize("loss", [_takes_out, _writes])
+def test_a_loss_that_changes_its_batch_is_refused_by_name(tmp_path: Path, loss: Any) -> None:
+    """The first was a KeyError, the second was said to couple examples."""
+    with pytest.raises(ConfigError, match="let it begin with a copy"):
+        _private(tmp_path, DataLoader(toys.data(), collate_fn=_stacked), loss=loss)
 
 
 def test_rows_that_are_not_finite_are_what_they_are(tmp_path: Path) -> None:

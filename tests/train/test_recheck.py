@@ -1,4 +1,4 @@
-"""What the self-check before update 0 cannot see is asked again while training draws its batches."""
+"""What the self-check cannot see on four examples is asked of a microbatch, and again while training draws batches."""
 
 from __future__ import annotations
 
@@ -50,6 +50,13 @@ def _weighted(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return _plain(network, rows, targets) / targets.float().mean()
 
 
+def _balanced_slightly(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    """A mixture of experts has a load-balancing loss of about 1 over the batch, times a thousandth."""
+    logits = network(rows)
+    shares = F.one_hot(logits.argmax(1), 2).float().mean(0)
+    return F.cross_entropy(logits, targets, reduction="none") + 1e-3 * (shares * logits.softmax(1).mean(0)).sum()
+
+
 def _loop(private: Private, optimizer: torch.optim.Optimizer, losses: Losses) -> None:
     for rows, targets in private.loader:
         private.backward(losses(private.model, rows, targets))
@@ -67,7 +74,7 @@ def test_ever_fewer_updates_ask() -> None:
     assert [update for update in range(70) if is_due(update)] == [0, 1, 3, 7, 15, 31, 63]
 
 
-@pytest.mark.parametrize("losses", [_mixed, _averaged, _standardised, _balanced, _weighted])
+@pytest.mark.parametrize("losses", [_mixed, _averaged, _standardised, _balanced, _weighted, _balanced_slightly])
 def test_a_loop_that_couples_what_it_is_given(tmp_path: Path, losses: Losses) -> None:
     private, optimizer = _private(tmp_path)
     before = toys.weights(private.model)
@@ -76,6 +83,25 @@ def test_a_loop_that_couples_what_it_is_given(tmp_path: Path, losses: Losses) ->
     with pytest.raises(ConfigError, match="without a clipped gradient"):
         optimizer.step()
     assert torch.equal(toys.weights(private.model), before)
+
+
+def _hooked(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    logits = network(rows)
+    logits.register_hook(lambda gradient: gradient / gradient.norm())
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _straight_through(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    losses_B = _plain(network, rows, targets)
+    term_B = losses_B * losses_B.mean()
+    return losses_B + term_B - term_B.detach()
+
+
+@pytest.mark.parametrize("losses", [_hooked, _straight_through])
+def test_a_loop_that_couples_gradients_alone(tmp_path: Path, losses: Losses) -> None:
+    private, optimizer = _private(tmp_path)
+    with pytest.raises(CheckFailed, match="their gradients are not"):
+        _loop(private, optimizer, losses)
 
 
 def test_updates_are_counted_from_where_a_process_begins(tmp_path: Path) -> None:
@@ -139,6 +165,59 @@ def test_a_loop_that_takes_things_out_of_its_batch(tmp_path: Path) -> None:
     assert private.done == 12
 
 
+def test_a_loop_that_writes_into_its_batch(tmp_path: Path) -> None:
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return _plain(network, batch[0] - 0.5, batch[1])
+
+    private, optimizer = _private(tmp_path, loss=loss)
+    _loop(private, optimizer, lambda network, rows, targets: _plain(network, rows.sub_(0.5), targets))
+    assert private.done == 12
+
+
+@pytest.mark.parametrize("losses", [_plain, _averaged])
+def test_a_compiled_loop_with_dropout(tmp_path: Path, losses: Losses) -> None:
+    """Guarded once more, the same code runs, and draws the same masks."""
+    network = toys.model(dropout=0.4)
+    compiled = torch.compile(network, backend="aot_eager")
+    private, optimizer = _private(tmp_path, network=network, loss=lambda _, batch: toys.loss(compiled, batch), steps=3)
+    if losses is _averaged:
+        with pytest.raises(CheckFailed, match="losses of this loop are not those of loss="):
+            _loop(private, optimizer, lambda _, *given: losses(compiled, *given))
+        return
+    _loop(private, optimizer, lambda _, *given: losses(compiled, *given))
+    assert private.done == 3
+
+
+def test_a_loop_that_draws_before_its_losses(tmp_path: Path) -> None:
+    private, optimizer = _private(tmp_path, network=toys.model(dropout=0.4))
+
+    def losses(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            network(rows)
+        return _plain(network, rows, targets)
+
+    with pytest.raises(CheckFailed, match=r"another forward with dropout.* do that after private.backward"):
+        _loop(private, optimizer, losses)
+
+
+def test_what_was_refused_and_mended_goes_on_where_it_was(tmp_path: Path) -> None:
+    """All updates since the last checkpoint were lost, of which there is one in 50."""
+
+    def later(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+        return (_plain if private.done < 6 else _averaged)(network, rows, targets)
+
+    private, optimizer = _private(tmp_path)
+    with pytest.raises(CheckFailed, match=r"^update 7: .*with resume=True. Updates 4 to 6 were not asked"):
+        _loop(private, optimizer, later)
+    charged, before = private.run.ledger.steps_reserved, toys.weights(private.model)
+    private.close()
+    private, optimizer = _private(tmp_path, resume=True)
+    assert private.done == 7
+    assert torch.equal(toys.weights(private.model), before)
+    _loop(private, optimizer, _plain)
+    assert private.run.ledger.steps_reserved == charged
+
+
 class _Later(nn.Module):
     """From some forward in training on, examples look at each other."""
 
@@ -198,10 +277,9 @@ def test_a_coupling_from_many_examples_on(tmp_path: Path) -> None:
         losses_B = toys.loss(network, batch)
         return losses_B + (losses_B.mean() if len(losses_B) > 50 else 0.0)
 
-    private, _ = _private(tmp_path, loss=loss, batch_size=70)
-    with pytest.raises(CheckFailed, match=r"update 0: an example's loss depends on others"):
-        next(iter(private))
-    assert private.done == 0
+    with pytest.raises(CheckFailed, match=r"on 70 examples failed.*an example's loss depends on others"):
+        _private(tmp_path / "run", loss=loss, batch_size=70)
+    assert not (tmp_path / "run").exists()  # nothing was charged
 
 
 class _Lengths(Dataset[tuple[Tensor, Tensor]]):
@@ -247,6 +325,78 @@ def test_an_augmentation_draws_the_same_again(tmp_path: Path) -> None:
 
     private, _ = _private(tmp_path, dataset=_Augmented(), loss=loss)
     assert sum(1 for _ in private) == 12
+
+
+WORDS = 9
+
+
+class _Sentences(Dataset[Tensor]):
+    """The first ones are as long as each other; what comes later is not."""
+
+    def __len__(self) -> int:
+        return toys.EXAMPLES
+
+    def __getitem__(self, index: int) -> Tensor:
+        return 2 + torch.arange(4 if index < 8 else 2 + index * 7 % 13) % (WORDS - 2)
+
+
+def _masks(words: Tensor) -> Tensor:
+    return torch.bernoulli((words > 0) * 0.4).bool()
+
+
+class _Filler(nn.Module):
+    """Guesses hidden words (1) from the mean of those that are left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, WORDS)
+
+    def forward(self, words: Tensor) -> Tensor:
+        seen = (words > 1)[..., None]
+        context = (self.table(words) * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
+        return self.head(self.table(words) + context)
+
+
+def _of_masked(network: nn.Module, words: Tensor, masks: Tensor) -> Tensor:
+    logits = network(words.masked_fill(masks, 1))
+    each = F.cross_entropy(logits.transpose(1, 2), words, reduction="none")
+    return (each * masks).sum(1) / masks.sum(1).clamp(min=1)
+
+
+@pytest.mark.parametrize("where", ["collate", "loss"])
+def test_masked_words_of_texts_that_are_padded(tmp_path: Path, where: str) -> None:
+    """Masks are drawn for a whole batch, padded to its longest text: other company, other numbers for the same text."""
+
+    def collated(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        words = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        return words, _masks(words) if where == "collate" else words > 0
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        words, masks = batch
+        return _of_masked(network, words, _masks(words) if where == "loss" else masks)
+
+    loader = DataLoader(_Sentences(), collate_fn=collated)
+    private, _ = _private(tmp_path, dataset=loader, network=_Filler(), loss=loss)
+    assert sum(1 for _ in private) == 12
+
+
+@pytest.mark.parametrize("where", ["collate", "loss"])
+def test_masked_words_that_are_coupled(tmp_path: Path, where: str) -> None:
+    """The same, and each loss is divided by the number of masks of the batch, or of its longest text."""
+
+    def collated(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        words = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        return words, _masks(words)
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        words, masks = batch
+        share = words.shape[1] if where == "collate" else 4.0 if words.shape[1] == 4 else masks.sum()
+        return _of_masked(network, words, masks) / share
+
+    loader = DataLoader(_Sentences(), collate_fn=collated)
+    with pytest.raises(CheckFailed, match="no private training starts: an example's loss depends on others"):
+        _private(tmp_path, dataset=loader, network=_Filler(), loss=loss)
 
 
 def test_hostile_losses_hide_nothing() -> None:

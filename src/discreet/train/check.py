@@ -8,10 +8,12 @@ missed uses of a parameter and wrong layouts, whatever their class is called.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from discreet.core.axes import Layout
 from discreet.core.clipping import Clipping
@@ -109,14 +111,21 @@ class CheckReport:
         ]
         return {"passed": True, "rows": rows}
 
-    def with_data_set(self, alone: bool) -> CheckReport:
-        """The same, and whether the data set gives each example whichever are fetched with it."""
+    def with_data_set(self, *, again: bool, alone: bool) -> CheckReport:
+        """The same, and whether the data set gives each example again, and whichever are fetched with it."""
         detail = (
             "what the data set or its collate function makes of an example depends on those that are fetched with it "
             "(mixup, a standardisation, a number of the whole batch); do it within each example."
         )
         row = _verdict_row("isolation", "examples when others are fetched with them", alone, detail)
-        return replace(self, rows=(*self.rows, row))
+        detail = (
+            "the data set gives another example each time, under the same seeds of torch, numpy and random (a "
+            "generator of its own, as some augmentation packages have, a counter, a change in place), so that nothing "
+            "of it can be checked or repeated; seed that in __getitem__, from torch: rng = "
+            "numpy.random.default_rng(int(torch.randint(2**31, ())))."
+        )
+        first = _verdict_row("data", "examples when they are fetched again", again, detail)
+        return replace(self, rows=(*self.rows, first, row))
 
     def raise_if_failed(self) -> None:
         """Raise `CheckFailed` with every failed row, if any; what two rows say alike is said once."""
@@ -152,7 +161,33 @@ def check(
     if size < 2:
         raise ConfigError(f"a check batch of {size}: isolation needs at least 2 examples; pass 4.")
     with gradients_kept(model):
-        return _checked(model, loss, batch, clipping or Clipping.automatic(), size)
+        return _checked(model, _unchanging(loss), batch, clipping or Clipping.automatic(), size)
+
+
+def _unchanging(loss: LossFunction) -> LossFunction:
+    """The same loss, refused where it changes its batch: what asks for losses twice, as this check does, gets others.
+
+    Raises:
+        ConfigError: it takes something out, puts something in, or writes into a tensor.
+    """
+
+    def versions(leaves: Sequence[Any]) -> list[int]:
+        return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        leaves, structure = tree_flatten(batch)
+        written = versions(leaves)
+        losses = loss(model, batch)
+        after, other = tree_flatten(batch)
+        same = structure == other and all(one is two for one, two in zip(leaves, after, strict=True))
+        if not same or versions(leaves) != written:
+            raise ConfigError(
+                "the loss changes its batch (takes labels out of it, writes into a tensor): asked again, it would give "
+                "other losses; let it begin with a copy, batch = dict(batch) or x = x.clone()."
+            )
+        return losses
+
+    return watched
 
 
 def _checked(model: nn.Module, loss: LossFunction, batch: Any, clipping: Clipping, size: int) -> CheckReport:
@@ -188,7 +223,8 @@ def _checked(model: nn.Module, loss: LossFunction, batch: Any, clipping: Clippin
 def _isolation_rows(verdict: IsolationVerdict) -> tuple[CheckRow, ...]:
     remedy = (
         "an example's loss depends on other examples (batch statistics, a mean over the batch's tokens, an auxiliary "
-        "or contrastive loss); use GroupNorm or LayerNorm, and average within each example."
+        "or contrastive loss); use GroupNorm or LayerNorm, and average within each example. Random numbers of numpy or "
+        "of a generator of its own look like that: draw them by torch, unseeded."
     )
     rows = [
         _verdict_row("isolation", "losses when another example is replaced", verdict.by_substitution, remedy),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from discreet.core.seeded import seeded
@@ -66,6 +67,7 @@ class Examples:
     def fetch(self, indices: np.ndarray, *, device: torch.device) -> Any:
         """The collated batch of these examples, on ``device``."""
         batch = self._batch(indices)
+        _open(batch)
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
     def made_up(self, *, device: torch.device) -> Any:
@@ -95,6 +97,39 @@ class Examples:
                 indices = np.arange(start, min(start + _FINGERPRINT_BLOCK, self.count))
                 _absorb(digest, self._batch(indices))
         return digest.hexdigest()
+
+
+def _open(batch: Any) -> None:
+    """Let all that goes through a batch see the tensors in a mapping or a dataclass of a class of its own.
+
+    To torch that is one leaf and no tensor, and so is the `BatchEncoding` of a tokenizer.
+    """
+    for leaf in tree_leaves(batch):
+        held = _held(leaf)
+        if any(isinstance(part, Tensor) for part in tree_leaves(list(held.values()))):
+            _make_known(type(leaf), by_name=not isinstance(leaf, Mapping))
+            _open(batch)
+            return
+
+
+def _held(thing: Any) -> Mapping[Any, Any]:
+    """What is in a mapping, or in a dataclass that can be made again from it; else nothing."""
+    if isinstance(thing, Mapping):
+        return thing
+    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) and not isinstance(thing, type) else ()
+    return {field.name: getattr(thing, field.name) for field in fields} if all(f.init for f in fields) else {}
+
+
+def _make_known(kind: Callable[..., Any], *, by_name: bool) -> None:
+    def parts(thing: Any) -> tuple[list[Any], list[Any]]:
+        held = _held(thing)
+        return list(held.values()), list(held)
+
+    def made(values: Iterable[Any], names: list[Any]) -> Any:
+        held = dict(zip(names, values, strict=True))
+        return kind(**held) if by_name else kind(held)
+
+    register_pytree_node(kind, parts, made)
 
 
 def _gives_batches(dataset: Any) -> bool:

@@ -9,7 +9,6 @@ Shape legend: B = examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from discreet.core.isolation import first_losses_agree
 from discreet.core.layout import carries
 from discreet.core.seeded import seeded
 from discreet.train.examples import Examples
+from discreet.train.recheck import in_two_companies
 from discreet.train.step import gradients_kept
 
 _SEED, _SEEDS = 20_780, 6
@@ -40,21 +40,46 @@ def fetched_alone(
         count: B, at least 2; the first ones of the data set.
     """
 
-    def fetch(indices: Sequence[int], seed: int = 0) -> tuple[Any, int]:
-        devices = [device.index or 0] if device.type == "cuda" else []
-        with seeded(_SEED + seed, devices=devices):
-            return examples.fetch(np.asarray(indices, dtype=np.int64), device=device), len(indices)
+    devices = _devices(device)
 
-    given, replaced = list(range(count)), [*range(count - 1), count - 2]
+    def bare(indices: np.ndarray) -> Any:
+        return examples.fetch(indices, device=device)
+
+    def fetch(indices: np.ndarray, seed: int = 0) -> tuple[Any, int]:
+        with seeded(_SEED + seed, devices=devices):
+            return bare(indices), len(indices)
+
+    given = np.arange(count)
+    replaced = np.minimum(given, count - 2)
     for seed in range(_SEEDS):
         if not _first_rows_equal(fetch(given, seed), fetch(replaced, seed), first=count - 1):
             return False
     whole, fewer = fetch(given), fetch(given[:-1])
     drawn = not _first_rows_equal(fewer, fetch(given[:-1], seed=1), first=count - 1)
     with gradients_kept(model):
-        if not first_losses_agree(model, loss, whole, fetch(replaced), first=count - 1):
+        if not any(
+            first_losses_agree(model, loss, (one, count), (other, count), first=count - 1)
+            for one, other in in_two_companies(bare, given, replaced, seed=_SEED, devices=devices)
+        ):
             return False
         return drawn or first_losses_agree(model, loss, whole, fewer, first=count - 1)
+
+
+def fetched_again(examples: Examples, *, count: int, device: torch.device) -> bool:
+    """Whether the first examples are the same when they are fetched again under the same seed.
+
+    Args:
+        count: of them.
+    """
+    batches = []
+    for _ in range(2):
+        with seeded(_SEED, devices=_devices(device)):
+            batches.append((examples.fetch(np.arange(count), device=device), count))
+    return _first_rows_equal(*batches, first=count)
+
+
+def _devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []
 
 
 def _first_rows_equal(one: tuple[Any, int], other: tuple[Any, int], *, first: int) -> bool:

@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from discreet.core.clipping import Clipping, ClippingKind
 from discreet.core.gradient import LossFunction, trainable
+from discreet.core.layout import carries
 from discreet.core.world import world_size
-from discreet.errors import ConfigError
+from discreet.errors import CheckFailed, ConfigError
 from discreet.privacy.compute import Machine
 from discreet.privacy.plan import Plan
 from discreet.privacy.verification import verify
 from discreet.train.auto_lr import GradientNoise, LearningRate, RateControl
 from discreet.train.check import CheckReport, check
 from discreet.train.examples import BatchedDataset, Examples
-from discreet.train.fetching import fetched_alone
+from discreet.train.fetching import fetched_again, fetched_alone
 from discreet.train.microbatches import MicrobatchLoader
 from discreet.train.probing import find_rate
 from discreet.train.run import Run
@@ -359,11 +360,6 @@ def make_private(
         size = Microbatch(_microbatch_size(microbatch, device, most), batch=most)
         report = self_check(model, loss, examples, rule, device)
         recorded = replay_of(model, loss, rule, report) if replay else None
-        if run is None:
-            run = Run.create(
-                Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed
-            )
-            on_failure.callback(run.close)
         step = ClippedStep(
             model=model,
             loss=loss,
@@ -376,6 +372,12 @@ def make_private(
             made_up=examples.made_up(device=device) if report.allowed.moving else None,
             replay=recorded,
         )
+        _rehearse(step, examples.count, batch=the_plan.batch_size)
+        if run is None:
+            run = Run.create(
+                Path(run_dir) if isinstance(run_dir, (str, Path)) else new_run_dir(), plan=the_plan, seed=seed
+            )
+            on_failure.callback(run.close)
         updates = begin(run, step, optimizer, rates, examples, checkpoint_steps=checkpoint_steps, conclude=conclude)
         run.write("check.json", report.released())
         on_failure.pop_all()
@@ -403,12 +405,38 @@ def self_check(
     """
     count = min(CHECK_EXAMPLES, examples.count)
     batch = tree_map(_tame, examples.fetch(np.arange(count), device=device))
+    if not any(carries(leaf, count) for leaf in tree_leaves(batch)):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in tree_leaves(batch)}))
+        raise ConfigError(
+            f"a batch of {count} examples without a tensor of {count} rows ({type(batch).__name__} of {kinds}): which "
+            "part is whose cannot be told; give a collate function that stacks or pads them, (B, ...)."
+        )
     compare = Clipping.automatic() if rule.kind is ClippingKind.NONE else rule
     report = check(model, loss, batch, clipping=compare, examples=count)
     report.raise_if_failed()
-    report = report.with_data_set(fetched_alone(model, loss, examples, count=count, device=device))
+    again = fetched_again(examples, count=count, device=device)
+    alone = not again or fetched_alone(model, loss, examples, count=count, device=device)
+    report = report.with_data_set(again=again, alone=alone)
     report.raise_if_failed()
     return report
+
+
+def _rehearse(step: ClippedStep, count: int, *, batch: int) -> None:
+    """Ask of a microbatch as large as those of training what its updates ask, before anything is charged.
+
+    Args:
+        step: as it will be made. count: examples of the data set, from all over which they are. batch: expected size.
+
+    Raises:
+        CheckFailed: it would be refused in training.
+    """
+    size = min(batch, step.microbatch.size, count)
+    try:
+        step.ask_again(np.arange(size) * count // size, update=0)
+    except CheckFailed as refusal:
+        raise CheckFailed(
+            f"the self-check on {size} examples failed, so no private training starts: {refusal}"
+        ) from None
 
 
 def _tame(leaf: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,11 +93,12 @@ class MicrobatchLoader:
             self._moving.move()
         share = settle(book, self._updates.step.clipping)
         if handed_out is not None:
-            total, self._total = self._total, None  # nothing to step with, if this fails
-            with gradients_kept(self._updates.step.model):
-                handed_out.require_same(losses_B.detach(), book)
-            self._updates.step.ask_again(handed_out.indices, update=self.index)
-            self._total = total
+            self._total = None  # nothing to step with, if this fails; and its memory is needed
+            with self._updates.asking():
+                with gradients_kept(self._updates.step.model):
+                    handed_out.require_same(losses_B.detach(), share, partial(self._as_checked, examples=book.examples))
+                self._updates.step.ask_again(handed_out.indices, update=self.index)
+            self._total = self._updates.empty_sum()
         # The stand-in for an empty batch is no example: its zeros are not added, and it is not counted.
         if self._weight and self._is_first:
             self._total = share
@@ -123,17 +125,30 @@ class MicrobatchLoader:
         step = self._updates.step
         return step.watch.moving(step.forward_made_up) if step.watch is not None else None
 
-    def _give(self, part: np.ndarray) -> Iterator[Any]:
+    def _open(self, batch: Any, *, examples: int) -> Book:
         step = self._updates.step
-        batch = step.fetch(part)
-        book = open_book(
+        return open_book(
             step.model,
-            examples=len(part),
+            examples=examples,
             layout=step.layout,
             clipping=step.clipping,
             at_most=step.microbatch.at_most,
             batch=batch,
         )
+
+    def _as_checked(self, batch: Any, *, examples: int) -> tuple[Tensor, ClippedSum]:
+        """Losses and clipped sum of a microbatch by the loss that was checked."""
+        step = self._updates.step
+        book = self._open(batch, examples=examples)
+        with guard(book):
+            losses_B = step.loss(step.model, batch)
+            backward(book, losses_B * self._weight)
+        return losses_B.detach().clone(), settle(book, step.clipping)
+
+    def _give(self, part: np.ndarray) -> Iterator[Any]:
+        step = self._updates.step
+        batch = step.fetch(part)
+        book = self._open(batch, examples=len(part))
         with ExitStack() as stack:
             if self._moving is not None:
                 self._moving.put_back()
@@ -142,7 +157,7 @@ class MicrobatchLoader:
             stack.enter_context(guard(book))
             self._book, self._guarded = book, stack
             if self._is_first and self._updates.asks_again:
-                self._handed_out = HandedOut.now(step.model, step.loss, batch, indices=part, devices=step.devices)
+                self._handed_out = HandedOut.now(step.model, batch, indices=part, devices=step.devices)
             try:
                 yield batch
                 skipped = self._book is not None

@@ -21,7 +21,7 @@ from discreet.core.gradient import trainable, zero_sum
 from discreet.core.noise import Released, release
 from discreet.core.seeded import seeded
 from discreet.core.world import world_sum
-from discreet.errors import BudgetExceeded, ConfigError, LedgerError
+from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
 from discreet.privacy.plan import Plan
 from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import RateControl
@@ -117,7 +117,7 @@ class Updates:
         self._move, self._moving = optimizer.step, False
         self.rates = rates
         self._checkpoint_steps = checkpoint_steps
-        self._process, self._moved = os.getpid(), 0
+        self._process, self._moved, self._asked = os.getpid(), 0, done
         self._releasing = threading.Lock()
         self._adopt_key()
         self._trust_sums()
@@ -174,8 +174,32 @@ class Updates:
         with self.model_randomness():
             total = self.step.clipped_sum(indices)
             if self.asks_again:
-                self.step.ask_again(indices, update=self.done)
+                with self.asking():
+                    self.step.ask_again(indices, update=self.done)
         return total
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """What is refused inside, the user can mend and go on from here: the updates before are kept.
+
+        Raises:
+            CheckFailed: as it was refused, and what to do about it.
+        """
+        try:
+            yield
+        except CheckFailed as refusal:
+            self.save()
+            doubt = ""
+            if self._asked < self.done:
+                doubt = (
+                    f" Updates {self._asked} to {self.done - 1} were not asked: if they had this fault already, the "
+                    "certificate does not cover what they released; then start a new run."
+                )
+            raise CheckFailed(
+                f"update {self.done}: {refusal} This batch is not released. Once it is mended, go on from here with "
+                f"resume=True.{doubt}"
+            ) from None
+        self._asked = self.done + 1
 
     def empty_sum(self) -> ClippedSum:
         """The clipped sum of no example."""
