@@ -16,7 +16,8 @@ The last lines of the self-check are those that see what a forward writes, also 
 behind zeros, and a parameter that no loss depends on; the last hundred, what hooks and Functions do inside the
 backward, and a gradient that depends on others where no loss does; then 350 by which sums are recorded and replayed,
 and 350 by which random numbers stay with their example and choose paths, and views of the batch say whose they are;
-and 20 by which an accelerator's streams, older settings of precision and memory that drivers miss are minded."""
+and 100 by which draws follow from chances, and an accelerator's streams, older settings of precision and memory that
+drivers miss are minded."""
 FILE_LINES = 600
 
 MAY_CATCH_ALL = {

@@ -88,10 +88,10 @@ def test_cuda_graphs_are_refused_where_they_would_be_used() -> None:
     assert wish.refusal([torch.zeros(3)]) is None
 
 
-def test_so_are_they_where_the_process_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_are_they_where_the_process_asks_for_them() -> None:
     """By TORCHINDUCTOR_CUDAGRAPHS=1, or by Inductor's settings; unless the call says otherwise."""
-    monkeypatch.setattr(torch._inductor.config.triton, "cudagraphs", True)
     on_accelerator = [mock.Mock(spec=torch.Tensor, is_cuda=True)]
-    assert lowering.Wish().refusal(on_accelerator) is not None
-    assert lowering.Wish(options={"triton.cudagraphs": False}).refusal(on_accelerator) is None
-    assert lowering.Wish(name="aot_eager").refusal(on_accelerator) is None
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert lowering.Wish().refusal(on_accelerator) is not None
+        assert lowering.Wish(options={"triton.cudagraphs": False}).refusal(on_accelerator) is None
+        assert lowering.Wish(name="aot_eager").refusal(on_accelerator) is None

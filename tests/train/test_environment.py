@@ -61,6 +61,15 @@ def test_tf32_is_another_sum_and_is_named() -> None:
     assert _describe() == base
 
 
+def test_float32_that_is_asked_for_is_what_it_was() -> None:
+    base, kept = _describe(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        assert _describe() == base
+    finally:
+        torch.set_float32_matmul_precision(kept)
+
+
 def _scaled(factor: float) -> Callable[..., torch.Tensor]:
     return lambda model, batch: factor * toys.loss(model, batch)
 

@@ -108,8 +108,9 @@ def refuse_forced_tf32(device: torch.device) -> None:
 
 def precision_now() -> tuple[object, ...]:
     """How products and convolutions of float32 tensors are taken now: equal where nothing was set otherwise."""
-    settings = _settings()
-    return tuple(setting.fp32_precision for setting in settings) or tuple(get() for get, _, _ in _OLDER)
+    said = (setting.fp32_precision for setting in _settings())
+    plain = tuple("ieee" if precision == "none" else precision for precision in said)  # none was set: float32
+    return plain or tuple(get() for get, _, _ in _OLDER)
 
 
 def _settings() -> tuple[Any, ...]:
