@@ -4,8 +4,8 @@
     python -m bench.engine --sizes real --device cuda --dtype bfloat16
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 python -m bench.engine    # time without page faults (glibc)
 
-A step of a private contestant includes clipping, the draw of the noise and the optimizer. Ratios travel between
-machines; the times beside them do not.
+A step of a private contestant includes clipping, the draw of the noise and the optimizer. Ratios are those of this
+machine: norms, noise and Python do not become faster where products do.
 """
 
 from __future__ import annotations
