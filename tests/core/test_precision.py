@@ -152,8 +152,32 @@ def test_a_model_that_asks_for_half_precision_itself_is_compared_in_it(forward, 
     assert report.passed, report.table()
 
 
+FLOAT32 = {"ieee", "none"}
+"""What PyTorch says where products are float32: told so, or told nothing."""
+
+
+@pytest.fixture
+def cuda_in_use(monkeypatch):
+    """As after CUDA's first use: before it, its settings are left as they are."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "mkldnn"])
+def test_settings_of_cuda_count_from_its_first_use_on(backend, monkeypatch):
+    setting = getattr(torch.backends, backend).conv
+    kept, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        with full_precision():
+            assert (setting.fp32_precision in FLOAT32) is (backend == "mkldnn")
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        with full_precision():
+            assert setting.fp32_precision in FLOAT32
+    finally:
+        setting.fp32_precision = kept
+
+
 @pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
-def test_products_and_convolutions_are_told_to_take_float32(precision):
+def test_products_and_convolutions_are_told_to_take_float32(precision, cuda_in_use):
     """cuDNN takes TF32 for convolutions of float32 unless it is told not to: sums were off by 2^-11 of all parts."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     settings = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
@@ -163,7 +187,7 @@ def test_products_and_convolutions_are_told_to_take_float32(precision):
             setting.fp32_precision = precision
         before = [setting.fp32_precision for setting in settings]
         with full_precision():
-            assert {setting.fp32_precision for setting in settings} == {"ieee"}
+            assert {setting.fp32_precision for setting in settings} <= FLOAT32
         assert [setting.fp32_precision for setting in settings] == before
     finally:
         for setting, value in zip(settings, kept, strict=True):
@@ -249,7 +273,7 @@ def test_a_forward_may_ask_for_the_older_settings_while_it_is_checked():
     assert (False, False) in seen
 
 
-def test_float32_is_float32_however_the_process_was_told(told):
+def test_float32_is_float32_however_the_process_was_told(told, cuda_in_use):
     before = precision_now()
     for exact in (full_precision, ieee_products):
         with exact():

@@ -210,7 +210,7 @@ def test_the_measure_sees_cancelling_uses_that_are_summed_apart(monkeypatch):
         ]
         return sum(pulled)
 
-    monkeypatch.setattr(uses.Uses, "is_small", False)
+    monkeypatch.setattr(uses.Uses, "small", None)
     monkeypatch.setattr(uses.Uses, "_weighted_sum", apart)
     with pytest.raises(AssertionError, match="of the bound"):
         test_no_example_moves_the_sum_by_more_than_the_bound("scaled twice")

@@ -11,7 +11,6 @@ Shape legend: B = examples of the microbatch.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +30,9 @@ from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identit
 from discreet.errors import UnsupportedUse
 
 
-def _streams_of(value: Tensor) -> set[torch.cuda.Stream]:
-    """Where work on a value is queued now; nothing on a processor, which does it at once."""
-    return {torch.cuda.current_stream(value.device)} if value.is_cuda else set()
+def _stream_of(value: Tensor) -> torch.cuda.Stream | None:
+    """Where work on a value is queued now; None on a processor, which does it at once."""
+    return torch.cuda.current_stream(value.device) if value.is_cuda else None
 
 
 class Book:
@@ -131,9 +130,10 @@ class Book:
 
     def _catch_up(self) -> None:
         """Let the accelerator's queue wait for those of a forward's own: its backward made there what is booked."""
-        here = _streams_of(self.sink)
-        for mine, other in itertools.product(here, self._streams - here):
-            mine.wait_stream(other)
+        here = _stream_of(self.sink)
+        if here is not None:
+            for other in self._streams - {here}:
+                here.wait_stream(other)
 
     def expect(self, derivation: Derivation) -> None:
         """Announce, from the forward, a use that will be recorded in the backward."""
@@ -157,15 +157,15 @@ class Book:
                 f"{', '.join(derivation.names)}: its shape {tuple(derivation.sources[0].shape)} is spread over "
                 f"{tuple(form.shape)} by the function that it meets; give it that shape, or expand it before."
             )
-        late = [name for name in derivation.names if name in self._sums]
-        if late:
+        if self._sums and any(name in self._sums for name in derivation.names):
             raise UnsupportedUse(
-                f"{', '.join(late)}: another gradient came after its group was settled (a backward through part of the "
-                "graph, or activation checkpointing that splits a group); use the flat clipping style."
+                f"{', '.join(derivation.names)}: another gradient came after its group was settled (a backward through "
+                "part of the graph, or activation checkpointing that splits a group); use the flat clipping style."
             )
-        self._streams |= _streams_of(self.sink)
+        if (stream := _stream_of(self.sink)) is not None:
+            self._streams.add(stream)
         form = form.detached()
-        self._rounds |= form.rounds  # also where a float64 parameter was cast, or got other memory
+        self._rounds = self._rounds or form.rounds  # also where a float64 parameter was cast, or got other memory
         choice = form.choice
         if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
             with full_precision():
@@ -356,7 +356,7 @@ class Book:
 
     def parts(self, names: tuple[str, ...]) -> list[Part]:
         """What these parameters' norms are taken from; asked for once, as joining uses may overwrite them."""
-        changed = [name for name in names if any(record.changed for _, record in self._records.get(name, ()))]
+        changed = [name for name in names for _, record in self._records.get(name, ()) if record.changed]
         if changed:
             raise UnsupportedUse(
                 f"{', '.join(changed)}: a gradient or an activation was changed in place after it was booked (by a "

@@ -285,7 +285,8 @@ def _through_rules(book: Book) -> Iterator[None]:
         import torch._dynamo.config as recording
         from torch._dynamo.eval_frame import skip_code
 
-        hide_from_compiler(skip_code, torch.compiler.disable)
+        at_work = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", bool)  # bool(): never None, as if so
+        hide_from_compiler(skip_code, torch.compiler.disable, at_work)
 
         # A graph for a batch of one, any batch, a batch as long as another axis; without a layout, and with it.
         limit = max(_MOST_GRAPHS, recording.recompile_limit)

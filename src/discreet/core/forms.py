@@ -105,15 +105,21 @@ class Form(abc.ABC):
         to += self.per_example()
 
     @property
+    @abc.abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held."""
+
+    @property
     def rounds(self) -> bool:
         """Whether sums of it are float32."""
-        tensors = (value for value in vars(self).values() if isinstance(value, Tensor))
-        return any(value.is_floating_point() and wide_dtype(value) is torch.float32 for value in tensors)
+        return any(value.is_floating_point() and wide_dtype(value) is torch.float32 for value in self.tensors)
 
     def detached(self) -> Self:
         """The same without the graph behind it: a book that held that would hold the graph, which holds the book."""
-        tied = {name: value.detach() for name, value in vars(self).items() if _has_graph(value)}
-        return replace(self, **tied) if tied else self
+        if not [value for value in self.tensors if value.requires_grad]:
+            return self
+        free = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **free)
 
     def reduced(self) -> Form:
         """What to hold until the factors are known: itself, or the instantiated gradients when those are smaller."""
@@ -131,6 +137,10 @@ class Dense(Form):
 
     grad: Tensor
     scratch: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.grad,)
 
     @property
     def shape(self) -> torch.Size:
@@ -177,6 +187,10 @@ class Lookup(Form):
     grad: Tensor
     num_rows: int
     merged: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.ids, self.grad)
 
     @property
     def shape(self) -> torch.Size:
@@ -240,10 +254,6 @@ class Lookup(Form):
         return self.ids + torch.arange(self.examples, device=self.ids.device).unsqueeze(1) * self.num_rows
 
 
-def _has_graph(value: object) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
 def wide(value: Tensor) -> Tensor:
     """At least float32: norms and sums never accumulate in half precision."""
     return value.to(wide_dtype(value))
@@ -267,7 +277,7 @@ def drop_vanishing(factor_B: Tensor, *, bound: float, largest: float = 1.0) -> T
 
 def square_sum(value: Tensor) -> Tensor:
     """Squared norm of each example's gradient, (B,), float64."""
-    return squares_along(wide(value).reshape(len(value), -1), block=_BLOCK)
+    return squares_along(wide(value).reshape(value.shape[0], -1), block=_BLOCK)
 
 
 def squares_along(value: Tensor, *, block: int) -> Tensor:

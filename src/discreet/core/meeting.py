@@ -14,7 +14,7 @@ hits a hook that refuses it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -93,17 +93,24 @@ def compiled_through(compiler: Callable[[Book], contextlib.AbstractContextManage
     _compiler = compiler
 
 
-def hide_from_compiler(skip: Function, disable: Function) -> None:
+def hide_from_compiler(skip: Function, disable: Function, at_work: Callable[[], object]) -> None:
     """Keep the compiler from eager meetings: it may see the call that meets a parameter, and nothing behind it.
 
     Args:
         skip: marks code whose own frame is not compiled.
         disable: wraps a function in which nothing is compiled.
+        at_work: says what frames are compiled by now; None where they are run as they are.
     """
     global _hidden
     if not _hidden:
+        unseen = disable(_meet)
+
+        def meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (_meet if at_work() is None else unseen)(func, args, kwargs)
+
         skip(hand_over.__code__)
-        answered_by(disable(_meet))
+        skip(meet.__code__)
+        answered_by(meet)
         _hidden = True
 
 
@@ -140,11 +147,9 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if book is None or not torch.is_grad_enabled():
             plain_args, plain_kwargs = tree_map_only(DerivedParameter, lambda leaf: leaf.plain(), (args, kwargs))
             return func(*plain_args, **plain_kwargs)
-        leaves = _leaves((args, kwargs))
-        guarded = [leaf for leaf in leaves if isinstance(leaf, Guarded)]
-        operands = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Guarded)]
+        guarded, operands = _tensors((*args, *kwargs.values()), [], [])
         origins = {id(leaf): derivation_of(book, leaf) for leaf in guarded}
-        names = tuple(dict.fromkeys(name for origin in origins.values() for name in origin.names))
+        names = tuple({name: None for origin in origins.values() for name in origin.names})
         if func not in RULES and func not in DERIVABLE and func not in ROUTED:
             raise _no_rule(func, names, guarded[0])
         pickings = {id(one): picking for one in operands if (picking := book.trail.trace(one)) is not None}
@@ -166,7 +171,7 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return ROUTED[func](use, *args, **kwargs)
         if is_turned:
             return RULES[func](use, *args, **kwargs).transpose(0, 1).contiguous()
-        batched = any(axis is not Axis.SHARED for axis in axes)
+        batched = axes.count(Axis.SHARED) < len(axes)
         meeting = RULES.get(func)
         if meeting is not None and (batched or func in SIZED):
             return meeting(use, *args, **kwargs)
@@ -175,11 +180,24 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise _no_rule(func, names, guarded[0])
 
 
-def _leaves(value: Any) -> list[Any]:
-    """What is inside tuples, lists and dicts, in order: all that arguments of torch functions are made of."""
-    if isinstance(value, (tuple, list)):
-        return [leaf for part in value for leaf in _leaves(part)]
-    return _leaves(tuple(value.values())) if isinstance(value, dict) else [value]
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.Size})
+
+
+def _tensors(values: Iterable[Any], guarded: list[Tensor], operands: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Guarded values, and other tensors, inside tuples, lists and dicts: all that arguments of functions are made of.
+
+    In order; added to the two lists.
+    """
+    for value in values:
+        if type(value) in _PLAIN:
+            continue
+        if isinstance(value, Tensor):
+            (guarded if isinstance(value, Guarded) else operands).append(value)
+        elif isinstance(value, (tuple, list)):
+            _tensors(value, guarded, operands)
+        elif isinstance(value, dict):
+            _tensors(value.values(), guarded, operands)
+    return guarded, operands
 
 
 FOR_ALL = (

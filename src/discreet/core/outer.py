@@ -50,6 +50,10 @@ class Outer(Form):
     value_shape: torch.Size
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.input, self.grad)
+
+    @property
     def shape(self) -> torch.Size:
         return self.value_shape
 
@@ -61,8 +65,12 @@ class Outer(Form):
     def choice(self) -> Choice:
         """The route to the norm of this use."""
         examples, _, positions, inputs = self.input.shape
-        prices = dispatch.prices(self.input, self.grad)
+        prices = dispatch.prices(self.input, self.grad, suited=self._suits_kernels)
         return Cost(positions, inputs, self.grad.shape[-1], examples, prices=prices).choose()
+
+    @functools.cached_property
+    def _suits_kernels(self) -> bool:
+        return dispatch.suit(self.input, self.grad)
 
     def rows(self, start: int, stop: int) -> Outer:
         return replace(self, input=self.input[start:stop], grad=self.grad[start:stop])
@@ -78,7 +86,7 @@ class Outer(Form):
         )
 
     def quick_norm2(self) -> Tensor:
-        if self.input.shape[2] > 1 and dispatch.suit(self.input, self.grad):
+        if self.input.shape[2] > 1 and self._suits_kernels:
             if self.choice.route is Route.DIRECT:
                 return fused_direct_norm2(self.input, self.grad)
             return dispatch.gram_norm2([self.input], [self.grad])
@@ -147,6 +155,10 @@ class Tied(Form):
 
     lookup: Lookup
     outer: Outer
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.lookup.tensors, *self.outer.tensors)
 
     @property
     def shape(self) -> torch.Size:

@@ -7,6 +7,7 @@ everything that refers to it stay as they are). PyTorch then hands every functio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -140,6 +141,10 @@ class Use:
         self.book.expect(derivation)
         return derivation
 
+    def booked(self, value: Any) -> Derivation | None:
+        """The same if a value is guarded; else None, and nothing will be recorded."""
+        return self.derivation(value) if isinstance(value, Guarded) else None
+
     def record(self, guarded_derivation: Derivation, form: Form) -> None:
         """Book the per-example gradients of a guarded value; called from the backward."""
         self.book.record(guarded_derivation, form)
@@ -248,6 +253,7 @@ def plain(value: Any) -> Any:
     return value
 
 
+@functools.lru_cache(maxsize=1024)
 def function_name(function: Function) -> str:
     """A readable name: torch's own names for its C classes are not the ones that users write."""
     name = str(getattr(function, "__qualname__", None) or getattr(function, "__name__", None) or function)

@@ -59,9 +59,22 @@ def widened(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in NARROW else leaf, batch)
 
 
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> contextlib.AbstractContextManager[None]:
     """Products and convolutions of float32 tensors in float32 inside, on every device."""
+    return contextlib.nullcontext() if _is_full() else _made_full()
+
+
+def _is_full() -> bool:
+    """Whether they are so already. CUDA's settings, of which cuDNN's rounds by default, count from its first use on."""
+    settings = _settings()
+    if any(map(torch.is_autocast_enabled, _AUTOCAST)) or not settings:
+        return False
+    used = settings if torch.cuda.is_initialized() else settings[_OF_CUDA:]
+    return {setting.fp32_precision for setting in used} <= {"ieee", "none"}  # none was set: float32
+
+
+@contextlib.contextmanager
+def _made_full() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for device in _AUTOCAST:
             if torch.is_autocast_enabled(device):
@@ -119,6 +132,10 @@ def _settings() -> tuple[Any, ...]:
         return ()
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
+
+
+_OF_CUDA = 3
+"""So many of the settings, the first, are CUDA's."""
 
 
 _OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], object], object], ...] = (

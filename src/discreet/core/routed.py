@@ -41,6 +41,10 @@ class Routed(Form):
     value_shape: torch.Size
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.input, self.grad, self.owner, self.expert)
+
+    @property
     def shape(self) -> torch.Size:
         return self.value_shape
 

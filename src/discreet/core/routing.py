@@ -151,6 +151,8 @@ class Trail:
 
     def _through(self, node: Any, rows: int) -> Picking | None:
         name = node.name()
+        if name in _ROWWISE:
+            return self._agreed([self.back(following, rows) for following, _ in node.next_functions if following])
         if name == "IndexBackward0":
             return self._picked(node, node._saved_indices, rows)
         if name == "IndexSelectBackward0" and _is_first(node, node._saved_dim):
@@ -170,18 +172,16 @@ class Trail:
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             at = getattr(node, "rows_of", None)
             return None if at is None else self.back(node.next_functions[at][0], rows)
-        keeps_rows = (
-            name in _ROWWISE
-            or (name in _BY_AXIS and (0 < node._saved_dim < 8 or node._saved_dim == _LAST))
-            or (name in _VIEWS and node._saved_self_sym_sizes[0] == rows)
+        keeps_rows = (name in _BY_AXIS and (0 < node._saved_dim < 8 or node._saved_dim == _LAST)) or (
+            name in _VIEWS and node._saved_self_sym_sizes[0] == rows
         )
-        if not keeps_rows:
-            return None
-        return self._agreed([self.back(following, rows) for following, _ in node.next_functions if following])
+        return self.back(node.next_functions[0][0], rows) if keeps_rows else None
 
     def _agreed(self, pickings: list[Picking | None]) -> Picking | None:
         """What all operands of one operation say. One that says nothing is in the batch's order, or contradicts."""
         found = [picking for picking in pickings if picking is not None]
+        if not found:
+            return None
         if len(found) < len(pickings) and all(self._is_untouched(picking) for picking in found):
             return None
         head = found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,14 @@ from discreet.errors import UnsupportedUse
 
 def nodes(value: Tensor) -> Iterator[torch.autograd.graph.Node]:
     """Every node of the graph behind a value, once."""
-    todo, seen = [value.grad_fn], set()
+    todo = [] if value.grad_fn is None else [value.grad_fn]
+    seen = set(todo)
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
         yield node
 
 
@@ -35,13 +36,16 @@ def run_backward(book: Book, losses_B: Tensor) -> None:
     with contextlib.ExitStack() as stack:
         for leaf in _strays(book, losses_B):
             stack.callback(leaf.register_hook(torch.zeros_like).remove)
-        stack.enter_context(_seeing_inner_backwards(book))
-        losses_B.sum().backward()
+        outermost = stack.enter_context(_seeing_inner_backwards(book))
+        outermost(losses_B.sum())
 
 
 @contextlib.contextmanager
-def _seeing_inner_backwards(book: Book) -> Iterator[None]:
-    """Look for strays in graphs that are made and run within the backward, as reentrant checkpoints do, as well."""
+def _seeing_inner_backwards(book: Book) -> Iterator[Callable[[Tensor], None]]:
+    """Look for strays in graphs that are made and run within the backward, as reentrant checkpoints do, as well.
+
+    Yields the backward that does not look.
+    """
     plain = torch.autograd.backward
 
     @functools.wraps(plain)
@@ -56,7 +60,7 @@ def _seeing_inner_backwards(book: Book) -> Iterator[None]:
 
     torch.autograd.backward = seen
     try:
-        yield
+        yield plain
     finally:
         torch.autograd.backward = plain
 

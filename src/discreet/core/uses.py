@@ -94,11 +94,11 @@ class Record:
     @property
     def changed(self) -> bool:
         """Whether what was booked is no longer what it was."""
-        return self.versions not in ((), _versions(self.form))
+        return self.versions != () and self.versions != _versions(self.form)
 
 
 def _versions(form: Form) -> tuple[int, ...]:
-    return tuple(value._version for value in vars(form).values() if isinstance(value, Tensor))
+    return tuple([value._version for value in form.tensors])  # a list is made without a generator's calls
 
 
 class Part(abc.ABC):
@@ -137,8 +137,8 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
     by_grad: dict[object, list[Uses]] = defaultdict(list)
     rest: list[Part] = []
     for use in every:
-        if use.is_small:
-            small[wide_dtype(use.small_grad)].append(use)
+        if (grad := use.small) is not None:
+            small[wide_dtype(grad)].append(use)
         elif (outer := use.by_product) is not None:
             products[wide_dtype(outer.grad)].append(use)
         elif (outer := use.by_gram) is not None:
@@ -185,13 +185,13 @@ class Uses(Summand):
             return replace(uses, joined=Record(Derivation.of(name, records[0][1].derivation.sources[0]), total, None))
         return uses
 
-    @functools.cached_property
+    @property
     def by_gram(self) -> Outer | None:
         """The operands, when the norm of this parameter alone would be taken from two Gram matrices."""
         outer = self._outer
         return outer if outer is not None and outer.choice.route is Route.GRAM and outer.input.shape[1] == 1 else None
 
-    @functools.cached_property
+    @property
     def by_product(self) -> Outer | None:
         """The operands, when there is one position: the norm is a product of norms."""
         outer = self._outer
@@ -219,21 +219,14 @@ class Uses(Summand):
         return Dense(torch.cat([total.per_example() for _, total in self._totals(None)])).gram()
 
     @property
-    def is_small(self) -> bool:
-        """Whether this is a vector or a scalar as it stands: a bias, a scale, a token."""
+    def small(self) -> Tensor | None:
+        """The gradients, (B, *shape), where this is a vector or a scalar as it stands: a bias, a scale, a token."""
         joined = self.joined
         if joined is None or not joined.derivation.identity or not isinstance(joined.form, Dense):
-            return False
+            return None
         grad = joined.form.grad
         most = _SMALL_TOGETHER if grad.device.type == "cpu" else _SMALL_AWAY
-        return grad.numel() <= min(self.examples * _SMALL, most)
-
-    @functools.cached_property
-    def small_grad(self) -> Tensor:
-        """The gradients of a small parameter, (B, numbers)."""
-        assert self.joined is not None
-        assert isinstance(self.joined.form, Dense)
-        return self.joined.form.grad.reshape(self.examples, -1)
+        return grad if grad.numel() <= min(self.examples * _SMALL, most) else None
 
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         yield self.name, self._weighted_sum(factor_B, bad_B)
@@ -270,8 +263,12 @@ class SmallUses(Summand):
     uses: tuple[Uses, ...]
 
     @functools.cached_property
+    def _grads(self) -> list[Tensor]:
+        return [grad for use in self.uses if (grad := use.small) is not None]
+
+    @functools.cached_property
     def _together(self) -> Dense:
-        return Dense(torch.cat([wide(use.small_grad) for use in self.uses], 1))
+        return Dense(torch.cat([wide(grad).reshape(grad.shape[0], -1) for grad in self._grads], 1))
 
     def quick_norm2(self) -> Tensor:
         return self._together.norm2()
@@ -281,10 +278,9 @@ class SmallUses(Summand):
 
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         form = self._together if bad_B is None else self._together.without(bad_B)
-        sizes = [use.small_grad.shape[1] for use in self.uses]
-        for use, total in zip(self.uses, form.weighted_sum(factor_B).split(sizes), strict=True):
-            assert use.joined is not None
-            yield use.name, total.reshape(use.joined.form.shape)
+        sums = form.weighted_sum(factor_B).split([grad[0].numel() for grad in self._grads])
+        for use, grad, total in zip(self.uses, self._grads, sums, strict=True):
+            yield use.name, total.reshape(grad.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ class Windows(Form):
     geometry: Geometry
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.input, self.grad)
+
+    @property
     def shape(self) -> torch.Size:
         return self.value_shape
 

@@ -28,7 +28,7 @@ _RUN = 16
 
 def suit(*operands: Tensor) -> bool:
     """Whether norms of these operands are taken by the kernels; decided from device, dtype and shape alone."""
-    if all(_on_accelerator(value) for value in operands):
+    if _on_accelerator(operands[0]) and all(map(_on_accelerator, operands)):
         return _found() and all(value.dtype in _stored(value.device) and value.numel() for value in operands)
     return processor.suit(*operands) and operands[0].shape[2] <= processor.MOST_POSITIONS
 
@@ -47,9 +47,13 @@ def suit_sums(*operands: Tensor) -> bool:
     return all(value.dtype is torch.bfloat16 and value.shape[2] >= _RUN for value in operands) and suit(*operands)
 
 
-def prices(*operands: Tensor) -> Prices:
-    """What the routes to a norm cost where these operands are."""
-    if not suit(*operands):
+def prices(*operands: Tensor, suited: bool | None = None) -> Prices:
+    """What the routes to a norm cost where these operands are.
+
+    Args:
+        suited: whether they `suit` kernels, where that is known.
+    """
+    if not (suit(*operands) if suited is None else suited):
         return plain_prices(*operands)
     if not _on_accelerator(operands[0]):
         return PANELS
@@ -63,9 +67,9 @@ def plain_prices(*operands: Tensor) -> Prices:
 
 def window_prices(input: Tensor, grad: Tensor, *, positions: int, pixels: int) -> Prices:
     """The same for the windows of an image."""
-    if not suit_windows(input, grad, rows=positions):
+    if positions > processor.MOST_POSITIONS or not suit_windows(input, grad):
         return plain_prices(input)
-    return PANELS if suit_windows(input, grad, rows=pixels) else PANELS_OF_WINDOWS
+    return PANELS if pixels <= processor.MOST_POSITIONS else PANELS_OF_WINDOWS
 
 
 def draw(*values: Tensor) -> bool:

@@ -136,7 +136,7 @@ def _places(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
 
 def suit(*operands: Tensor) -> bool:
     """Whether these operands are plain float32 tensors of a processor that the compiled code was built for."""
-    return len(operands) <= _MOST_OPERANDS and all(is_plain(value) for value in operands) and _is_there()
+    return len(operands) <= _MOST_OPERANDS and all(map(is_plain, operands)) and _is_there()
 
 
 def is_plain(value: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from discreet.core.book import Book
 from discreet.core.forms import Form
 from discreet.core.parameter import Guarded, Use, plain
-from discreet.core.rules.once import differentiable_once
+from discreet.core.rules.once import Meeting, differentiable_once
 from discreet.core.uses import Derivation
 
 
@@ -60,18 +60,14 @@ def contract(use: Use, operation: Operation, input: Tensor, weight: Tensor, bias
     """Run an operation whose weight, bias or both are guarded."""
     if isinstance(input, Guarded) or not use.is_batched(input):
         raise use.refuse("its input does not carry the batch", "pass the activations as the first argument.")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if isinstance(value, Tensor) and not isinstance(value, Guarded) and value.requires_grad:
+    where = _Ledger(use.book, use.booked(weight), use.booked(bias))
+    for name, value, origin in (("weight", weight, where.weight), ("bias", bias, where.bias)):
+        if value is not None and origin is None and value.requires_grad:
             raise use.refuse(f"its {name} depends on the examples", "use elementwise functions or matmul.")
-    where = _Ledger(
-        book=use.book,
-        weight=use.derivation(weight) if isinstance(weight, Guarded) else None,
-        bias=use.derivation(bias) if isinstance(bias, Guarded) else None,
-    )
     return _Contract.apply(use.book.sink, operation, where, input, plain(weight), plain(bias))
 
 
-class _Contract(torch.autograd.Function):
+class _Contract(Meeting):
     @staticmethod
     def forward(
         ctx: Any, sink: Tensor, operation: Operation, where: _Ledger, input: Tensor, weight: Tensor, bias: Tensor | None
@@ -87,6 +83,7 @@ class _Contract(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
+        input = input.detach()
         operation, where = ctx.operation, ctx.where
         early, input_grad = where.book.settles_early, None
         if early:

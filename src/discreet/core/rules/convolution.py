@@ -22,32 +22,31 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 @dataclass(frozen=True)
 class Convolution(Operation):
-    """A convolution over ``len(stride)`` spatial axes with symmetric zero padding."""
+    """A convolution over as many spatial axes as its geometry has, with symmetric zero padding."""
 
-    stride: Sizes
-    padding: Sizes
-    dilation: Sizes
-    groups: int
+    geometry: Geometry
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        convolve = _CONVOLUTIONS[len(self.stride) - 1]
-        return convolve(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        at = self.geometry
+        return _CONVOLUTIONS[len(at.stride) - 1](input, weight, bias, at.stride, at.padding, at.dilation, at.groups)
 
     def input_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        at = self.geometry
         input_grad, _, _ = torch.ops.aten.convolution_backward(
-            *(grad, input.to(grad.dtype), weight, None, self.stride, self.padding, self.dilation),
-            *(False, [0] * len(self.stride), self.groups, [True, False, False]),
+            *(grad, input.to(grad.dtype), weight, None, at.stride, at.padding, at.dilation),
+            *(False, [0] * len(at.stride), at.groups, [True, False, False]),
         )
         return input_grad
 
     def weight_form(self, grad: Tensor, input: Tensor, weight: Tensor, examples: int) -> Form:
-        geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)
-        input, grad = (value.reshape(examples, -1, *value.shape[1:]) for value in (input, grad))
-        return Windows(input, grad, weight.shape, geometry)
+        input = input.reshape(examples, -1, *input.shape[1:])
+        grad = grad.reshape(examples, -1, *grad.shape[1:])
+        return Windows(input, grad, weight.shape, self.geometry)
 
     def bias_form(self, grad: Tensor, examples: int) -> Form:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        return Dense(grad.flatten(2).sum(2, dtype=wide).reshape(examples, -1, grad.shape[1]).sum(1))
+        each_NC = grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))
+        folded = each_NC.shape[0] != examples
+        return Dense(each_NC.reshape(examples, -1, each_NC.shape[1]).sum(1) if folded else each_NC)
 
 
 def _register(function: Callable[..., Tensor], axes: int) -> None:
@@ -71,7 +70,7 @@ def _convolve(
         raise use.refuse(
             f"an input of shape {tuple(input.shape)}", f"the rule covers activations [batch, channels] + {axes} axes."
         )
-    spread = _sizes(dilation, axes)
+    spread = along(dilation, axes)
     if isinstance(padding, str):
         total = [
             gap * (kernel - 1) if padding == "same" else 0 for gap, kernel in zip(spread, weight.shape[2:], strict=True)
@@ -82,12 +81,13 @@ def _convolve(
             use = use.renamed(input, padded)
             input, total = padded, [0] * axes
         padding = tuple(size // 2 for size in total)
-    operation = Convolution(_sizes(stride, axes), _sizes(padding, axes), spread, groups)
+    operation = Convolution(Geometry(along(stride, axes), along(padding, axes), spread, groups))
     return contract(use, operation, input, weight, bias)
 
 
-def _sizes(value: int | Sizes, axes: int) -> Sizes:
+def along(value: int | Sizes, axes: int) -> Sizes:
+    """One number for each spatial axis."""
     if isinstance(value, int):
         return (value,) * axes
-    sizes = tuple(int(size) for size in value)
+    sizes = tuple([int(size) for size in value])
     return sizes * axes if len(sizes) == 1 else sizes

@@ -17,10 +17,11 @@ from discreet.core.book import Book
 from discreet.core.derived import derive
 from discreet.core.forms import Lookup
 from discreet.core.parameter import Guarded, Use, plain, rule
+from discreet.core.rules.once import Meeting, differentiable_once
 from discreet.core.uses import Derivation
 
 
-class _Embed(torch.autograd.Function):
+class _Embed(Meeting):
     """``table[ids]``; the backward books (ids, gradient) and returns nothing."""
 
     @staticmethod
@@ -33,7 +34,7 @@ class _Embed(torch.autograd.Function):
         return F.embedding(ids, table)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         (ids,) = ctx.saved_tensors
         examples = ctx.book.examples

@@ -24,7 +24,7 @@ from discreet.core.forms import Dense, wide_dtype
 from discreet.core.kernels import dispatch
 from discreet.core.parameter import Guarded, Use, plain, rule
 from discreet.core.precision import NARROW
-from discreet.core.rules.once import differentiable_once
+from discreet.core.rules.once import Meeting, differentiable_once
 from discreet.core.uses import Derivation
 
 
@@ -85,19 +85,18 @@ class _Booking:
 
     def record(self, weight_grad: Tensor | None, bias_grad: Tensor | None) -> None:
         """Book gradients (N, *shape), rows of one example added up."""
+        examples = self.book.examples
         for derivation, grad in ((self.weight, weight_grad), (self.bias, bias_grad)):
             if derivation is not None and grad is not None:
-                by_example = grad.reshape(self.book.examples, -1, *grad.shape[1:])
-                each = by_example[:, 0] if by_example.shape[1] == 1 else by_example.sum(1)
+                each = grad if grad.shape[0] == examples else grad.reshape(examples, -1, *grad.shape[1:]).sum(1)
                 self.book.record(derivation, Dense(each))
 
 
 def _booking(use: Use, weight: Tensor | None, bias: Tensor | None) -> _Booking:
-    weight_at, bias_at = (use.derivation(p) if isinstance(p, Guarded) else None for p in (weight, bias))
-    return _Booking(use.book, weight_at, bias_at)
+    return _Booking(use.book, use.booked(weight), use.booked(bias))
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Meeting):
     @staticmethod
     def forward(
         ctx: Any, sink: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...],
@@ -150,7 +149,7 @@ def _over_positions(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return total.reshape(value.shape[0], *shape)
 
 
-class _GroupNorm(torch.autograd.Function):
+class _GroupNorm(Meeting):
     """The backward takes all rows for channels of one row: then the kernel's own sums are those of each row."""
 
     @staticmethod
@@ -193,8 +192,12 @@ def _in_one_precision(input: Tensor, weight: Tensor | None, bias: Tensor | None,
     """Whether all operands are of one dtype, a wide one if need be, and scale and shift depend on no example."""
     if (input.dtype in NARROW and not narrow) or torch.is_autocast_enabled(input.device.type):
         return False
-    given = [p for p in (weight, bias) if p is not None]
-    return all(p.dtype == input.dtype and (isinstance(p, Guarded) or not p.requires_grad) for p in given)
+    for given in (weight, bias):
+        if given is not None and (
+            given.dtype != input.dtype or (given.requires_grad and not isinstance(given, Guarded))
+        ):
+            return False
+    return True
 
 
 def _affine(use: Use, normal: Tensor, weight: Tensor | None, bias: Tensor | None, *, trailing: bool) -> Tensor:

@@ -18,6 +18,15 @@ from discreet.errors import UnsupportedUse
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
+class Meeting(torch.autograd.Function):
+    """The autograd function of a rule. No guarded value gets into torch.func, for which PyTorch looks at arguments."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Run it, and put it into the graph."""
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
 class _Refused(torch.autograd.Function):
     """A value through which no gradient may come back."""
 
@@ -38,10 +47,10 @@ def differentiable_once(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
         return tuple(None if value is None else _Refused.apply(value.detach().requires_grad_()) for value in found)
 
     return once

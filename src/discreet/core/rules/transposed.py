@@ -16,49 +16,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.forms import Dense, Form
+from discreet.core.forms import Form
 from discreet.core.parameter import Guarded, Use, rule
-from discreet.core.rules.contraction import Operation, contract
-from discreet.core.rules.convolution import Convolution
+from discreet.core.rules.contraction import contract
+from discreet.core.rules.convolution import Convolution, along
+from discreet.core.windows import Geometry, Sizes
 
-Sizes = tuple[int, ...]
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 @dataclass(frozen=True)
-class TransposedConvolution(Operation):
-    """A transposed convolution over ``len(stride)`` spatial axes; the weight is (C_in, C_out / groups, *kernel)."""
+class TransposedConvolution(Convolution):
+    """A transposed convolution; the weight is (C_in, C_out / groups, *kernel)."""
 
-    stride: Sizes
-    padding: Sizes
     output_padding: Sizes
-    dilation: Sizes
-    groups: int
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        convolve = _TRANSPOSED[len(self.stride) - 1]
-        return convolve(
-            input, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        )  # fmt: skip
+        at, convolve = self.geometry, _TRANSPOSED[len(self.output_padding) - 1]
+        return convolve(input, weight, bias, at.stride, at.padding, self.output_padding, at.groups, at.dilation)
 
     def input_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        at = self.geometry
         input_grad, _, _ = torch.ops.aten.convolution_backward(
-            *(grad, input.to(grad.dtype), weight, None, self.stride, self.padding, self.dilation),
-            *(True, self.output_padding, self.groups, [True, False, False]),
+            *(grad, input.to(grad.dtype), weight, None, at.stride, at.padding, at.dilation),
+            *(True, self.output_padding, at.groups, [True, False, False]),
         )
         return input_grad
 
     def weight_form(self, grad: Tensor, input: Tensor, weight: Tensor, examples: int) -> Form:
-        adjoint = Convolution(self.stride, self.padding, self.dilation, self.groups)
+        geometry = self.geometry
         if any(self.output_padding):  # windows end before it: without it, the image has exactly the input's positions
-            sides = zip(reversed(self.padding), reversed(self.output_padding), strict=True)
+            sides = zip(reversed(geometry.padding), reversed(self.output_padding), strict=True)
             grad = F.pad(grad, [end for pad, extra in sides for end in (pad, pad - extra)])
-            adjoint = replace(adjoint, padding=(0,) * len(self.stride))
-        return adjoint.weight_form(input, grad, weight, examples)
-
-    def bias_form(self, grad: Tensor, examples: int) -> Form:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        return Dense(grad.flatten(2).sum(2, dtype=wide).reshape(examples, -1, grad.shape[1]).sum(1))
+            geometry = replace(geometry, padding=(0,) * len(geometry.padding))
+        return Convolution(geometry).weight_form(input, grad, weight, examples)
 
 
 def _register(function: Callable[..., Tensor], axes: int) -> None:
@@ -72,16 +63,9 @@ def _register(function: Callable[..., Tensor], axes: int) -> None:
                 f"an input of shape {tuple(input.shape)}",
                 f"the rule covers activations [batch, channels] + {axes} axes.",
             )
-        sizes = (_sizes(value, axes) for value in (stride, padding, output_padding, dilation))
-        return contract(use, TransposedConvolution(*sizes, groups), input, weight, bias)
+        strides, pads, ends, gaps = (along(value, axes) for value in (stride, padding, output_padding, dilation))
+        return contract(use, TransposedConvolution(Geometry(strides, pads, gaps, groups), ends), input, weight, bias)
 
 
 for _axes, _function in enumerate(_TRANSPOSED, start=1):
     _register(_function, _axes)
-
-
-def _sizes(value: int | Sizes, axes: int) -> Sizes:
-    if isinstance(value, int):
-        return (value,) * axes
-    sizes = tuple(int(size) for size in value)
-    return sizes * axes if len(sizes) == 1 else sizes
