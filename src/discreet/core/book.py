@@ -86,7 +86,7 @@ class Book:
         # Asked for now: of a guarded parameter every attribute is a call that is met.
         self._dtypes = {name: sum_dtype(parameter) for name, parameter in self.parameters.items()}
         self._rounds = torch.float32 in self._dtypes.values()
-        self._derivations: dict[str, tuple[object, Derivation]] = {}
+        self._derivations: dict[int, tuple[object, Derivation]] = {}
         first = next(iter(self.parameters.values()))
         self.sink = torch.zeros(examples, device=first.device, requires_grad=True)
         self._end = torch.autograd.graph.get_gradient_edge(self.sink).node
@@ -109,10 +109,10 @@ class Book:
 
     def derivation_of(self, parameter: Tensor) -> Derivation:
         """A guarded parameter as the origin of itself; known anew where its memory was exchanged (``p.data = ...``)."""
-        name, memory = self.name_of(parameter), identity_of(parameter)
-        known = self._derivations.get(name)
+        known, memory = self._derivations.get(id(parameter)), identity_of(parameter)
         if known is None or known[0] != memory:
-            known = self._derivations[name] = (memory, Derivation.of(name, parameter))
+            name = self.name_of(parameter)
+            known = self._derivations[id(parameter)] = (memory, Derivation.of(name, parameter))
             if sum_dtype(parameter) is torch.float32:  # whatever the book was opened with
                 self._dtypes[name] = torch.float32
         return known[1]

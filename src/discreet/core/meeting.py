@@ -72,6 +72,7 @@ def guard(book: Book) -> Iterator[None]:
     hooks = []
     try:
         for name, parameter in book.parameters.items():
+            book.derivation_of(parameter)  # known before it is met: here everything is still at hand
             classes[name] = type(parameter)
             hooks.append(parameter.register_hook(refuser(name)))
             parameter.__class__ = PrivateParameter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def release(
     away = {name: value for name, value in total.tensors.items() if not _on_host(value)}
     if away:
         source.add_on_device(away, {name: targets[name] for name in away}, **how)
-    here = {name: value for name, value in total.tensors.items() if _on_host(value)}
+    here = {name: value for name, value in total.tensors.items() if name not in away}
     shares = _shares(here, targets, threads=torch.get_num_threads())
     for_each(partial(_add_noise, source=source, **how), shares)
     return Released(tensors=targets, noise_std=noise_std / divisor, private=source.private)
@@ -99,20 +98,25 @@ class _Stretch:
     start: int
 
 
+_KEY = 1 << 12
+"""Draws that are made in the time that a tensor's own key takes."""
+
+
 def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, threads: int) -> list[list[_Stretch]]:
     """All entries of all tensors, cut at multiples of `PIECE` into about equal shares, one a thread where that pays."""
-    pieces = [(name, start) for name, value in values.items() for start in range(0, value.numel(), PIECE)]
-    count = max(1, min(threads, sum(value.numel() for value in values.values()) // PIECE))
-    shares = []
-    for number in range(count):
-        mine = pieces[number * len(pieces) // count : (number + 1) * len(pieces) // count]
-        stretches = []
-        for name, group in itertools.groupby(mine, key=lambda piece: piece[0]):
-            starts = [start for _, start in group]
-            rows = slice(starts[0], starts[-1] + PIECE)
-            value, target = values[name].reshape(-1)[rows], targets[name].view(-1)[rows]
-            stretches.append(_Stretch(name, value, target, starts[0]))
-        shares.append(stretches)
+    sizes = {name: value.numel() for name, value in values.items()}
+    count = max(1, min(threads, sum(sizes.values()) // PIECE))
+    total, taken = sum(sizes.values()) + _KEY * len(sizes), 0
+    shares: list[list[_Stretch]] = [[] for _ in range(count)]
+    for name, size in sizes.items():
+        value, target, start = values[name].reshape(-1), targets[name].view(-1), 0
+        while start < size:
+            number = taken * count // total
+            pieces = -(-((number + 1) * total // count - taken) // PIECE)  # that this share still wants
+            stop = size if number == count - 1 else min(size, start + max(1, pieces) * PIECE)
+            shares[number].append(_Stretch(name, value[start:stop], target[start:stop], start))
+            taken, start = taken + stop - start, stop
+        taken += _KEY
     return shares
 
 
@@ -160,4 +164,4 @@ def _add_by_pieces(
 
 
 def _on_host(value: Tensor) -> bool:
-    return value.device.type == "cpu"
+    return value.is_cpu

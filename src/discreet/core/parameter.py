@@ -141,9 +141,12 @@ class Use:
         self.book.expect(derivation)
         return derivation
 
-    def booked(self, value: Any) -> Derivation | None:
-        """The same if a value is guarded; else None, and nothing will be recorded."""
-        return self.derivation(value) if isinstance(value, Guarded) else None
+    def taken(self, value: Any) -> tuple[Derivation | None, Any]:
+        """A value as an ordinary one, and where it comes from if it is guarded: its gradients will be recorded."""
+        if not isinstance(value, Guarded):
+            return None, value
+        derivation = self.derivation(value)
+        return derivation, derivation.sources[0] if derivation.identity else plain(value)
 
     def record(self, guarded_derivation: Derivation, form: Form) -> None:
         """Book the per-example gradients of a guarded value; called from the backward."""

@@ -153,6 +153,9 @@ class Trail:
         name = node.name()
         if name in _ROWWISE:
             return self._agreed([self.back(following, rows) for following, _ in node.next_functions if following])
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            at = getattr(node, "rows_of", None)
+            return None if at is None else self.back(node.next_functions[at][0], rows)
         if name == "IndexBackward0":
             return self._picked(node, node._saved_indices, rows)
         if name == "IndexSelectBackward0" and _is_first(node, node._saved_dim):
@@ -169,9 +172,6 @@ class Trail:
             places = [place for part, at in node.next_functions if (place := _place(part, at)) is not None]
             apart = places != sorted(places) or any(self.back(part, rows) for part, _ in node.next_functions)
             return Picking(None, rows) if apart else None
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            at = getattr(node, "rows_of", None)
-            return None if at is None else self.back(node.next_functions[at][0], rows)
         keeps_rows = (name in _BY_AXIS and (0 < node._saved_dim < 8 or node._saved_dim == _LAST)) or (
             name in _VIEWS and node._saved_self_sym_sizes[0] == rows
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from discreet.core.book import Book
 from discreet.core.forms import Form
-from discreet.core.parameter import Guarded, Use, plain
+from discreet.core.parameter import Guarded, Use
 from discreet.core.rules.once import Meeting, differentiable_once
 from discreet.core.uses import Derivation
 
@@ -60,11 +60,13 @@ def contract(use: Use, operation: Operation, input: Tensor, weight: Tensor, bias
     """Run an operation whose weight, bias or both are guarded."""
     if isinstance(input, Guarded) or not use.is_batched(input):
         raise use.refuse("its input does not carry the batch", "pass the activations as the first argument.")
-    where = _Ledger(use.book, use.booked(weight), use.booked(bias))
-    for name, value, origin in (("weight", weight, where.weight), ("bias", bias, where.bias)):
-        if value is not None and origin is None and value.requires_grad:
+    weight_at, plain_weight = use.taken(weight)
+    bias_at, plain_bias = use.taken(bias)
+    for name, value in (("weight", plain_weight), ("bias", plain_bias)):
+        if value is not None and value.requires_grad:
             raise use.refuse(f"its {name} depends on the examples", "use elementwise functions or matmul.")
-    return _Contract.apply(use.book.sink, operation, where, input, plain(weight), plain(bias))
+    where = _Ledger(use.book, weight_at, bias_at)
+    return _Contract.apply(use.book.sink, operation, where, input, plain_weight, plain_bias)
 
 
 class _Contract(Meeting):

@@ -22,7 +22,7 @@ from torch import Tensor
 from discreet.core.book import Book
 from discreet.core.forms import Dense, wide_dtype
 from discreet.core.kernels import dispatch
-from discreet.core.parameter import Guarded, Use, plain, rule
+from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.precision import NARROW
 from discreet.core.rules.once import Meeting, differentiable_once
 from discreet.core.uses import Derivation
@@ -42,9 +42,8 @@ def layer_norm(
     if len(normalized_shape) >= input.dim():
         raise use.refuse(f"it normalises over all of {tuple(input.shape)}", "normalise over the axes of one example.")
     if _in_one_precision(input, weight, bias, narrow=True):
-        return _LayerNorm.apply(
-            use.book.sink, input, plain(weight), plain(bias), tuple(normalized_shape), eps, _booking(use, weight, bias)
-        )
+        booking, weight, bias = _taken(use, weight, bias)
+        return _LayerNorm.apply(use.book.sink, input, weight, bias, tuple(normalized_shape), eps, booking)
     return _affine(use, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, trailing=True)
 
 
@@ -69,9 +68,8 @@ def group_norm(
     """``F.group_norm``: statistics within an example, scale and shift per channel."""
     _need_batch(use, input)
     if _in_one_precision(input, weight, bias):
-        return _GroupNorm.apply(
-            use.book.sink, input, plain(weight), plain(bias), num_groups, eps, _booking(use, weight, bias)
-        )
+        booking, weight, bias = _taken(use, weight, bias)
+        return _GroupNorm.apply(use.book.sink, input, weight, bias, num_groups, eps, booking)
     return _affine(use, F.group_norm(input, num_groups, eps=eps), weight, bias, trailing=False)
 
 
@@ -92,8 +90,10 @@ class _Booking:
                 self.book.record(derivation, Dense(each))
 
 
-def _booking(use: Use, weight: Tensor | None, bias: Tensor | None) -> _Booking:
-    return _Booking(use.book, use.booked(weight), use.booked(bias))
+def _taken(use: Use, weight: Tensor | None, bias: Tensor | None) -> tuple[_Booking, Tensor | None, Tensor | None]:
+    weight_at, weight = use.taken(weight)
+    bias_at, bias = use.taken(bias)
+    return _Booking(use.book, weight_at, bias_at), weight, bias
 
 
 class _LayerNorm(Meeting):
