@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from contracts.products import EPS, ProductContract, draw, each, met, pair
+from discreet.core import team
 from discreet.core.forms import wide
 from discreet.core.kernels import processor
 from discreet.core.kernels.processor import Spread
@@ -21,7 +23,7 @@ class TestGramPanels(ProductContract):
     def total(self, input, grad):
         operands = [Spread(wide(input))], [Spread(wide(grad))]
         found = processor.gram_norm2(*operands, rounded=False, narrow=self.narrow)
-        return found, 4 + sum(values[0].spacings for values in operands)
+        return found, 4 + sum(values[0].places.spacings for values in operands)
 
     def norm2(self, input, grad):
         return processor.gram_norm2([Spread(wide(input))], [Spread(wide(grad))], narrow=self.narrow)
@@ -57,17 +59,27 @@ def _laid_out(value, order):
     return value.permute(order).contiguous().permute([order.index(axis) for axis in range(4)])
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8])
-def test_threads_change_no_bit(threads):
-    input, grad = (Spread(value) for value in pair((5, 2, 70, 90, 40), torch.float32))
+def _in_threads(threads, function):
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        alone = processor.gram_norm2([input], [grad]), processor.products(input, grad)
         torch.set_num_threads(threads)
-        together = processor.gram_norm2([input], [grad]), processor.products(input, grad)
+        return function()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_change_no_bit(threads, openmp, monkeypatch):
+    input, grad = (Spread(value) for value in pair((5, 2, 70, 90, 40), torch.float32))
+
+    def run():
+        return processor.gram_norm2([input], [grad]), processor.products(input, grad)
+
+    alone = _in_threads(1, run)
+    if not openmp:
+        monkeypatch.setattr(team, "_parallel", None)
+    together = _in_threads(threads, run)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
@@ -83,7 +95,26 @@ IMAGES = (  # folds, channels, groups, image, outputs, kernel, stride, padding, 
     (3, 6, 3, (9, 11), 9, (2, 3), (2, 1), (2, 3), (2, 2)),
     (1, 2, 1, (5, 6, 7), 4, (2, 3, 2), (1, 2, 1), (1, 0, 1), (1, 1, 2)),
     (1, 8, 8, (6, 6), 8, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (2, 5, 1, (16,), 6, (3,), (1,), (1,), (1,)),  # of 18 pixels the last are an order of their own, and one is no zero
+    (1, 80, 2, (4, 5), 4, (3, 3), (1, 1), (0, 2), (1, 1)),
 )
+
+
+def _image(image):
+    folds, channels, _, size, outputs, kernel, stride, padding, dilation = image
+    spans = zip(size, kernel, stride, padding, dilation, strict=True)
+    out = [(wide + 2 * pad - gap * (taps - 1) - 1) // step + 1 for wide, taps, step, pad, gap in spans]
+    return draw(3, torch.float32, (4, folds, channels, *size), (4, folds, outputs, *out))
+
+
+def _channels_last(value):
+    return value.movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+def _among_others(value):
+    """The same numbers with steps between them, over which there is nothing to be read."""
+    room = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 1), torch.nan)
+    return room[..., 1::2].copy_(value)
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=str)
@@ -91,12 +122,10 @@ IMAGES = (  # folds, channels, groups, image, outputs, kernel, stride, padding, 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_windows_are_read_where_they_lie(image, route, channels_last):
     """Norms and gradients of a convolution, against its own unfolded windows in float64."""
-    folds, channels, groups, size, outputs, kernel, stride, padding, dilation = image
-    spans = zip(size, kernel, stride, padding, dilation, strict=True)
-    out = [(wide + 2 * pad - gap * (taps - 1) - 1) // step + 1 for wide, taps, step, pad, gap in spans]
-    input, grad = draw(3, torch.float32, (4, folds, channels, *size), (4, folds, outputs, *out))
+    _, channels, groups, _, outputs, kernel, stride, padding, dilation = image
+    input, grad = _image(image)
     if channels_last:
-        input, grad = (value.movedim(2, -1).contiguous().movedim(-1, 2) for value in (input, grad))
+        input, grad = _channels_last(input), _channels_last(grad)
     shape = torch.Size((outputs, channels // groups, *kernel))
     geometry = Geometry(stride, padding, dilation, groups)
     form, exact = Windows(input, grad, shape, geometry), Windows(input.double(), grad.double(), shape, geometry)
@@ -108,6 +137,30 @@ def test_windows_are_read_where_they_lie(image, route, channels_last):
     assert ((norm2 - wanted).abs() <= bound).all()
     assert (norm2 >= wanted * (1 - 1e-6)).all()
     torch.testing.assert_close(form.per_example().double(), exact.per_example(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=str)
+@pytest.mark.parametrize("laid", [torch.clone, _channels_last, _among_others])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_zeros_that_the_kernel_puts_around_change_no_bit(image, laid, narrow, threads, monkeypatch):
+    monkeypatch.setattr(processor, "_ALONE", 1)
+    _, _, groups, size, _, kernel, stride, padding, dilation = image
+    input, grad = _image(image)
+    out, none, one = grad.shape[3:], (0,) * len(size), (1,) * len(size)
+    padded = F.pad(input, [pad for pad in reversed(padding) for _ in range(2)])
+    wanted, found = [], []
+    for value, around, results in ((padded, none, wanted), (laid(input), padding, found)):
+        grads = processor.Windows(laid(grad), out, one, one, none, one, groups)
+        rows, pixels = (
+            processor.Windows(value, out, kernel, stride, around, dilation, groups, by_pixel=told)
+            for told in (False, True)
+        )
+        for windows in (rows, pixels):
+            norm2 = _in_threads(threads, lambda a=windows, b=grads: processor.gram_norm2([a], [b], narrow=narrow))
+            results.append(norm2)
+        results.append(_in_threads(threads, lambda a=rows, b=grads: processor.products(a, b, narrow=narrow)))
+    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -129,7 +182,7 @@ def test_the_defaults_of_a_program_are_not_its_results(dtype):
 
 def test_operands_without_number_are_refused():
     with pytest.raises(ValueError, match="operands: a tuple of 1 to 16"):
-        processor._compiled.gram_norm2((), (), 1, 1, 0, 0, (0.0, 0.0, 0.0), 0, False)
+        processor._compiled.gram_norm2((), (), 1, 1, (0.0, 0.0, 0.0), 0, False, 0, 0, 1, 0)
 
 
 def test_operands_of_other_sizes_are_not_read():
@@ -144,29 +197,53 @@ def test_operands_of_other_sizes_are_not_read():
 
 
 def _windows(**other):
-    image = torch.randn(2, 1, 12, 3)
-    usual = {"value": image, "where": torch.tensor([0, 2, 4, 7]), "taps": torch.tensor([0, 1, 4])}
-    return processor.Windows(**{**usual, **other})
+    usual = {"value": torch.randn(2, 1, 4, 5), "output": (4,), "kernel": (3,), "stride": (1,), "padding": (1,)}
+    return processor.Windows(**{**usual, "dilation": (1,), "groups": 1, "by_pixel": False, **other})
 
 
-def test_windows_beyond_their_image_are_not_read():
+@pytest.mark.parametrize("by_pixel", [False, True])
+def test_windows_beyond_their_image_are_not_read(by_pixel):
     grad = [Spread(torch.randn(2, 1, 4, 5))]
-    assert processor.gram_norm2([_windows()], grad).shape == (2,)
+    assert processor.gram_norm2([_windows(by_pixel=by_pixel)], grad).shape == (2,)
+    assert processor.gram_norm2([_windows(by_pixel=by_pixel, output=(1,), dilation=(3,))], [_rows(1)]).shape == (2,)
     for wrong in (
-        {"where": torch.tensor([0, 2, 4, 8])},
-        {"where": torch.tensor([-1, 2, 4, 7])},
-        {"where": torch.tensor([0, 4, 2, 7])},
-        {"where": torch.tensor([0, 2, 4, 7], dtype=torch.int32)},
-        {"where": torch.tensor([0, 9, 2, 9, 4, 9, 7])[::2]},
-        {"taps": torch.tensor([0, 1, 5])},
-        {"taps": torch.tensor([1, 0])},
-        {"taps": torch.tensor([0, 0, 1, 0])[::2]},
-        {"value": torch.randn(2, 1, 11, 3)},
+        {"output": (6,)},
+        {"output": (0,)},
+        {"kernel": (5,)},
+        {"kernel": (0,)},
+        {"stride": (2,)},
+        {"stride": (0,)},
+        {"dilation": (2,)},
+        {"dilation": (0,)},
+        {"padding": (0,), "output": (4,)},
+        {"padding": (-1,), "output": (1,)},
+        {"groups": 3},
+        {"value": torch.randn(2, 1, 4, 3)},
+        {"value": torch.randn(2, 1, 0, 5)},
     ):
         with pytest.raises(AssertionError, match="read past"):
-            processor.gram_norm2([_windows(**wrong)], grad)
-    for operands in (([_windows(), _windows()], grad), ([Spread(torch.randn(2, 1, 4, 3))], [_windows()])):
+            _windows(by_pixel=by_pixel, **wrong)
+    four = (1,) * 4
+    with pytest.raises(AssertionError, match="read past"):
+        processor.Windows(torch.randn(2, 1, 4, *four), four, four, four, (0,) * 4, four, 1, by_pixel=by_pixel)
+    with pytest.raises(ValueError, match="zip"):
+        _windows(by_pixel=by_pixel, kernel=(3, 1))
+
+
+def _rows(positions):
+    return Spread(torch.randn(2, 1, positions, 5))
+
+
+@pytest.mark.parametrize("by_pixel", [False, True])
+def test_windows_come_alone(by_pixel):
+    windows, rows = _windows(by_pixel=by_pixel), _rows(4)
+    for operands in (([windows, windows], [rows]), ([rows], [windows])):
         with pytest.raises(ValueError, match="the only operand"):
             processor.gram_norm2(*operands)
     with pytest.raises(ValueError, match="the only operand"):
-        processor.products(_windows(), grad[0])
+        processor.products(rows, windows)
+    if by_pixel:
+        with pytest.raises(ValueError, match="the only operand"):
+            processor.products(windows, rows)
+    else:
+        assert processor.products(windows, rows).shape == (2, 1, 5, 12)

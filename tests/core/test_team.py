@@ -43,6 +43,16 @@ def test_tensors_are_worked_on_in_every_thread(way):
     assert torch.equal(into.sum(1), torch.arange(1, 5) * 100_000.0)
 
 
+def test_rows_are_shared_out_by_compiled_code_or_to_calls_of_it(way):
+    calls = []
+    team.for_rows(lambda *call: calls.append(call), 5, 2)
+    in_c = team._parallel is not None
+    assert sorted(calls) == ([(0, 5, 2, team._address)] if in_c else [(0, 2, 1, 0), (2, 5, 1, 0)])
+    calls.clear()
+    team.for_rows(lambda *call: calls.append(call), 5, 1)
+    assert [call[:3] for call in calls] == [(0, 5, 1)]
+
+
 @pytest.mark.parametrize("error", [ValueError, IndexError, KeyboardInterrupt])
 def test_what_a_share_raises_is_raised(way, error):
     def work(share):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,19 @@ def for_each(work: Callable[[_Share], None], shares: Sequence[_Share]) -> None:
         raise KeyboardInterrupt  # C drops what is raised between two lines of a callback
 
 
+def for_rows(run: Callable[[int, int, int, int], None], rows: int, threads: int) -> None:
+    """``run(start, stop, threads, enter)``: compiled code, for all rows, that shares them out by itself.
+
+    ``enter`` is the address of ``GOMP_parallel``: a callback in each thread would cost 50 to 100 microseconds. Without
+    it each thread makes a call of its own, for some of the rows.
+    """
+    if threads < 2 or _parallel is not None:
+        run(0, rows, threads, _address)
+    else:
+        edges = [rows * thread // threads for thread in range(threads + 1)]
+        for_each(lambda share: run(*share, 1, 0), list(itertools.pairwise(edges)))
+
+
 def _together(body: Callable[[int | None], None], threads: int) -> None:
     if threads < 2:
         body(None)
@@ -69,3 +83,4 @@ def _openmp() -> Callable[[object, object, int, int], None] | None:
 
 
 _parallel = _openmp()
+_address = 0 if _parallel is None else ctypes.cast(_parallel, ctypes.c_void_p).value

@@ -167,16 +167,6 @@ class Windows(Form):
 
     def unfolded(self) -> Outer:
         """The same with windows as positions: a strided view of the padded input, copied when it is used."""
-        windows, grads = self._spread()
-        examples, groups = windows.value.shape[:2]
-        operands = (
-            spread.value.reshape(examples, groups, math.prod(spread.value.shape[2 : 2 + spread.position_axes]), -1)
-            for spread in (windows, grads)
-        )
-        return Outer(*operands, self.value_shape)
-
-    def _spread(self) -> tuple[Spread, Spread]:
-        """Windows of the padded input, and the output gradients that they meet: views of both, nothing is copied."""
         # Kernels take operands as they are stored.
         input = self.input if dispatch.suit(self.input, self.grad) else wide(self.input)
         padded, groups = self._padded(input).contiguous(), self.geometry.groups
@@ -190,23 +180,25 @@ class Windows(Form):
             (examples, groups, folds, *output, per_group, *kernel),
             (row, per_group * channel, fold, *steps, channel, *taps),
         )
-        return Spread(windows, 1 + len(output)), self._spread_grads()
+        grads = self.grad.unflatten(2, (groups, self.value_shape[0] // groups)).movedim(1, 2).movedim(3, -1)
+        operands = (value.reshape(examples, groups, self._positions, -1) for value in (windows, grads))
+        return Outer(*operands, self.value_shape)
+
+    def _spread(self, *, by_pixel: bool = False) -> tuple[Spread, Spread]:
+        """Windows of the input, which the kernel pads, and the output gradients that they meet: nothing is copied."""
+        output, kernel, place = self.grad.shape[3:], self.value_shape[2:], self.geometry
+        sight = output, kernel, place.stride, place.padding, place.dilation, place.groups
+        return WindowSpread(wide(self.input), *sight, by_pixel=by_pixel), self._spread_grads()
 
     def _by_pixel(self) -> tuple[Spread, Spread]:
         """As `_spread`, with the windows told by the pixels that they see."""
-        pixels = self._padded(wide(self.input))
-        _, folds, channels, *image = pixels.shape
-        by_pixel = pixels.unflatten(2, (self.geometry.groups, channels // self.geometry.groups)).movedim(1, 2)
-        output, kernel = self.grad.shape[3:], self.value_shape[2:]
-        places = (folds, *image), (folds, *output), (1, *kernel)
-        where, taps = _seen(*places, (1, *self.geometry.stride), (1, *self.geometry.dilation))
-        windows = WindowSpread(by_pixel.movedim(3, -1), 1 + len(image), where=where, taps=taps)
-        return windows, self._spread_grads()
+        return self._spread(by_pixel=True)
 
     def _spread_grads(self) -> Spread:
-        groups = self.geometry.groups
-        grads = self.grad.unflatten(2, (groups, self.value_shape[0] // groups)).movedim(1, 2).movedim(3, -1)
-        return Spread(grads, 1 + len(self.grad.shape[3:]))
+        """Output gradients are windows of one pixel each."""
+        output = self.grad.shape[3:]
+        one, none = (1,) * len(output), (0,) * len(output)
+        return WindowSpread(self.grad, output, one, one, none, one, self.geometry.groups)
 
     def per_example(self) -> Tensor:
         if dispatch.suit_windows(self.input, self.grad):
@@ -243,16 +235,6 @@ class Windows(Form):
         if self.choice.route is Route.KEEP:
             return Dense(self.per_example(), scratch=True)
         return self
-
-
-@functools.lru_cache(maxsize=256)
-def _seen(image: Sizes, output: Sizes, kernel: Sizes, stride: Sizes, gap: Sizes) -> tuple[Tensor, Tensor]:
-    """The first pixel of each window, and how much later the pixel under each tap lies; int64, in rising order."""
-    pixels = torch.arange(math.prod(image), device="cpu").reshape(image)
-    first = tuple(slice(0, (size - 1) * step + 1, step) for size, step in zip(output, stride, strict=True))
-    taps = tuple(slice(0, (size - 1) * step + 1, step) for size, step in zip(kernel, gap, strict=True))
-    # Of an image that is cut evenly both would be views, in steps; the compiled code reads them one after another.
-    return pixels[first].flatten().contiguous(), pixels[taps].flatten().contiguous()
 
 
 def _summed_along(products: Tensor, one: int, other: int, steps: list[slice]) -> Tensor:

@@ -26,13 +26,19 @@ typedef int32_t picked_8 __attribute__((vector_size(32)));
 
 /* A matrix for each example and group: element (row, column) lies at rows[row] + columns[column].
  *
- * Of windows of an image these are its pixels and channels; window s sees under tap k the pixel where[s] + taps[k]. */
+ * Of windows that are told by the pixels of an image these are its pixels and channels, and the pixels are numbered as if
+ * the zeros around it were there: row r is pixel spots[r], and window s sees under tap k pixel where[s] + taps[k].
+ *
+ * Where there is room, the image is first copied to that much memory, with zeros around it: numbers[0] is where its first
+ * number goes, then come its size, its stride and that of the copy along each of five axes, in the order of a loop. */
 typedef struct {
     const float *data;
     Py_ssize_t example, group, width;
     const int64_t *rows, *columns;
-    Py_ssize_t pixels, tap_count; /* zero where rows are positions */
-    const int64_t *where, *taps;
+    Py_ssize_t row_count, pixels, tap_count; /* zero where rows are positions */
+    const int64_t *where, *taps, *spots;
+    Py_ssize_t room;
+    const int64_t *numbers;
 } operand;
 
 /* Everything below is compiled for each kind of processor, with as many rows at once as its registers hold. */
@@ -235,6 +241,26 @@ FOR(KIND) static void place_##W(const float *tile, int rows, int lanes, int firs
                 total[lane] = (first ? 0 : total[lane]) + tile[lane];                                                  \
 }                                                                                                                      \
                                                                                                                        \
+/* total[down[r]][across[l]] += tile[r][l], of a matrix whose rows lie so far apart. */                                 \
+FOR(KIND) static void scatter_##W(const float *tile, const int64_t *down, int rows, const int64_t *across, int lanes,  \
+                                  int first, float *total, Py_ssize_t apart)                                           \
+{                                                                                                                      \
+    const int run = lanes == LANES ? side_by_side(across) : 1;                                                         \
+    for (int r = 0; r < rows; r++, tile += LANES) {                                                                    \
+        float *to = total + down[r] * apart;                                                                           \
+        if (run == 16)                                                                                                 \
+            for (int lane = 0; lane < LANES; lane++)                                                                   \
+                to[across[0] + lane] = (first ? 0 : to[across[0] + lane]) + tile[lane];                                \
+        else if (run == 8)                                                                                             \
+            for (int start = 0; start < LANES; start += 8)                                                             \
+                for (int lane = 0; lane < 8; lane++)                                                                   \
+                    to[across[start] + lane] = (first ? 0 : to[across[start] + lane]) + tile[start + lane];            \
+        else                                                                                                           \
+            for (int lane = 0; lane < lanes; lane++)                                                                   \
+                to[across[lane]] = (first ? 0 : to[across[lane]]) + tile[lane];                                        \
+    }                                                                                                                  \
+}                                                                                                                      \
+                                                                                                                       \
 /* tile[r][l] = sum over taps of pixels[one[r] + tap][other[l] + tap], zero for absent lanes. */                       \
 FOR(KIND) static void shifted_##W(const float *pixels, Py_ssize_t apart, const int64_t *one, int rows,                \
                                   const int64_t *other, int lanes, const int64_t *taps, Py_ssize_t count,              \
@@ -286,14 +312,15 @@ typedef struct {
     void (*pack)(const float *, const int64_t *, Py_ssize_t, const int64_t *, Py_ssize_t, float *);
     void (*add)(const float *, int, int, double *);
     void (*place)(const float *, int, int, int, float *, Py_ssize_t);
+    void (*scatter)(const float *, const int64_t *, int, const int64_t *, int, int, float *, Py_ssize_t);
     void (*shifted)(const float *, Py_ssize_t, const int64_t *, int, const int64_t *, int, const int64_t *, Py_ssize_t,
                     double *);
     void (*met)(const double *, const double *, int, double, const double *, const double *, const double *, const double *,
                 double *);
 } instructions;
 
-static const instructions WIDE = {tile_16, pack_16, add_16, place_16, shifted_16, met_16},
-                          NARROW = {tile_8, pack_8, add_8, place_8, shifted_8, met_8};
+static const instructions WIDE = {tile_16, pack_16, add_16, place_16, scatter_16, shifted_16, met_16},
+                          NARROW = {tile_8, pack_8, add_8, place_8, scatter_8, shifted_8, met_8};
 
 /* The best that this processor has, or none; a virtual one with AVX2 may lack what else the compiler makes use of. */
 static const instructions *found(void)
@@ -312,6 +339,51 @@ static inline Py_ssize_t panels_of(Py_ssize_t lanes)
 static inline int rows_of(Py_ssize_t panel, Py_ssize_t lanes)
 {
     return (int)(lanes - panel * LANES < LANES ? lanes - panel * LANES : LANES);
+}
+
+/* A row of an image; most are short, and it takes longer to call for them. */
+static inline void copied_row(const float *from, Py_ssize_t step, Py_ssize_t size, float *to, Py_ssize_t apart)
+{
+    if (step != 1 || apart != 1)
+        for (Py_ssize_t i = 0; i < size; i++)
+            to[i * apart] = from[i * step];
+    else if (size > 4 * LANES)
+        memcpy(to, from, size * sizeof(float));
+    else {
+        Py_ssize_t i = 0;
+        for (; i + 4 <= size; i += 4)
+            memcpy(to + i, from + i, 4 * sizeof(float));
+        for (; i < size; i++)
+            to[i] = from[i];
+    }
+}
+
+/* Where a matrix of one example and group lies: in an image, or in a copy of it, around which there are zeros already. */
+static const float *placed(const operand *one, Py_ssize_t example, Py_ssize_t group, float *copy)
+{
+    const float *data = one->data + example * one->example + group * one->group;
+    if (!one->room)
+        return data;
+    const int64_t *a = one->numbers + 1, *b = a + 3, *c = b + 3, *d = c + 3, *last = d + 3;
+    for (Py_ssize_t i = 0; i < a[0]; i++)
+        for (Py_ssize_t j = 0; j < b[0]; j++)
+            for (Py_ssize_t k = 0; k < c[0]; k++) {
+                const float *from = data + i * a[1] + j * b[1] + k * c[1];
+                float *to = copy + one->numbers[0] + i * a[2] + j * b[2] + k * c[2];
+                for (Py_ssize_t l = 0; l < d[0]; l++)
+                    copied_row(from + l * d[1], last[1], last[0], to + l * d[2], last[2]);
+            }
+    return copy;
+}
+
+/* Zeroed memory for a copy, of the only operand that may need one. */
+static float *room_for(const operand *one)
+{
+    const size_t size = Py_MAX(1, panels_of(one->room)) * LINE;
+    float *copy = aligned_alloc(LINE, size);
+    if (copy && one->room)
+        memset(copy, 0, size);
+    return copy;
 }
 
 /* One block of columns of a matrix, all of its rows in panels. */
@@ -348,22 +420,25 @@ static void gram_of_rows(const instructions *use, const operand *one, const floa
 }
 
 /* The same of windows: pixels are multiplied with each other once, into a matrix of which the lower half is filled, and
- * for each two windows its entries are added up along their taps. Later windows see later pixels. */
+ * for each two windows its entries are added up along their taps. Later windows see later pixels. What pixels around the
+ * image would be multiplied to is zero already; those within are summed in the order of whole tiles, as the first of more. */
 static void gram_of_windows(const instructions *use, const operand *one, const float *data, Py_ssize_t positions,
                             float *panels, float *pixels, double *tiles)
 {
-    const Py_ssize_t seen = panels_of(one->pixels), apart = seen * LANES, all = panels_of(positions);
+    const Py_ssize_t seen = panels_of(one->row_count), apart = panels_of(one->pixels) * LANES;
+    const Py_ssize_t all = panels_of(positions);
     for (Py_ssize_t start = 0; start < one->width; start += BLOCK) {
         Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
-        packed(use, one, data, one->pixels, start, depth, panels);
+        packed(use, one, data, one->row_count, start, depth, panels);
         for (Py_ssize_t q = 0; q < seen; q += 2)
             for (Py_ssize_t p = q; p < seen; p++) {
                 ALIGNED float tile[2 * TILE];
-                const int rows = rows_of(p, one->pixels), count = p > q ? 2 : 1;
-                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, count, depth, rows, tile);
+                const int rows = rows_of(p, one->row_count), count = p > q ? 2 : 1;
+                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, count, depth,
+                          one->row_count < one->pixels ? (rows + 3) / 4 * 4 : rows, tile);
                 for (int panel = 0; panel < count; panel++)
-                    use->place(tile + panel * TILE, rows, LANES, !start,
-                               pixels + p * LANES * apart + (q + panel) * LANES, apart);
+                    use->scatter(tile + panel * TILE, one->spots + p * LANES, rows, one->spots + (q + panel) * LANES,
+                                 rows_of(q + panel, one->row_count), !start, pixels, apart);
             }
     }
     for (Py_ssize_t q = 0; q < all; q++)
@@ -378,10 +453,10 @@ static void gram_of_windows(const instructions *use, const operand *one, const f
 
 /* The lower half of the sum of the Gram matrices of some operands, tile by tile. */
 static void gram(const instructions *use, const operand *operands, int count, Py_ssize_t example, Py_ssize_t group,
-                 Py_ssize_t positions, float *panels, float *pixels, double *tiles)
+                 Py_ssize_t positions, float *panels, float *pixels, float *copy, double *tiles)
 {
     for (const operand *one = operands; one < operands + count; one++) {
-        const float *data = one->data + example * one->example + group * one->group;
+        const float *data = placed(one, example, group, copy);
         if (one->tap_count)
             gram_of_windows(use, one, data, positions, panels, pixels, tiles);
         else
@@ -431,36 +506,49 @@ static void add_lengths(const double *inputs, const double *grads, Py_ssize_t po
     l->met2 += met * met;
 }
 
+/* Threads take examples until none is left. */
 typedef struct {
     const instructions *use;
     operand inputs[MOST_OPERANDS], grads[MOST_OPERANDS];
-    int input_count, grad_count;
-    Py_ssize_t start, stop, groups, positions;
+    int input_count, grad_count, squared, failed;
+    Py_ssize_t stop, groups, positions;
+    spacings errs;
+    void *out;
+    ALIGNED Py_ssize_t next;
 } problem;
+
+static inline Py_ssize_t taken(problem *all)
+{
+    return __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED);
+}
 
 /* An entry <x_s, x_t> errs by so many spacings of |x_s| |x_t|, and is multiplied by <g_s, g_t>: the error of the total is
  * at most the sum of |x_s| |x_t| |<g_s, g_t>|, and the same the other way round. */
-static int gram_norm2(const problem *all, const spacings *errs, double *norm2)
+static int gram_norm2(problem *all)
 {
     const Py_ssize_t count = panels_of(all->positions), tiles = count * (count + 1) / 2;
     const Py_ssize_t seen = Py_MAX(count, panels_of(all->inputs->pixels));
-    double inputs = 0, outputs = 0;
+    const size_t square = seen * seen * TILE * sizeof(float);
+    const int in_windows = all->inputs->tap_count > 0;
+    double inputs = 0, outputs = 0, *norm2 = all->out;
     for (int i = 0; i < all->input_count; i++)
         inputs += (double)all->inputs[i].width * Py_MAX(1, all->inputs[i].tap_count);
     for (int i = 0; i < all->grad_count; i++)
         outputs += all->grads[i].width;
     float *panels = aligned_alloc(LINE, seen * BLOCK * LINE);
-    float *pixels = aligned_alloc(LINE, all->inputs->tap_count ? seen * seen * TILE * sizeof(float) : LINE);
+    float *pixels = aligned_alloc(LINE, in_windows ? square : LINE), *copy = room_for(all->inputs);
     double *input = aligned_alloc(LINE, (2 * tiles * TILE + 2 * count * LANES) * sizeof(double));
-    const int fits = panels && pixels && input;
+    const int fits = panels && pixels && copy && input;
     double *grad = input + tiles * TILE, *input_length = grad + tiles * TILE;
     double *grad_length = input_length + count * LANES;
-    for (Py_ssize_t example = all->start; fits && example < all->stop; example++) {
+    if (fits && all->inputs->row_count < all->inputs->pixels)
+        memset(pixels, 0, square);
+    for (Py_ssize_t example; fits && (example = taken(all)) < all->stop;) {
         lengths l = {0};
         double met[3] = {0};
         for (Py_ssize_t group = 0; group < all->groups; group++) {
-            gram(all->use, all->inputs, all->input_count, example, group, all->positions, panels, pixels, input);
-            gram(all->use, all->grads, all->grad_count, example, group, all->positions, panels, pixels, grad);
+            gram(all->use, all->inputs, all->input_count, example, group, all->positions, panels, pixels, copy, input);
+            gram(all->use, all->grads, all->grad_count, example, group, all->positions, panels, pixels, copy, grad);
             measure(input, all->positions, input_length);
             measure(grad, all->positions, grad_length);
             add_lengths(input_length, grad_length, all->positions, &l);
@@ -471,52 +559,62 @@ static int gram_norm2(const problem *all, const spacings *errs, double *norm2)
                                   input_length + p * LANES, input_length + q * LANES, grad_length + p * LANES,
                                   grad_length + q * LANES, met);
         }
-        double error = errs->input * met[1] + errs->grad * met[2];
-        norm2[example] = rounded_up(met[0], error, &l, inputs, outputs, errs->sum);
+        double error = all->errs.input * met[1] + all->errs.grad * met[2];
+        norm2[example] = rounded_up(met[0], error, &l, inputs, outputs, all->errs.sum);
     }
-    free(panels), free(pixels), free(input);
+    free(panels), free(pixels), free(copy), free(input);
     return fits;
 }
 
 /* out[example][group] = grad^T input, positions in blocks: the panels of one stay in the cache. */
-static int products(const problem *all, float *out)
+static int products(problem *all)
 {
     const operand *input = all->inputs, *grad = all->grads;
     const Py_ssize_t across = panels_of(input->width), down = panels_of(grad->width);
-    float *panels = aligned_alloc(LINE, (across + down) * BLOCK * LINE);
-    for (Py_ssize_t at = all->start * all->groups; panels && at < all->stop * all->groups; at++) {
-        const Py_ssize_t example = at / all->groups, group = at % all->groups;
-        const float *left = grad->data + example * grad->example + group * grad->group;
-        const float *right = input->data + example * input->example + group * input->group;
-        float *to = out + at * grad->width * input->width;
-        for (Py_ssize_t start = 0; start < all->positions; start += BLOCK) {
-            Py_ssize_t depth = all->positions - start < BLOCK ? all->positions - start : BLOCK;
-            float *rights = panels + down * LANES * depth;
-            for (Py_ssize_t p = 0; p < down; p++)
-                all->use->pack(left, grad->columns + p * LANES, rows_of(p, grad->width), grad->rows + start, depth,
-                               panels + p * LANES * depth);
-            for (Py_ssize_t p = 0; p < across; p++)
-                all->use->pack(right, input->columns + p * LANES, rows_of(p, input->width), input->rows + start, depth,
-                               rights + p * LANES * depth);
-            for (Py_ssize_t q = 0; q < across; q += 2)
-                for (Py_ssize_t p = 0; p < down; p++) {
-                    ALIGNED float tile[2 * TILE];
-                    const int rows = rows_of(p, grad->width), count = q + 1 < across ? 2 : 1;
-                    all->use->tile(panels + p * LANES * depth, rights + q * LANES * depth, count, depth, rows, tile);
-                    for (int panel = 0; panel < count; panel++)
-                        all->use->place(tile + panel * TILE, rows, rows_of(q + panel, input->width), !start,
-                                        to + p * LANES * input->width + (q + panel) * LANES, input->width);
-                }
+    float *panels = aligned_alloc(LINE, (across + down) * BLOCK * LINE), *copy = room_for(input);
+    const int fits = panels && copy;
+    for (Py_ssize_t example; fits && (example = taken(all)) < all->stop;)
+        for (Py_ssize_t group = 0; group < all->groups; group++) {
+            const float *left = placed(grad, example, group, NULL), *right = placed(input, example, group, copy);
+            float *to = (float *)all->out + (example * all->groups + group) * grad->width * input->width;
+            for (Py_ssize_t start = 0; start < all->positions; start += BLOCK) {
+                Py_ssize_t depth = all->positions - start < BLOCK ? all->positions - start : BLOCK;
+                float *rights = panels + down * LANES * depth;
+                for (Py_ssize_t p = 0; p < down; p++)
+                    all->use->pack(left, grad->columns + p * LANES, rows_of(p, grad->width), grad->rows + start, depth,
+                                   panels + p * LANES * depth);
+                for (Py_ssize_t p = 0; p < across; p++)
+                    all->use->pack(right, input->columns + p * LANES, rows_of(p, input->width), input->rows + start,
+                                   depth, rights + p * LANES * depth);
+                for (Py_ssize_t q = 0; q < across; q += 2)
+                    for (Py_ssize_t p = 0; p < down; p++) {
+                        ALIGNED float tile[2 * TILE];
+                        const int rows = rows_of(p, grad->width), count = q + 1 < across ? 2 : 1;
+                        all->use->tile(panels + p * LANES * depth, rights + q * LANES * depth, count, depth, rows, tile);
+                        for (int panel = 0; panel < count; panel++)
+                            all->use->place(tile + panel * TILE, rows, rows_of(q + panel, input->width), !start,
+                                            to + p * LANES * input->width + (q + panel) * LANES, input->width);
+                    }
+            }
         }
-    }
-    const int fits = panels != NULL;
-    free(panels);
+    free(panels), free(copy);
     return fits;
 }
 
-/* Operands come as (address, stride of examples, stride of groups, width, addresses of the places of rows and columns,
- * and of windows the number of pixels and taps and the addresses of where and taps). Windows come alone. */
-static int read_operands(PyObject *list, operand *to, int *count, int windows)
+/* What one thread does. */
+static void worked(void *data)
+{
+    problem *all = data;
+    if (!(all->squared ? gram_norm2(all) : products(all)))
+        __atomic_store_n(&all->failed, 1, __ATOMIC_RELAXED);
+}
+
+/* Operands come as (address, stride of examples, stride of groups, width; of windows that are told by pixels how many rows,
+ * pixels and taps there are; the room of a copy; the addresses of rows, columns, numbers, where, taps, spots), with zeros
+ * for what there is not. Windows that are copied or told by pixels come alone. */
+enum windows { NOT_AT_ALL, AS_ROWS, AS_PIXELS };
+
+static int read_operands(PyObject *list, operand *to, int *count, enum windows may)
 {
     Py_ssize_t size = PyTuple_Check(list) ? PyTuple_GET_SIZE(list) : -1;
     if (size < 1 || size > MOST_OPERANDS) {
@@ -524,47 +622,57 @@ static int read_operands(PyObject *list, operand *to, int *count, int windows)
         return 0;
     }
     for (Py_ssize_t i = 0; i < size; i++) {
-        Py_ssize_t data, rows, columns, where, taps;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "nnnnnnnnnn", &data, &to[i].example, &to[i].group,
-                              &to[i].width, &rows, &columns, &to[i].pixels, &to[i].tap_count, &where, &taps))
+        Py_ssize_t data, rows, columns, where, taps, spots, numbers;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "nnnnnnnnnnnnnn", &data, &to[i].example, &to[i].group,
+                              &to[i].width, &to[i].row_count, &to[i].pixels, &to[i].tap_count, &to[i].room, &rows,
+                              &columns, &numbers, &where, &taps, &spots))
             return 0;
-        if (to[i].tap_count && (size > 1 || !windows)) {
-            PyErr_SetString(PyExc_ValueError, "windows are the only operand of the inputs of a Gram matrix");
+        const enum windows is = to[i].tap_count ? AS_PIXELS : to[i].room ? AS_ROWS : NOT_AT_ALL;
+        if (is > may || (is && size > 1)) {
+            PyErr_SetString(PyExc_ValueError, "windows are the only operand of the inputs, and told by pixels those of a"
+                                              " Gram matrix");
             return 0;
         }
-        to[i].where = (const int64_t *)where, to[i].taps = (const int64_t *)taps;
+        to[i].where = (const int64_t *)where, to[i].taps = (const int64_t *)taps, to[i].spots = (const int64_t *)spots;
         to[i].data = (const float *)data, to[i].rows = (const int64_t *)rows, to[i].columns = (const int64_t *)columns;
+        to[i].numbers = (const int64_t *)numbers;
     }
     *count = (int)size;
     return 1;
 }
 
-static int read_problem(PyObject *inputs, PyObject *grads, int narrow, int squared, problem *all)
+static int read_problem(PyObject *inputs, PyObject *grads, int narrow, problem *all)
 {
     all->use = narrow ? &NARROW : found();
     if (found() == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "this processor has no vectors of eight numbers: is_there() says so");
         return 0;
     }
-    return read_operands(inputs, all->inputs, &all->input_count, squared)
-           && read_operands(grads, all->grads, &all->grad_count, 0);
+    return read_operands(inputs, all->inputs, &all->input_count, all->squared ? AS_PIXELS : AS_ROWS)
+           && read_operands(grads, all->grads, &all->grad_count, NOT_AT_ALL);
 }
+
+/* The library's own way into its threads, or none: then one thread does all. */
+typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 static PyObject *call(PyObject *arguments, int squared)
 {
     PyObject *inputs, *grads;
-    problem all;
-    spacings errs;
-    Py_ssize_t out;
-    int narrow, fits;
-    if (!PyArg_ParseTuple(arguments, "OOnnnn(ddd)np", &inputs, &grads, &all.groups, &all.positions, &all.start,
-                          &all.stop, &errs.input, &errs.grad, &errs.sum, &out, &narrow)
-        || !read_problem(inputs, grads, narrow, squared, &all))
+    problem all = {.squared = squared};
+    Py_ssize_t out, threads, enter;
+    int narrow;
+    if (!PyArg_ParseTuple(arguments, "OOnn(ddd)npnnnn", &inputs, &grads, &all.groups, &all.positions, &all.errs.input,
+                          &all.errs.grad, &all.errs.sum, &out, &narrow, &all.next, &all.stop, &threads, &enter)
+        || !read_problem(inputs, grads, narrow, &all))
         return NULL;
+    all.out = (void *)out;
     Py_BEGIN_ALLOW_THREADS
-    fits = squared ? gram_norm2(&all, &errs, (double *)out) : products(&all, (float *)out);
+    if (enter && threads > 1)
+        ((parallel)enter)(worked, &all, (unsigned)threads, 0);
+    else
+        worked(&all);
     Py_END_ALLOW_THREADS
-    if (!fits)
+    if (all.failed)
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }

@@ -2,7 +2,7 @@
 
 `_panels.c` packs sixteen positions (or features) side by side and multiplies tiles of sixteen by sixteen in registers,
 on processors with AVX2 or AVX-512. Sums are float32 in runs of 32, whose blocks meet in float64. Threads are those of
-PyTorch's own operations, and each has examples of its own: no number depends on how many there are.
+PyTorch's own operations, and take example after example: no number depends on how many there are.
 
 Shape legend: B = examples, K = groups, S = positions, I = inputs, O = outputs.
 """
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,112 +29,132 @@ except ImportError:
 
 MOST_POSITIONS = 2048
 """The tiles of both Gram matrices of one example, 8 bytes a number, are held at once: 32 MiB for each thread."""
-_MOST_OPERANDS = 16
+_MOST_OPERANDS, _MOST_AXES, _MOST_KEPT = 16, 3, 6
 _RUN, _BLOCK = 32, 256
 _ALONE = 1 << 18
 """Multiply-adds that take no longer than it takes to wake a second thread."""
 
+Sizes = tuple[int, ...]
 
-@dataclass(frozen=True)
+
+class _Places(NamedTuple):
+    """What the shape of an operand tells.
+
+    Attributes:
+        spacings: bound on the error of an entry of the Gram matrix, in spacings of the product of two lengths.
+        told: to the compiled code, after the address and the stride of examples.
+        kept: arrays whose addresses are told.
+    """
+
+    groups: int
+    positions: int
+    width: int
+    spacings: float
+    told: tuple[int, ...]
+    kept: tuple[np.ndarray, ...]
+
+
 class Spread:
-    """An operand whose positions or features lie along several axes, such as the windows of an image.
+    """An operand whose positions or features lie along several axes.
 
     Attributes:
         value: float32, (B, K, axes of positions, axes of features), with any strides.
-        position_axes: how many axes are those of positions.
+        places: where its numbers lie, found once for each shape.
     """
 
-    value: Tensor
-    position_axes: int = 1
-
-    @property
-    def positions(self) -> int:
-        """S."""
-        return self._rows.numel()
-
-    @property
-    def width(self) -> int:
-        """I or O."""
-        return self._columns.numel()
-
-    @property
-    def spacings(self) -> float:
-        """Bound on the error of an entry of the Gram matrix, in spacings of the product of two lengths.
-
-        Half a spacing for each of the additions that follow one another, of a run and of the runs of a block.
-        """
-        return min(self.width, _RUN) / 2 + -(-min(self.width, _BLOCK) // _RUN) / 2
-
-    @functools.cached_property  # kept here: the compiled code is told their addresses
-    def _rows(self) -> Tensor:
-        return _places(*self._axes(2, 2 + self.position_axes))
-
-    @functools.cached_property
-    def _columns(self) -> Tensor:
-        return _places(*self._axes(2 + self.position_axes, self.value.dim()))
-
-    def _axes(self, start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(self.value.shape[start:stop]), self.value.stride()[start:stop]
+    def __init__(self, value: Tensor, position_axes: int = 1) -> None:
+        self.value = value
+        self.places = _places(value.shape[1:], value.stride()[1:], position_axes)
 
     def described(self) -> tuple[int, ...]:
         """What the compiled code reads; valid while this lives."""
-        example, group, *_ = self.value.stride()
-        places = (self._rows.data_ptr(), self._columns.data_ptr())
-        return (self.value.data_ptr(), example, group, self.width, *places, 0, 0, 0, 0)
+        return (self.value.data_ptr(), self.value.stride(0), *self.places.told)
 
 
-@dataclass(frozen=True)
 class Windows(Spread):
-    """Windows of an image, told by its pixels: two windows' product is the sum over taps of products of two pixels.
+    """Windows of an image with zeros around it: read where they lie, or told by its pixels.
 
-    So pixels are multiplied once instead of once for each tap.
+    Zeros are put around the image of one example at a time, when it is read. By pixels, two windows' product is the sum
+    over taps of products of two pixels: those are made once instead of once for each tap, and with zeros not at all.
 
     Attributes:
-        value: float32, (B, K, axes of pixels, axis of channels).
-        position_axes: how many axes are those of pixels.
-        where: int64, (S,), the pixel under the first tap of each window, in rising order.
-        taps: int64, (T,), how many pixels later each tap lies.
+        value: float32, (B, folds, channels, axes of the image), with any strides.
     """
 
-    where: Tensor = field(kw_only=True)
-    taps: Tensor = field(kw_only=True)
-
-    @property
-    def pixels(self) -> int:
-        """P."""
-        return self._rows.numel()
-
-    @property
-    def positions(self) -> int:
-        return self.where.numel()
-
-    @property
-    def spacings(self) -> float:
-        """As of rows, and half a spacing for each block after the first: pixels' products are added up in float32."""
-        return super().spacings + (-(-self.width // _BLOCK) - 1) / 2
-
-    def described(self) -> tuple[int, ...]:
-        if not all(_rises(places) for places in (self.where, self.taps)):
-            raise AssertionError("windows or taps out of order: the compiled code would read past their ends")
-        if int(self.where[-1] + self.taps[-1]) >= self.pixels:
-            raise AssertionError("a window beyond its image: the compiled code would read past its end")
-        *first, _, _, _, _ = super().described()
-        return (*first, self.pixels, self.taps.numel(), self.where.data_ptr(), self.taps.data_ptr())
-
-
-def _rises(places: Tensor) -> bool:
-    """Whether these are whole numbers from zero on, one after another in memory, each larger than the last."""
-    suits = places.dtype is torch.int64 and places.is_contiguous() and places.device.type == "cpu" and places.numel()
-    return bool(suits) and int(places[0]) >= 0 and bool((places[1:] > places[:-1]).all())
+    def __init__(
+        self, value: Tensor, output: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int,
+        *, by_pixel: bool = False,
+    ) -> None:  # fmt: skip
+        self.value = value
+        sight = output, kernel, stride, padding, dilation, groups, by_pixel
+        self.places = _places_of_windows(value.shape[1:], value.stride()[1:], *sight)
 
 
 @functools.lru_cache(maxsize=256)
-def _places(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """Where the elements of some axes lie, in numbers from the first; int64."""
-    places = torch.zeros(1, dtype=torch.int64, device="cpu")
-    for size, stride in zip(sizes, strides, strict=True):
-        places = (places.unsqueeze(1) + torch.arange(size, device="cpu") * stride).flatten()
-    return places
+def _places(shape: Sizes, strides: Sizes, position_axes: int) -> _Places:
+    axes = list(zip(shape, strides, strict=True))
+    rows, columns = _along(axes[1 : 1 + position_axes]), _along(axes[1 + position_axes :])
+    return _told(shape[0], strides[0], len(rows), (0, 0, 0, 0), rows, columns)
+
+
+@functools.lru_cache(maxsize=256)
+def _places_of_windows(
+    shape: Sizes, strides: Sizes, output: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes,
+    groups: int, by_pixel: bool,
+) -> _Places:  # fmt: skip
+    """The same of windows. Pixels are numbered with the zeros around them, fold after fold."""
+    (folds, channels, *image), (fold_at, channel_at, *image_at) = shape, strides
+    padded = [size + 2 * pad for size, pad in zip(image, padding, strict=True)]
+    spans = zip(padded, output, stride, kernel, dilation, strict=True)
+    beyond = any((size - 1) * step + (taps - 1) * gap >= whole for whole, size, step, taps, gap in spans)
+    least = min(*shape, *output, *stride, *kernel, *dilation, *(pad + 1 for pad in padding))
+    if beyond or least < 1 or channels % groups or len(image) > _MOST_AXES:
+        raise AssertionError("a window beyond its image: the compiled code would read past its end")
+    each, group_at = channels // groups, channel_at * (channels // groups)
+    *steps, plane = itertools.accumulate(reversed(padded), operator.mul, initial=1)
+    pixels, steps = folds * plane, steps[::-1]
+    first = sum(map(operator.mul, padding, steps))
+    spots = first + _along([(folds, plane), *zip(image, steps, strict=True)])
+    if by_pixel:  # up to three pixels, the last of all, are added up in an order of their own: zeros, or as they are
+        is_copied = any(padding) and pixels - 1 - spots[-1] < pixels % 4
+    else:
+        is_copied = any(padding) or (math.prod(kernel) > 1 and image_at[-1] != 1)
+    axes = [(each, channel_at, pixels), (folds, fold_at, plane), *zip(image, image_at, steps, strict=True)]
+    axes += [(1, 0, 0)] * (_MOST_AXES - len(image))
+    axes.sort(key=lambda axis: (axis[0] > 1, -axis[1]))  # read in the order in which the numbers lie
+    if is_copied:
+        channel_at, fold_at, image_at, image, spots = pixels, plane, steps, padded, np.arange(pixels)
+    room = each * pixels if is_copied else 0
+    numbers = np.array([first, *itertools.chain(*axes)], dtype=np.int64)
+    if by_pixel:
+        where = _along([(folds, plane), *_stepped(output, steps, stride)])
+        taps = _along(_stepped(kernel, steps, dilation))
+        rows = _along([(folds, fold_at), *zip(image, image_at, strict=True)])
+        kept = rows, _along([(each, channel_at)]), numbers, where, taps, spots
+        return _told(groups, group_at, len(where), (len(rows), pixels, len(taps), room), *kept)
+    rows = _along([(folds, fold_at), *_stepped(output, image_at, stride)])
+    columns = _along([(each, channel_at), *_stepped(kernel, image_at, dilation)])
+    return _told(groups, group_at, len(rows), (0, 0, 0, room), rows, columns, numbers)
+
+
+def _stepped(sizes: Sizes, steps: Sequence[int], times: Sizes) -> Iterable[tuple[int, int]]:
+    return zip(sizes, map(operator.mul, steps, times), strict=True)
+
+
+def _along(axes: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Where the elements of axes of such sizes and strides lie, in numbers from the first; int64."""
+    each = (np.arange(size, dtype=np.int64) * stride for size, stride in axes)
+    return functools.reduce(np.add.outer, each, np.zeros(1, dtype=np.int64)).ravel()
+
+
+def _told(groups: int, group_at: int, positions: int, counts: Sizes, *kept: np.ndarray) -> _Places:
+    """Half a spacing for each addition that follows another: of a run, of the runs of a block; of blocks of pixels."""
+    width = len(kept[1])
+    spacings = min(width, _RUN) / 2 + -(-min(width, _BLOCK) // _RUN) / 2
+    if counts[0]:
+        spacings += (-(-width // _BLOCK) - 1) / 2
+    addresses = [array.ctypes.data for array in kept] + [0] * (_MOST_KEPT - len(kept))
+    return _Places(groups, positions, width, spacings, (group_at, width, *counts, *addresses), kept)
 
 
 def suit(*operands: Tensor) -> bool:
@@ -171,12 +194,11 @@ def gram_norm2(
         rounded: whether bounds on rounding are added.
         narrow: use AVX2 where AVX-512 may be had.
     """
-    examples = inputs[0].value.shape[0]
-    norm2_B = torch.empty(examples, dtype=torch.float64, device="cpu")
-    widths = [sum(operand.width for operand in operands) for operands in (inputs, grads)]
-    work = inputs[0].value.shape[1] * inputs[0].positions ** 2 * sum(widths) // 2
+    norm2_B = torch.empty(inputs[0].value.shape[0], dtype=torch.float64, device="cpu")
+    first = inputs[0].places
+    work = first.groups * first.positions**2 * sum(operand.places.width for operand in (*inputs, *grads)) // 2
     # Of several operands, whose lengths add up as squares do, the spacings of the worst.
-    errs = [max(operand.spacings for operand in operands) for operands in (inputs, grads)]
+    errs = [max(operand.places.spacings for operand in operands) for operands in (inputs, grads)]
     spacings = (*errs, 4.0) if rounded else (0.0, 0.0, 0.0)
     _shared_out(_compiled.gram_norm2, inputs, grads, out=norm2_B, work=work, spacings=spacings, narrow=narrow)
     return norm2_B
@@ -189,9 +211,10 @@ def products(input: Spread, grad: Spread, *, narrow: bool = False) -> Tensor:
         input, grad: operands of one (B, K, S).
         narrow: use AVX2 where AVX-512 may be had.
     """
-    examples, groups = input.value.shape[:2]
-    out = torch.empty(examples, groups, grad.width, input.width, dtype=torch.float32, device="cpu")
-    work = groups * input.positions * out.shape[2] * out.shape[3]
+    groups, positions, width, *_ = input.places
+    sizes = input.value.shape[0], groups, grad.places.width, width
+    out = torch.empty(sizes, dtype=torch.float32, device="cpu")
+    work = groups * positions * grad.places.width * width
     _shared_out(_compiled.products, [input], [grad], out=out, work=work, spacings=(0.0, 0.0, 0.0), narrow=narrow)
     return out
 
@@ -214,19 +237,15 @@ def _shared_out(
     Raises:
         AssertionError: operands have other examples, groups or positions than others, or are not `suit`ed.
     """
-    examples, groups = inputs[0].value.shape[:2]
-    sizes = {(*operand.value.shape[:2], operand.positions) for operand in (*inputs, *grads)}
-    if sizes != {(examples, groups, inputs[0].positions)}:
+    both, examples, (groups, positions, *_) = (*inputs, *grads), inputs[0].value.shape[0], inputs[0].places
+    sizes = {(operand.value.shape[0], operand.places.groups, operand.places.positions) for operand in both}
+    if len(sizes) > 1:
         raise AssertionError(f"operands of sizes {sorted(sizes)}: the compiled code would read past their ends")
-    if not suit(*(operand.value for operand in (*inputs, *grads))):
+    if not suit(*(operand.value for operand in both)):
         raise AssertionError(
             "operands that are no plain float32 tensors of this processor: the caller asks `suit` before"
         )
     threads = max(1, min(torch.get_num_threads(), examples, examples * work // _ALONE))
-    edges = [examples * thread // threads for thread in range(threads + 1)]
     described = [tuple(operand.described() for operand in operands) for operands in (inputs, grads)]
-
-    def some(share: tuple[int, int]) -> None:
-        kernel(*described, groups, inputs[0].positions, *share, spacings, out.data_ptr(), narrow)
-
-    team.for_each(some, list(itertools.pairwise(edges)))
+    run = functools.partial(kernel, *described, groups, positions, spacings, out.data_ptr(), narrow)
+    team.for_rows(run, examples, threads)
