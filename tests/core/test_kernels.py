@@ -139,7 +139,7 @@ def test_what_a_card_does_not_take_is_left_to_pytorch(used, monkeypatch):
     assert dispatch.suit(value)
     assert dispatch.draw(value)
     assert not dispatch.suit(value, value.bfloat16())
-    assert not dispatch.suit_scales(value.bfloat16())
+    assert not dispatch.suit_scales(value.bfloat16(), positions=20)
     assert dispatch.prices(value.bfloat16(), value.bfloat16()) == ACCELERATOR
     monkeypatch.setattr(dispatch, "_stored", lambda device: ())
     assert not dispatch.draw(value)
@@ -308,7 +308,7 @@ compile, built = JITFunction.run, []
 JITFunction.run = lambda self, *args, grid, warmup, **named: built.append(
     compile(self, *args, grid=grid, warmup=True, **named))
 driver.set_active(NoDevice())
-from discreet.core.kernels import digest, dispatch, noise, operands
+from discreet.core.kernels import affine, digest, dispatch, noise, operands
 operands._copies = lambda device: NoDevice.architecture == 90
 for value, count in ((torch.ones(9), 1), (torch.ones(9).double(), 1), (torch.ones(9), 3)):
     keys = (bytes(32),) * (1 + (value.dtype is torch.float64))
@@ -328,7 +328,7 @@ for NoDevice.architecture, dtype in CARDS:
     dispatch.gram_products([a], [torch.ones(2, 1, 130, 5000, dtype=dtype)])
     dispatch.product_squares(a, g)
     dispatch.products(a, g)
-    dispatch.scale_grads(a[:, 0], a[:, 0], torch.ones(2, 130), torch.ones(2, 130))
+    affine.scale_grads(a[:, 0], a[:, 0], torch.ones(2, 130), torch.ones(2, 130))
     room = ROOM[NoDevice.architecture]
     for kernel in built:
         assert kernel.metadata.shared <= room * 1024, kernel.metadata

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from discreet.core.kernels import processor
+from discreet.core.kernels import processor, scales
 from discreet.core.kernels.processor import Spread
 from discreet.core.kernels.results import GramProducts, Squares
 from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, PANELS_OF_WINDOWS, TENSOR_CORES, Prices
@@ -161,13 +161,17 @@ def weighted_sum(input_BKSI: Tensor, grad_BKSO: Tensor, factor_B: Tensor) -> Ten
     return sums.weighted_sum(input_BKSI, grad_BKSO, factor_B)
 
 
-def suit_scales(*operands: Tensor) -> bool:
+def suit_scales(*operands: Tensor, positions: int) -> bool:
     """Whether gradients of the scale and the shift of a normalisation are taken by a kernel."""
-    return all(map(_on_accelerator, operands)) and suit(*operands)
+    if all(map(_on_accelerator, operands)):
+        return suit(*operands)
+    return positions > 1 and scales.suit(*operands)  # of one there is nothing to add up
 
 
 def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: Tensor) -> tuple[Tensor, Tensor]:
     """``sum_s grad (input - mean) rstd`` and ``sum_s grad``, (N, D), float32."""
+    if not _on_accelerator(input_NSD):
+        return scales.scale_grads(input_NSD, grad_NSD, mean_NS, rstd_NS)
     from discreet.core.kernels import affine
 
     return affine.scale_grads(input_NSD, grad_NSD, mean_NS, rstd_NS)

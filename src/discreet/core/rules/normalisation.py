@@ -111,10 +111,12 @@ class _LayerNorm(Meeting):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, rstd = ctx.saved_tensors
+        grad = grad.contiguous()  # as all that read it below want it
         weight_grad = bias_grad = None
-        if dispatch.suit_scales(input, grad) and mean.dtype is torch.float32:
+        wants_scale, positions = ctx.booking.weight is not None, math.prod(mean.shape[1:])
+        if wants_scale and mean.dtype is torch.float32 and dispatch.suit_scales(input, grad, positions=positions):
             weight_grad, bias_grad = _by_kernel(input, grad, mean, rstd, ctx.shape)
-        elif ctx.booking.weight is not None:
+        elif wants_scale:
             if mean.dtype in NARROW:  # a CPU keeps them so, which would spoil the products
                 normal = F.layer_norm(input.float(), ctx.shape, eps=ctx.eps)
             else:
@@ -126,7 +128,7 @@ class _LayerNorm(Meeting):
         input_grad = None
         if ctx.needs_input_grad[1]:
             input_grad = torch.ops.aten.native_layer_norm_backward(
-                grad.contiguous(), input, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+                grad, input, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
         return None, input_grad, None, None, None, None, None
 
