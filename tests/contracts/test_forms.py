@@ -160,7 +160,7 @@ class TestWindowsByPixels(TestWindows):
 
     @pytest.fixture(autouse=True)
     def _without_a_kernel(self, monkeypatch):
-        monkeypatch.setattr(dispatch, "suit_windows", lambda input, grad, rows=0: False)
+        monkeypatch.setattr(dispatch, "suit_windows", lambda input, grad: False)
 
 
 class TestWindowsUnfolded(TestWindows):

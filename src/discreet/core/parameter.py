@@ -146,7 +146,7 @@ class Use:
         if not isinstance(value, Guarded):
             return None, value
         derivation = self.derivation(value)
-        return derivation, derivation.sources[0] if derivation.identity else plain(value)
+        return derivation, derivation.sources[0] if isinstance(value, PrivateParameter) else plain(value)
 
     def record(self, guarded_derivation: Derivation, form: Form) -> None:
         """Book the per-example gradients of a guarded value; called from the backward."""

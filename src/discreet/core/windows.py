@@ -26,6 +26,9 @@ from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_produ
 from discreet.core.route import Choice, Route, WindowCost
 
 Sizes = tuple[int, ...]
+_FEW_ROWS = 2
+"""A library's weight gradient takes up to six times as long as one product where there are few rows for each output, as
+in the last layers of a network (measured: 2 x 2 to 7 x 7 positions); with more, unfolding costs more than that."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,14 @@ class Windows(Form):
             examples=self.examples,
             pixels=self._pixels,
             taps=math.prod(kernel),
-            prices=dispatch.window_prices(self.input, self.grad, positions=self._positions, pixels=self._pixels),
+            prices=dispatch.window_prices(
+                self.input, suited=self._suits_kernels, positions=self._positions, pixels=self._pixels
+            ),
         ).choose()
+
+    @functools.cached_property
+    def _suits_kernels(self) -> bool:
+        return dispatch.suit_windows(self.input, self.grad)
 
     @property
     def _positions(self) -> int:
@@ -88,7 +97,7 @@ class Windows(Form):
     @property
     def _pixels(self) -> int:
         """P, of all folds."""
-        padded = (size + 2 * pad for size, pad in zip(self.input.shape[3:], self.geometry.padding, strict=True))
+        padded = [size + 2 * pad for size, pad in zip(self.input.shape[3:], self.geometry.padding, strict=True)]
         return self.input.shape[1] * math.prod(padded)
 
     def rows(self, start: int, stop: int) -> Windows:
@@ -115,7 +124,7 @@ class Windows(Form):
         if route is Route.PRODUCT:
             return self.unfolded().quick_norm2()
         rows = max(self._positions, self._pixels if route is Route.PIXELS else 0)
-        if dispatch.suit_windows(self.input, self.grad, rows=rows):
+        if self._suits_kernels and dispatch.suit_positions(rows):
             return dispatch.windows_norm2(*(self._by_pixel() if route is Route.PIXELS else self._spread()))
         return torch.cat([part._gram_norm2(route) for part in self._parts()])
 
@@ -167,22 +176,25 @@ class Windows(Form):
 
     def unfolded(self) -> Outer:
         """The same with windows as positions: a strided view of the padded input, copied when it is used."""
+        examples, groups = self.examples, self.geometry.groups
         # Kernels take operands as they are stored.
-        input = self.input if dispatch.suit(self.input, self.grad) else wide(self.input)
+        windows = self._view(self.input if dispatch.suit(self.input, self.grad) else wide(self.input))
+        grads = self.grad.unflatten(2, (groups, -1)).movedim(1, 2).movedim(3, -1)
+        operands = (value.reshape(examples, groups, self._positions, -1) for value in (windows, grads))
+        return Outer(*operands, self.value_shape)
+
+    def _view(self, input: Tensor) -> Tensor:
+        """Windows of the padded input where they lie, (B, K, F, *output, C / K, *kernel)."""
         padded, groups = self._padded(input).contiguous(), self.geometry.groups
         examples, folds, channels, *_ = padded.shape
-        output, kernel = self.grad.shape[3:], self.value_shape[2:]
         row, fold, channel, *axes = padded.stride()
         per_group = channels // groups
         steps = [axis * stride for axis, stride in zip(axes, self.geometry.stride, strict=True)]
         taps = [axis * gap for axis, gap in zip(axes, self.geometry.dilation, strict=True)]
-        windows = padded.as_strided(
-            (examples, groups, folds, *output, per_group, *kernel),
+        return padded.as_strided(
+            (examples, groups, folds, *self.grad.shape[3:], per_group, *self.value_shape[2:]),
             (row, per_group * channel, fold, *steps, channel, *taps),
         )
-        grads = self.grad.unflatten(2, (groups, self.value_shape[0] // groups)).movedim(1, 2).movedim(3, -1)
-        operands = (value.reshape(examples, groups, self._positions, -1) for value in (windows, grads))
-        return Outer(*operands, self.value_shape)
 
     def _spread(self, *, by_pixel: bool = False) -> tuple[Spread, Spread]:
         """Windows of the input, which the kernel pads, and the output gradients that they meet: nothing is copied."""
@@ -201,7 +213,7 @@ class Windows(Form):
         return WindowSpread(self.grad, output, one, one, none, one, self.geometry.groups)
 
     def per_example(self) -> Tensor:
-        if dispatch.suit_windows(self.input, self.grad):
+        if self._suits_kernels:
             return dispatch.windows_products(*self._spread()).reshape(self.examples, *self.value_shape)
         if self.input.device.type != "cpu":
             return torch.cat([part.unfolded().per_example() for part in self._parts(grams=0)])
@@ -218,6 +230,8 @@ class Windows(Form):
         if self.input.device.type != "cpu":
             return self._summed_by_parts(factor_B)
         input, grad = wide(self.input), wide(self.grad)
+        if self.examples * self._positions <= _FEW_ROWS * self.value_shape[0] // self.geometry.groups:
+            return self._summed_by_rows(factor_B)
         if grad.numel() <= input.numel():
             grad = scaled_by(grad, factor_B)
         else:
@@ -230,6 +244,18 @@ class Windows(Form):
         factors = factor_B.split([part.examples for part in parts])
         sums = (part.unfolded().weighted_sum(factor) for part, factor in zip(parts, factors, strict=True))
         return functools.reduce(torch.add, sums)
+
+    def _summed_by_rows(self, factor_B: Tensor) -> Tensor:
+        """The weighted sum by one product: of scaled gradients (K, O, N) and unfolded windows (K, I, N), N = B F S.
+
+        Rows are last, so that copies run along the image.
+        """
+        groups, axes = self.geometry.groups, 3 + len(self.geometry.stride)
+        view = self._view(wide(self.input))
+        windows = view.permute(1, *range(axes, view.dim()), 0, *range(2, axes)).flatten(-axes + 1).flatten(1, -2)
+        grad = scaled_by(wide(self.grad), factor_B).unflatten(2, (groups, -1))
+        grad = grad.permute(2, 3, 0, 1, *range(4, grad.dim())).flatten(2)
+        return (grad @ windows.mT).reshape(self.value_shape)
 
     def reduced(self) -> Form:
         if self.choice.route is Route.KEEP:

@@ -33,13 +33,14 @@ def suit(*operands: Tensor) -> bool:
     return processor.suit(*operands) and operands[0].shape[2] <= processor.MOST_POSITIONS
 
 
-def suit_windows(input: Tensor, grad: Tensor, *, rows: int = 0) -> bool:
-    """Whether the windows of an image are multiplied by a kernel, and need not be unfolded.
+def suit_windows(input: Tensor, grad: Tensor) -> bool:
+    """Whether the windows of an image are multiplied by a kernel, and need not be unfolded."""
+    return not _on_accelerator(input) and processor.suit(input, grad)
 
-    Args:
-        rows: of the largest Gram matrix that is made of them.
-    """
-    return not _on_accelerator(input) and processor.suit(input, grad) and rows <= processor.MOST_POSITIONS
+
+def suit_positions(rows: int) -> bool:
+    """Whether that kernel makes a Gram matrix of so many rows."""
+    return rows <= processor.MOST_POSITIONS
 
 
 def suit_sums(*operands: Tensor) -> bool:
@@ -65,11 +66,11 @@ def plain_prices(*operands: Tensor) -> Prices:
     return ACCELERATOR if any(_on_accelerator(value) for value in operands) else CPU
 
 
-def window_prices(input: Tensor, grad: Tensor, *, positions: int, pixels: int) -> Prices:
+def window_prices(input: Tensor, *, suited: bool, positions: int, pixels: int) -> Prices:
     """The same for the windows of an image."""
-    if positions > processor.MOST_POSITIONS or not suit_windows(input, grad):
+    if not suited or not suit_positions(positions):
         return plain_prices(input)
-    return PANELS if pixels <= processor.MOST_POSITIONS else PANELS_OF_WINDOWS
+    return PANELS if suit_positions(pixels) else PANELS_OF_WINDOWS
 
 
 def draw(*values: Tensor) -> bool:
