@@ -21,7 +21,7 @@ try:
 except ImportError:
     _compiled = None
 
-_ALONE = 1 << 16
+_ALONE = 1 << 18
 """Numbers that are read in no more time than it takes to wake a second thread."""
 _STEP = 16
 """Columns that are shared out at a time, one vector."""
