@@ -102,7 +102,7 @@ def test_vectors_of_either_kind_make_the_same_bits(monkeypatch):
 
 @needs_compiled
 @pytest.mark.usefixtures("widest")
-@pytest.mark.parametrize("sizes", [(1, 40, 100), (2, 200, 33), (5, 9, 64), (1, 3, 5), (1, 9, 2500)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 40, 100), (2, 200, 33), (5, 9, 64), (11, 3, 5), (9, 9, 2500)], ids=str)
 def test_threads_change_no_bit(sizes, threads, monkeypatch):
     monkeypatch.setattr(scales, "_ALONE", 1)
     operands = _operands(sizes)
@@ -111,16 +111,6 @@ def test_threads_change_no_bit(sizes, threads, monkeypatch):
     for count in (2, 3, 8):
         threads(count)
         assert all(map(torch.equal, scales.scale_grads(*operands), alone))
-
-
-@pytest.mark.parametrize(("rows", "width", "count"), [(7, 5, 3), (1, 100, 2), (2, 33, 8), (64, 192, 64), (1, 1, 4)])
-def test_each_sum_has_one_thread(rows, width, count):
-    seen = torch.zeros(rows, width)
-    shares = scales._shares(rows, width, count)
-    assert len(shares) == count
-    for (start, stop), (first, last) in shares:
-        seen[start:stop, first:last] += 1
-    assert (seen == 1).all()
 
 
 @needs_compiled

@@ -21,7 +21,8 @@ typedef float vector_1;
 typedef struct {
     const float *input, *grad, *mean, *rstd;
     float *scale, *shift;
-    Py_ssize_t positions, width;
+    Py_ssize_t positions, width, next, stop;
+    void (*of)(const void *all, Py_ssize_t row, Py_ssize_t first, Py_ssize_t columns);
 } problem;
 
 /* The sums of N positions from `at` on, added to those of a block, by vectors of W numbers as long as they fit. */
@@ -54,8 +55,9 @@ typedef struct {
 #define DEFINE(FOR, W)                                                                                                 \
     DEFINE_ROWS(FOR, W, 8)                                                                                             \
     DEFINE_ROWS(FOR, W, 1)                                                                                             \
-    FOR static void sums_##W(const problem *all, Py_ssize_t row, Py_ssize_t first, Py_ssize_t columns)                 \
+    FOR static void sums_##W(const void *data, Py_ssize_t row, Py_ssize_t first, Py_ssize_t columns)                   \
     {                                                                                                                  \
+        const problem *all = data;                                                                                     \
         double scale_total[COLUMNS], shift_total[COLUMNS];                                                             \
         float scales[COLUMNS], shifts[COLUMNS];                                                                        \
         for (Py_ssize_t c = 0; c < columns; c++)                                                                       \
@@ -78,7 +80,7 @@ typedef struct {
         }                                                                                                              \
     }
 
-typedef void (*sums)(const problem *all, Py_ssize_t row, Py_ssize_t first, Py_ssize_t columns);
+typedef void (*sums)(const void *all, Py_ssize_t row, Py_ssize_t first, Py_ssize_t columns);
 
 DEFINE(, 4)
 #if SEVERAL_PROCESSORS
@@ -99,23 +101,37 @@ static sums found(int widest)
     return sums_4;
 }
 
-/* Arguments: the problem, rows from start to stop, columns from first to last, and the widest vector. */
+/* What each thread does: one row after another that no other has. */
+static void worked(void *data)
+{
+    problem *all = data;
+    Py_ssize_t row;
+    while ((row = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED)) < all->stop)
+        for (Py_ssize_t column = 0; column < all->width; column += COLUMNS)
+            all->of(all, row, column, Py_MIN(COLUMNS, all->width - column));
+}
+
+/* The library's own way into its threads, or none: then one thread does all. */
+typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+/* Arguments: the problem, the widest vector, rows from start to stop, threads, and the address of GOMP_parallel. */
 static PyObject *scale_grads(PyObject *module, PyObject *arguments)
 {
     problem all;
-    Py_ssize_t input, grad, mean, rstd, scale, shift, start, stop, first, last;
-    int widest;
-    if (!PyArg_ParseTuple(arguments, "(nnnnnnnn)(nn)(nn)i", &input, &grad, &mean, &rstd, &scale, &shift,
-                          &all.positions, &all.width, &start, &stop, &first, &last, &widest))
+    Py_ssize_t input, grad, mean, rstd, scale, shift, enter;
+    int widest, threads;
+    if (!PyArg_ParseTuple(arguments, "(nnnnnnnn)innin", &input, &grad, &mean, &rstd, &scale, &shift, &all.positions,
+                          &all.width, &widest, &all.next, &all.stop, &threads, &enter))
         return NULL;
+    all.of = found(widest);
     all.input = (const float *)input, all.grad = (const float *)grad;
     all.mean = (const float *)mean, all.rstd = (const float *)rstd;
     all.scale = (float *)scale, all.shift = (float *)shift;
     Py_BEGIN_ALLOW_THREADS
-    const sums of = found(widest);
-    for (Py_ssize_t row = start; row < stop; row++)
-        for (Py_ssize_t column = first; column < last; column += COLUMNS)
-            of(&all, row, column, Py_MIN(COLUMNS, last - column));
+    if (enter && threads > 1)
+        ((parallel)enter)(worked, &all, (unsigned)threads, 0);
+    else
+        worked(&all);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

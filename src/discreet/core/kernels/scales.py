@@ -8,7 +8,6 @@ Shape legend: N = rows of the input (examples, or several of one), S = positions
 from __future__ import annotations
 
 import functools
-import itertools
 
 import torch
 from torch import Tensor
@@ -21,10 +20,8 @@ try:
 except ImportError:
     _compiled = None
 
-_ALONE = 1 << 18
+_ALONE = 1 << 16
 """Numbers that are read in no more time than it takes to wake a second thread."""
-_STEP = 16
-"""Columns that are shared out at a time, one vector."""
 _WIDEST = 16
 """Numbers of the widest vector that may be used."""
 
@@ -52,15 +49,6 @@ def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: T
     shift = torch.empty_like(scale)
     operands = (input_NSD, grad_NSD, mean_NS, rstd_NS, scale, shift)
     described = (*(value.data_ptr() for value in operands), positions, width)
-    threads = max(1, min(torch.get_num_threads(), input_NSD.numel() // _ALONE))
-    team.for_each(lambda share: _compiled.scale_grads(described, *share, _WIDEST), _shares(rows, width, threads))
+    threads = max(1, min(torch.get_num_threads(), rows, input_NSD.numel() // _ALONE))
+    team.for_rows(functools.partial(_compiled.scale_grads, described, _WIDEST), rows, threads)
     return scale, shift
-
-
-@functools.lru_cache(maxsize=256)
-def _shares(rows: int, width: int, threads: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Rows and columns of the sums for each thread: columns are shared out where rows are too few."""
-    by_rows = rows >= threads
-    size, step = (rows, 1) if by_rows else (width, _STEP)
-    edges = [min(size, -(-size // step) * thread // threads * step) for thread in range(threads + 1)]
-    return [(edge, (0, width)) if by_rows else ((0, rows), edge) for edge in itertools.pairwise(edges)]
