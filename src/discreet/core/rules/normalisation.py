@@ -173,7 +173,7 @@ class _GroupNorm(Meeting):
         input, weight, mean, rstd = ctx.saved_tensors
         rows, channels, *image = input.shape
         one_row = (1, rows * channels, *image)
-        scale = None if weight is None else weight.repeat(rows)
+        scale = None if weight is None else weight.expand(rows, channels).reshape(-1)
         input_grad, weight_grad, bias_grad = torch.ops.aten.native_group_norm_backward(
             *(grad.contiguous().view(one_row), input.contiguous().view(one_row), mean.view(1, -1), rstd.view(1, -1)),
             *(scale, 1, rows * channels, math.prod(image), rows * ctx.groups),
