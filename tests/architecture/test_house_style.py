@@ -7,9 +7,9 @@ import pytest
 from architecture.reading import Source, calls_of, findings, sources
 from architecture.style_rules import broad_excepts, keyword_sinks, unannotated, undocumented
 
-CORE_LINES = 7_900
+CORE_LINES = 8_000
 RULE_LINES = 2200
-KERNEL_LINES = 1_950
+KERNEL_LINES = 1_960
 """The engine, clipping, noise, sums and self-check; apart from them the rules, which are many small texts read one at a
 time, and the kernels, each of which says again, and is tested against, what the engine says in PyTorch's words.
 The last lines of the self-check are those that see what a forward writes, also into a buffer of another size, a score

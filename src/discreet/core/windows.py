@@ -125,7 +125,7 @@ class Windows(Form):
             return self.unfolded().quick_norm2()
         rows = max(self._positions, self._pixels if route is Route.PIXELS else 0)
         if self._suits_kernels and dispatch.suit_positions(rows):
-            return dispatch.windows_norm2(*(self._by_pixel() if route is Route.PIXELS else self._spread()))
+            return dispatch.windows_norm2(*self._spread(by_pixel=route is Route.PIXELS))
         return torch.cat([part._gram_norm2(route) for part in self._parts()])
 
     def _gram_norm2(self, route: Route) -> Tensor:
@@ -201,10 +201,6 @@ class Windows(Form):
         output, kernel, place = self.grad.shape[3:], self.value_shape[2:], self.geometry
         sight = output, kernel, place.stride, place.padding, place.dilation, place.groups
         return WindowSpread(wide(self.input), *sight, by_pixel=by_pixel), self._spread_grads()
-
-    def _by_pixel(self) -> tuple[Spread, Spread]:
-        """As `_spread`, with the windows told by the pixels that they see."""
-        return self._spread(by_pixel=True)
 
     def _spread_grads(self) -> Spread:
         """Output gradients are windows of one pixel each."""
