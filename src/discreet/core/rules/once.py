@@ -21,7 +21,7 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 class Meeting(torch.autograd.Function):
     """The autograd function of a rule. No guarded value gets into torch.func, for which PyTorch binds arguments anew.
 
-    What came out of it may still be wrapped (a hidden state that a closure under ``jvp`` kept), with a graph of its own.
+    What came out of it may still be wrapped (a hidden state that a closure under ``jvp`` kept), with its own graph.
     """
 
     @classmethod
