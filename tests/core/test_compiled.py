@@ -272,6 +272,16 @@ def test_rows_picked_by_a_compiled_function_without_parameters_are_seen(seen: De
         agrees(model, batch)
 
 
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_a_compiled_function_without_parameters_is_compiled_and_books_nothing(backend: str, seen: Deliveries) -> None:
+    """It was taken for a region that books, and its backward failed for want of what is booked."""
+    curved = torch.compile(lambda h: h.tanh() * 2, backend=backend)
+    model = Fn(lambda s, x: s.b(curved(s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, D)).double()
+    _, batch = CASES["linear 3-D"].build()
+    agrees(model, batch)
+    assert seen.delivered == 0
+
+
 def test_a_layout_of_the_model_as_written_says_nothing_about_its_compiled_form(seen: Deliveries) -> None:
     model, batch = CASES["linear 3-D"].build()
     layout = discreet.check(model, loss, batch, clipping=RULE).layout

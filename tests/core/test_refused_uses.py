@@ -187,6 +187,27 @@ def test_a_function_transform_of_frozen_layers_is_nobodys_business():
     expect_exact(model, drawn(D))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch's own jvp
+@pytest.mark.parametrize("last", [nn.Linear(D, 2), nn.LayerNorm(D), nn.GroupNorm(2, D)])
+@pytest.mark.parametrize("transform", [torch.func.jvp, lambda f, at, _: torch.func.grad(lambda x: f(x).sum())(*at)])
+def test_a_value_that_a_closure_kept_from_a_function_transform_is_what_it_was(transform, last):
+    """It is wrapped still: a layer that took it as it was sent no gradient, or a wrong one, to what lies behind."""
+
+    def kept(s, x):
+        states = []
+
+        def hidden(x):
+            states.append(s.frozen(x).tanh())
+            return states[0]
+
+        transform(hidden, (s.l(x),), (x.sign(),))
+        return s.last(states[0])
+
+    model = built(kept, frozen=nn.Linear(D, D), l=nn.Linear(D, D), last=last)
+    model.frozen.requires_grad_(False)
+    expect_exact(model, drawn(D))
+
+
 def test_a_parameter_that_becomes_rows_of_the_batch_is_refused():
     model = built(lambda s, x: s.l(torch.cat([s.l(x).tanh(), s.w * 2]))[: len(x)], w=par(B, D), l=nn.Linear(D, D))
     expect_refused(model, drawn(D), "w", "along axis 0")

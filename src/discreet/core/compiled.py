@@ -266,8 +266,9 @@ def compile_traced(region: Region, book: Book, inputs: Sequence[Any], wish: Wish
         mode.from_tensor(value, static_shapes=True) if at in region._slots else value for at, value in enumerate(kept)
     ]
     how = without_kernels if wish.name == WITHOUT_KERNELS else compiler
+    deliver = region.deliver if region._slots else None  # without a parameter nothing is booked
     with settings():
-        return how(fx.GraphModule({}, graph), [sink, ticket, *values], region.deliver, wish.options)
+        return how(fx.GraphModule({}, graph), [sink, ticket, *values], deliver, wish.options)
 
 
 compiler: Compiler = by_inductor
