@@ -16,7 +16,7 @@ from torch import Tensor
 from discreet.core.book import Book
 from discreet.core.forms import Form
 from discreet.core.parameter import Guarded, Use
-from discreet.core.rules.once import Meeting, differentiable_once
+from discreet.core.rules.once import differentiable_once
 from discreet.core.uses import Derivation
 
 
@@ -69,7 +69,7 @@ def contract(use: Use, operation: Operation, input: Tensor, weight: Tensor, bias
     return _Contract.apply(use.book.sink, operation, where, input, plain_weight, plain_bias)
 
 
-class _Contract(Meeting):
+class _Contract(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, sink: Tensor, operation: Operation, where: _Ledger, input: Tensor, weight: Tensor, bias: Tensor | None

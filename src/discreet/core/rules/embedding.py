@@ -17,11 +17,11 @@ from discreet.core.book import Book
 from discreet.core.derived import derive
 from discreet.core.forms import Lookup
 from discreet.core.parameter import Guarded, Use, plain, rule
-from discreet.core.rules.once import Meeting, differentiable_once
+from discreet.core.rules.once import differentiable_once
 from discreet.core.uses import Derivation
 
 
-class _Embed(Meeting):
+class _Embed(torch.autograd.Function):
     """``table[ids]``; the backward books (ids, gradient) and returns nothing."""
 
     @staticmethod

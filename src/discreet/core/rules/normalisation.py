@@ -24,7 +24,7 @@ from discreet.core.forms import Dense, wide_dtype
 from discreet.core.kernels import dispatch
 from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.precision import NARROW
-from discreet.core.rules.once import Meeting, differentiable_once
+from discreet.core.rules.once import differentiable_once
 from discreet.core.uses import Derivation
 
 
@@ -96,7 +96,7 @@ def _taken(use: Use, weight: Tensor | None, bias: Tensor | None) -> tuple[_Booki
     return _Booking(use.book, weight_at, bias_at), weight, bias
 
 
-class _LayerNorm(Meeting):
+class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, sink: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...],
@@ -151,7 +151,7 @@ def _over_positions(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return total.reshape(value.shape[0], *shape)
 
 
-class _GroupNorm(Meeting):
+class _GroupNorm(torch.autograd.Function):
     """The backward takes all rows for channels of one row: then the kernel's own sums are those of each row."""
 
     @staticmethod

@@ -18,19 +18,6 @@ from discreet.errors import UnsupportedUse
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
-class Meeting(torch.autograd.Function):
-    """The autograd function of a rule. No guarded value gets into torch.func, for which PyTorch binds arguments anew.
-
-    What came out of it may still be wrapped (a hidden state that a closure under ``jvp`` kept), with its own graph.
-    """
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """Run it, and put it into the graph."""
-        bare = [torch._C._functorch.unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
-        return super(torch.autograd.Function, cls).apply(*bare)
-
-
 class _Refused(torch.autograd.Function):
     """A value through which no gradient may come back."""
 
