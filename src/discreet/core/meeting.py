@@ -71,12 +71,12 @@ def guard(book: Book) -> Iterator[None]:
     classes = {}
     hooks = []
     try:
+        _active = book  # before all else: another thread may want to guard a model now
         for name, parameter in book.parameters.items():
             book.derivation_of(parameter)  # known before it is met: here everything is still at hand
             classes[name] = type(parameter)
             hooks.append(parameter.register_hook(refuser(name)))
             parameter.__class__ = PrivateParameter
-        _active = book
         with _compiler(book):
             yield
     finally:
