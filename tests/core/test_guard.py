@@ -38,6 +38,26 @@ def test_a_model_is_guarded_once_at_a_time():
     model, batch = CASES["linear 2-D"].build()
     with guard(open_book(model, examples=B)), pytest.raises(ConfigError, match="guarded already"):
         clipped_gradient(model, loss, batch, clipping=CLIP)
+
+
+def test_a_model_is_taken_before_its_parameters_are(monkeypatch):
+    """Another thread that began meanwhile guarded a model too, and the first one's uses met its book."""
+    model, _ = CASES["linear 2-D"].build()
+    other, _ = CASES["linear 3-D"].build()
+    known, refused = Book.derivation_of, []
+
+    def meanwhile(self, parameter):
+        if not refused:
+            refused.append(True)
+            with pytest.raises(ConfigError, match="guarded already"), guard(open_book(other, examples=B)):
+                pass
+        return known(self, parameter)
+
+    monkeypatch.setattr(Book, "derivation_of", meanwhile)
+    with guard(open_book(model, examples=B)):
+        assert refused
+    assert is_unguarded(model)
+    assert is_unguarded(other)
     assert is_unguarded(model)
 
 

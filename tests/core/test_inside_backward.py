@@ -135,3 +135,14 @@ def test_the_next_step_is_as_before():
         clipped_gradient(bad, loss, drawn(T, D), clipping=CLIP)
     assert torch.autograd.backward is plain
     expect_exact(built(lambda s, x: s.b(s.a(x).tanh()), a=nn.Linear(D, D), b=nn.Linear(D, 2)), drawn(T, D))
+
+
+def test_a_parameter_whose_uses_were_both_changed_is_named_once():
+    def twice(s, x):
+        h = s.a(x)
+        if h.requires_grad:
+            h.register_hook(lambda _: h.detach().mul_(2) * 0)
+        return s.l(h) + s.l(h)
+
+    with pytest.raises(UnsupportedUse, match=r"^l\.weight: a gradient or an activation was changed in place"):
+        clipped_gradient(built(twice, a=nn.Linear(D, D), l=nn.Linear(D, 2)), loss, drawn(D), clipping=CLIP)

@@ -356,7 +356,7 @@ class Book:
 
     def parts(self, names: tuple[str, ...]) -> list[Part]:
         """What these parameters' norms are taken from; asked for once, as joining uses may overwrite them."""
-        changed = [name for name in names for _, record in self._records.get(name, ()) if record.changed]
+        changed = {name: None for name in names for _, record in self._records.get(name, ()) if record.changed}
         if changed:
             raise UnsupportedUse(
                 f"{', '.join(changed)}: a gradient or an activation was changed in place after it was booked (by a "
