@@ -226,6 +226,9 @@ def test_the_self_check_compares_in_float32(precision):
 @pytest.fixture(params=["default", "older", "newer", "generic"])
 def told(request):
     """PyTorch is told of TF32 in one of its ways."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    settings = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
+    kept = [setting.fp32_precision for setting in settings]
     if request.param == "older":
         torch.set_float32_matmul_precision("high")
     elif request.param == "newer":
@@ -234,8 +237,9 @@ def told(request):
         torch.backends.fp32_precision = "tf32"
     yield request.param
     torch.backends.fp32_precision = "none"
-    torch.backends.cuda.matmul.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
+    for setting, precision in zip(settings, kept, strict=True):  # what inherited it was told so, when it was put back
+        setting.fp32_precision = precision
 
 
 @pytest.mark.parametrize("told", ["default", "older", "newer"], indirect=True)
