@@ -9,6 +9,7 @@
 #include <Python.h>
 
 #include "../_vectors.h"
+#include "_team.h"
 
 enum { COLUMNS = 1024, TOGETHER = 8, BLOCK = 128 };
 
@@ -111,9 +112,6 @@ static void worked(void *data)
             all->of(all, row, column, Py_MIN(COLUMNS, all->width - column));
 }
 
-/* The library's own way into its threads, or none: then one thread does all. */
-typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-
 /* Arguments: the problem, the widest vector, rows from start to stop, threads, and the address of GOMP_parallel. */
 static PyObject *scale_grads(PyObject *module, PyObject *arguments)
 {
@@ -128,10 +126,7 @@ static PyObject *scale_grads(PyObject *module, PyObject *arguments)
     all.mean = (const float *)mean, all.rstd = (const float *)rstd;
     all.scale = (float *)scale, all.shift = (float *)shift;
     Py_BEGIN_ALLOW_THREADS
-    if (enter && threads > 1)
-        ((parallel)enter)(worked, &all, (unsigned)threads, 0);
-    else
-        worked(&all);
+    together(worked, &all, threads, enter);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

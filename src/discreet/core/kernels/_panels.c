@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "../_vectors.h"
+#include "_team.h"
 
 #if SEVERAL_PROCESSORS
 #include <immintrin.h>
@@ -652,9 +653,6 @@ static int read_problem(PyObject *inputs, PyObject *grads, int narrow, problem *
            && read_operands(grads, all->grads, &all->grad_count, NOT_AT_ALL);
 }
 
-/* The library's own way into its threads, or none: then one thread does all. */
-typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-
 static PyObject *call(PyObject *arguments, int squared)
 {
     PyObject *inputs, *grads;
@@ -667,10 +665,7 @@ static PyObject *call(PyObject *arguments, int squared)
         return NULL;
     all.out = (void *)out;
     Py_BEGIN_ALLOW_THREADS
-    if (enter && threads > 1)
-        ((parallel)enter)(worked, &all, (unsigned)threads, 0);
-    else
-        worked(&all);
+    together(worked, &all, threads, enter);
     Py_END_ALLOW_THREADS
     if (all.failed)
         return PyErr_NoMemory();
