@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from discreet.core import team
+from discreet.core import noise, team
+from discreet.core.rng import PIECE
 
 WAYS = [pytest.param(True, id="openmp"), pytest.param(False, id="python")]
 
@@ -68,3 +69,18 @@ def test_an_interrupt_that_c_swallows_is_raised_again(monkeypatch):
     monkeypatch.setattr(team, "_together", lambda body, threads: None)
     with pytest.raises(KeyboardInterrupt):
         team.for_each(lambda share: None, range(2))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_threads_draw_equal_shares_of_the_noise_and_each_entry_once(threads):
+    """A bias counted as much as 65,536 draws: one thread had three fifths of the work."""
+    sizes = [5, 70_000, 3, 64, 1 << 17, 7, 900_000, 0, 12, 1 << 16]
+    values = {str(at): torch.zeros(size) for at, size in enumerate(sizes)}
+    shares = noise._shares(values, values, threads=threads)
+    for stretch in (stretch for share in shares for stretch in share):
+        assert stretch.start % PIECE == 0
+        stretch.target.add_(1)
+    assert all((value == 1).all() for value in values.values())
+    drawn = [sum(len(stretch.value) for stretch in share) for share in shares]
+    assert len(drawn) == threads
+    assert max(drawn) <= sum(sizes) / threads + 2 * PIECE

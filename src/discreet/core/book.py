@@ -157,10 +157,11 @@ class Book:
                 f"{', '.join(derivation.names)}: its shape {tuple(derivation.sources[0].shape)} is spread over "
                 f"{tuple(form.shape)} by the function that it meets; give it that shape, or expand it before."
             )
-        if self._sums and any(name in self._sums for name in derivation.names):
+        late = [name for name in derivation.names if name in self._sums] if self._sums else []
+        if late:
             raise UnsupportedUse(
-                f"{', '.join(derivation.names)}: another gradient came after its group was settled (a backward through "
-                "part of the graph, or activation checkpointing that splits a group); use the flat clipping style."
+                f"{', '.join(late)}: another gradient came after its group was settled (a backward through part of the "
+                "graph, or activation checkpointing that splits a group); use the flat clipping style."
             )
         if (stream := _stream_of(self.sink)) is not None:
             self._streams.add(stream)
