@@ -2,7 +2,7 @@
 
 Nothing is unfolded where that can be avoided: a processor's kernel reads windows where they lie in the image. Without
 one the gradient of all examples at once is that of one convolution whose groups are the examples (arXiv:1912.06015,
-section 3). The weighted sum is the library's own weight gradient of a scaled operand, or where rows are few one product.
+section 3). The weighted sum is the library's own weight gradient of a scaled operand; of few rows it is one product.
 
 Shape legend: B = examples, F = folds (images of one example), C = channels, K = groups, P = pixels of the padded input,
 S = output positions, T = taps of the kernel, I = C / K times T, O = outputs per group.
