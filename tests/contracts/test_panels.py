@@ -42,16 +42,36 @@ class TestGramPanels(ProductContract):
     @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (2, 0, 1, 3), (3, 2, 1, 0)])
     def test_products_are_float64s_within_their_bound(self, sizes, order):
         input, grad = (_laid_out(value, order) for value in pair(sizes, torch.float32))
-        found = processor.products(Spread(input), Spread(grad), narrow=self.narrow)
+        found, norm2 = processor.products(Spread(input), Spread(grad), narrow=self.narrow)
         lengths = grad.double().abs().mT @ input.double().abs()
         assert found.shape == lengths.shape
         assert ((found - each(input, grad)).abs() <= (sizes[2] + 1) * EPS * lengths).all()
+        torch.testing.assert_close(norm2, _squares(found), rtol=1e-14, atol=0.0)
+
+    @pytest.mark.parametrize("hostile", [torch.nan, torch.inf, 1e38, 1e-30])
+    def test_what_one_example_holds_is_seen_in_its_own_products_alone(self, hostile):
+        input, grad = pair((3, 2, 300, 9, 20), torch.float32)
+        wanted = processor.products(Spread(input), Spread(grad), narrow=self.narrow)
+        for changed in (input.clone(), grad.clone()):
+            changed[1, 1, 299, -1] = hostile
+            operands = (changed, grad) if changed.shape == input.shape else (input, changed)
+            products, norm2 = processor.products(*map(Spread, operands), narrow=self.narrow)
+            assert torch.equal(norm2.isnan(), _squares(products).isnan())
+            torch.testing.assert_close(norm2, _squares(products), rtol=1e-14, atol=0.0, equal_nan=True)
+            assert torch.equal(norm2.isfinite(), products.isfinite().flatten(1).all(1))
+            assert norm2[::2].isfinite().all()
+            for one, other in zip(wanted, (products, norm2), strict=True):
+                assert torch.equal(one[::2], other[::2])
 
 
 class TestGramNarrowPanels(TestGramPanels):
     """AVX2, which a processor with AVX-512 has too."""
 
     narrow = True
+
+
+def _squares(products):
+    return products.double().square().flatten(1).sum(1)
 
 
 def _laid_out(value, order):
@@ -74,7 +94,7 @@ def test_threads_change_no_bit(threads, openmp, monkeypatch):
     input, grad = (Spread(value) for value in pair((5, 2, 70, 90, 40), torch.float32))
 
     def run():
-        return processor.gram_norm2([input], [grad]), processor.products(input, grad)
+        return processor.gram_norm2([input], [grad]), *processor.products(input, grad)
 
     alone = _in_threads(1, run)
     if not openmp:
@@ -137,6 +157,9 @@ def test_windows_are_read_where_they_lie(image, route, channels_last):
     assert ((norm2 - wanted).abs() <= bound).all()
     assert (norm2 >= wanted * (1 - 1e-6)).all()
     torch.testing.assert_close(form.per_example().double(), exact.per_example(), rtol=1e-4, atol=1e-4)
+    if route is Route.KEEP:
+        kept = form.reduced()
+        torch.testing.assert_close(kept.quick_norm2(), _squares(kept.grad), rtol=1e-14, atol=0.0)
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=str)
@@ -158,8 +181,9 @@ def test_zeros_that_the_kernel_puts_around_change_no_bit(image, laid, narrow, th
         )
         for windows in (rows, pixels):
             norm2 = _in_threads(threads, lambda a=windows, b=grads: processor.gram_norm2([a], [b], narrow=narrow))
-            results.append(norm2)
-        results.append(_in_threads(threads, lambda a=rows, b=grads: processor.products(a, b, narrow=narrow)))
+            products = _in_threads(threads, lambda a=windows, b=grads: processor.products(a, b, narrow=narrow))
+            results += [norm2, *products]
+        assert torch.equal(results[-2], results[-5])  # sums by pixels are those by windows
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
 
@@ -172,17 +196,18 @@ def test_the_defaults_of_a_program_are_not_its_results(dtype):
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            products = processor.products(Spread(input), Spread(grad))
+            products, squares = processor.products(Spread(input), Spread(grad))
             norm2 = processor.gram_norm2([Spread(input)], [Spread(grad)])
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(products.double(), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(norm2, wanted.square().flatten(1).sum(1), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(norm2, _squares(wanted), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(squares, _squares(products), rtol=1e-14, atol=0.0)
 
 
 def test_operands_without_number_are_refused():
     with pytest.raises(ValueError, match="operands: a tuple of 1 to 16"):
-        processor._compiled.gram_norm2((), (), 1, 1, (0.0, 0.0, 0.0), 0, False, 0, 0, 1, 0)
+        processor._compiled.gram_norm2((), (), 1, 1, (0.0, 0.0, 0.0), 0, 0, False, 0, 0, 1, 0)
 
 
 def test_operands_of_other_sizes_are_not_read():
@@ -242,8 +267,4 @@ def test_windows_come_alone(by_pixel):
             processor.gram_norm2(*operands)
     with pytest.raises(ValueError, match="the only operand"):
         processor.products(rows, windows)
-    if by_pixel:
-        with pytest.raises(ValueError, match="the only operand"):
-            processor.products(windows, rows)
-    else:
-        assert processor.products(windows, rows).shape == (2, 1, 5, 12)
+    assert processor.products(windows, rows)[0].shape == (2, 1, 5, 12)

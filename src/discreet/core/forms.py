@@ -133,10 +133,12 @@ class Dense(Form):
     Attributes:
         grad: (B, *shape).
         scratch: made by the engine for this form alone, so that the weighted sum may overwrite it.
+        known_norm2: their squared norms, (B,), float64, where what made them told those too.
     """
 
     grad: Tensor
     scratch: bool = False
+    known_norm2: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -161,6 +163,9 @@ class Dense(Form):
 
     def norm2(self) -> Tensor:
         return square_sum(self.grad)
+
+    def quick_norm2(self) -> Tensor:
+        return self.norm2() if self.known_norm2 is None else self.known_norm2
 
     def per_example(self) -> Tensor:
         return self.grad

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
 from discreet.core.kernels import dispatch
-from discreet.core.kernels.processor import Spread
+from discreet.core.kernels.processor import Spread, pays_by_pixel
 from discreet.core.kernels.processor import Windows as WindowSpread
 from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
@@ -196,7 +196,7 @@ class Windows(Form):
             (row, per_group * channel, fold, *steps, channel, *taps),
         )
 
-    def _spread(self, *, by_pixel: bool = False) -> tuple[Spread, Spread]:
+    def _spread(self, *, by_pixel: bool) -> tuple[Spread, Spread]:
         """Windows of the input, which the kernel pads, and the output gradients that they meet: nothing is copied."""
         output, kernel, place = self.grad.shape[3:], self.value_shape[2:], self.geometry
         sight = output, kernel, place.stride, place.padding, place.dilation, place.groups
@@ -210,7 +210,7 @@ class Windows(Form):
 
     def per_example(self) -> Tensor:
         if self._suits_kernels:
-            return dispatch.windows_products(*self._spread()).reshape(self.examples, *self.value_shape)
+            return self._products().grad
         if self.input.device.type != "cpu":
             return torch.cat([part.unfolded().per_example() for part in self._parts(grams=0)])
         examples, folds = self.input.shape[:2]
@@ -254,9 +254,16 @@ class Windows(Form):
         return (grad @ windows.mT).reshape(self.value_shape)
 
     def reduced(self) -> Form:
-        if self.choice.route is Route.KEEP:
-            return Dense(self.per_example(), scratch=True)
-        return self
+        if self.choice.route is not Route.KEEP:
+            return self
+        return self._products() if self._suits_kernels else Dense(self.per_example(), scratch=True)
+
+    def _products(self) -> Dense:
+        """Gradients made by the kernel, which tells their norms too."""
+        _, channels, *kernel = self.value_shape
+        by_pixel = pays_by_pixel(channels, math.prod(kernel))
+        grad, norm2_B = dispatch.windows_products(*self._spread(by_pixel=by_pixel))
+        return Dense(grad.reshape(self.examples, *self.value_shape), scratch=True, known_norm2=norm2_B)
 
 
 def _summed_along(products: Tensor, one: int, other: int, steps: list[slice]) -> Tensor:

@@ -78,40 +78,41 @@ static inline int side_by_side(const int64_t *places)
             row[r + (d)] = __builtin_shuffle(one, other, (picked_8){FOUR(UPPER, d, 0), FOUR(UPPER, d, 4)}); \
         }
 
-/* tile[p][r][l] = sum over i of one[i][r] * other[p][i][l], for N rows and P panels, by vectors of W numbers; WAYS sums
+/* tile[p][r][l] = sum over i of one[i][r] * other[p][at[i]][l], for N rows and P panels, by vectors of W numbers; WAYS sums
  * side by side hide the time that an addition takes. With two panels each number of one is read once for both. */
-#define DEFINE_TILE(KIND, W, N, P, WAYS)                                                                    \
-    FOR(KIND) static void tile_##N##_##P##_##W(const float *one, const float *other, Py_ssize_t depth, float *tile) \
-    {                                                                                                       \
-        enum { EACH = LANES / W, VECTORS = P * EACH };                                                      \
-        for (Py_ssize_t start = 0; start < depth; start += RUN) {                                           \
-            Py_ssize_t stop = start + RUN < depth ? start + RUN : depth, i = start;                         \
-            vector_##W sum[WAYS][N][VECTORS] = {{{{0}}}};                                                   \
-            for (; i + WAYS <= stop; i += WAYS)                                                             \
-                for (int way = 0; way < WAYS; way++)                                                        \
-                    for (int v = 0; v < VECTORS; v++) {                                                     \
-                        const float *panel = other + v / EACH * LANES * depth + v % EACH * W;               \
-                        vector_##W right = *(const vector_##W *)(panel + (i + way) * LANES);                \
-                        for (int r = 0; r < N; r++)                                                         \
-                            sum[way][r][v] += one[(i + way) * LANES + r] * right;                           \
-                    }                                                                                       \
-            for (; i < stop; i++)                                                                           \
-                for (int v = 0; v < VECTORS; v++) {                                                         \
-                    const float *panel = other + v / EACH * LANES * depth + v % EACH * W;                   \
-                    vector_##W right = *(const vector_##W *)(panel + i * LANES);                            \
-                    for (int r = 0; r < N; r++)                                                             \
-                        sum[0][r][v] += one[i * LANES + r] * right;                                         \
-                }                                                                                           \
-            for (int r = 0; r < N; r++)                                                                     \
-                for (int v = 0; v < VECTORS; v++) {                                                         \
-                    vector_##W *total = (vector_##W *)(tile + v / EACH * TILE + r * LANES + v % EACH * W);  \
-                    for (int way = 1; way < WAYS; way++)                                                    \
-                        sum[0][r][v] += sum[way][r][v];                                                     \
-                    if (start)                                                                              \
-                        sum[0][r][v] += *total;                                                             \
-                    *total = sum[0][r][v];                                                                  \
-                }                                                                                           \
-        }                                                                                                   \
+#define DEFINE_TILE(KIND, W, N, P, WAYS)                                                                        \
+    FOR(KIND) static void tile_##N##_##P##_##W(const float *one, const float *const *other, const int64_t *at,  \
+                                               Py_ssize_t depth, float *tile)                                   \
+    {                                                                                                           \
+        enum { EACH = LANES / W, VECTORS = P * EACH };                                                          \
+        for (Py_ssize_t start = 0; start < depth; start += RUN) {                                               \
+            Py_ssize_t stop = start + RUN < depth ? start + RUN : depth, i = start;                             \
+            vector_##W sum[WAYS][N][VECTORS] = {{{{0}}}};                                                       \
+            for (; i + WAYS <= stop; i += WAYS)                                                                 \
+                for (int way = 0; way < WAYS; way++)                                                            \
+                    for (int v = 0; v < VECTORS; v++) {                                                         \
+                        const float *line = other[v / EACH] + at[i + way] * LANES;                              \
+                        vector_##W right = *(const vector_##W *)(line + v % EACH * W);                          \
+                        for (int r = 0; r < N; r++)                                                             \
+                            sum[way][r][v] += one[(i + way) * LANES + r] * right;                               \
+                    }                                                                                           \
+            for (; i < stop; i++)                                                                               \
+                for (int v = 0; v < VECTORS; v++) {                                                             \
+                    const float *line = other[v / EACH] + at[i] * LANES;                                        \
+                    vector_##W right = *(const vector_##W *)(line + v % EACH * W);                              \
+                    for (int r = 0; r < N; r++)                                                                 \
+                        sum[0][r][v] += one[i * LANES + r] * right;                                             \
+                }                                                                                               \
+            for (int r = 0; r < N; r++)                                                                         \
+                for (int v = 0; v < VECTORS; v++) {                                                             \
+                    vector_##W *total = (vector_##W *)(tile + v / EACH * TILE + r * LANES + v % EACH * W);      \
+                    for (int way = 1; way < WAYS; way++)                                                        \
+                        sum[0][r][v] += sum[way][r][v];                                                         \
+                    if (start)                                                                                  \
+                        sum[0][r][v] += *total;                                                                 \
+                    *total = sum[0][r][v];                                                                      \
+                }                                                                                               \
+        }                                                                                                       \
     }
 
 /* Sixteen numbers of one index, in pieces that lie side by side. */
@@ -173,23 +174,23 @@ DEFINE_TILE(KIND, W, 4, 1, 1)                                                   
 DEFINE_TILE(KIND, W, 2, 1, 2)                                                                                          \
 DEFINE_TILE(KIND, W, 1, 1, 4)                                                                                          \
                                                                                                                        \
-/* One panel, or a pair of them that lie one after the other. */                                                       \
-FOR(KIND) static void tile_##W(const float *one, const float *other, int panels, Py_ssize_t depth, int rows,           \
-                               float *tile)                                                                            \
+/* One panel, or a pair of them. */                                                                                    \
+FOR(KIND) static void tile_##W(const float *one, const float *const *other, const int64_t *at, int panels,             \
+                               Py_ssize_t depth, int rows, float *tile)                                                \
 {                                                                                                                      \
     int together = 0;                                                                                                  \
     for (; WIDEST == 8 && panels == 2 && together + 8 <= rows; together += 8)                                          \
-        tile_8_2_##W(one + together, other, depth, tile + together * LANES);                                           \
-    for (int panel = 0; panel < panels; panel++, other += depth * LANES, tile += TILE) {                               \
+        tile_8_2_##W(one + together, other, at, depth, tile + together * LANES);                                       \
+    for (int panel = 0; panel < panels; panel++, other++, tile += TILE) {                                              \
         int r = together;                                                                                              \
         for (; WIDEST == 8 && r + 8 <= rows; r += 8)                                                                   \
-            tile_8_1_##W(one + r, other, depth, tile + r * LANES);                                                     \
+            tile_8_1_##W(one + r, other, at, depth, tile + r * LANES);                                                 \
         for (; r + 4 <= rows; r += 4)                                                                                  \
-            tile_4_1_##W(one + r, other, depth, tile + r * LANES);                                                     \
+            tile_4_1_##W(one + r, other, at, depth, tile + r * LANES);                                                 \
         for (; r + 2 <= rows; r += 2)                                                                                  \
-            tile_2_1_##W(one + r, other, depth, tile + r * LANES);                                                     \
+            tile_2_1_##W(one + r, other, at, depth, tile + r * LANES);                                                 \
         for (; r < rows; r++)                                                                                          \
-            tile_1_1_##W(one + r, other, depth, tile + r * LANES);                                                     \
+            tile_1_1_##W(one + r, other, at, depth, tile + r * LANES);                                                 \
     }                                                                                                                  \
 }                                                                                                                      \
                                                                                                                        \
@@ -230,16 +231,27 @@ FOR(KIND) static void add_##W(const float *tile, int rows, int first, double *to
             total[i] += tile[i];                                                                                       \
 }                                                                                                                      \
                                                                                                                        \
-/* total += tile, of a matrix whose rows lie so far apart. */                                                          \
-FOR(KIND) static void place_##W(const float *tile, int rows, int lanes, int first, float *total, Py_ssize_t apart)     \
+/* The same in float32. */                                                                                              \
+FOR(KIND) static void join_##W(const float *tile, int rows, float *total)                                              \
 {                                                                                                                      \
-    for (int r = 0; r < rows; r++, total += apart, tile += LANES)                                                      \
-        if (lanes == LANES)                                                                                            \
-            for (int lane = 0; lane < LANES; lane++)                                                                   \
-                total[lane] = (first ? 0 : total[lane]) + tile[lane];                                                  \
-        else                                                                                                           \
-            for (int lane = 0; lane < lanes; lane++)                                                                   \
-                total[lane] = (first ? 0 : total[lane]) + tile[lane];                                                  \
+    for (int i = 0; i < rows * LANES; i++)                                                                             \
+        total[i] += tile[i];                                                                                           \
+}                                                                                                                      \
+                                                                                                                       \
+/* to[r][l * apart] = tile[r][l], of rows of such a width, and the sum of their squares. */                            \
+FOR(KIND) static double place_##W(const float *tile, int rows, int lanes, float *to, Py_ssize_t width,                 \
+                                  Py_ssize_t apart)                                                                    \
+{                                                                                                                      \
+    double squares[LANES] = {0}, sum = 0;                                                                              \
+    for (int r = 0; r < rows; r++, tile += LANES, to += width) {                                                       \
+        for (int lane = 0; lane < lanes; lane++)                                                                       \
+            to[lane * apart] = tile[lane];                                                                             \
+        for (int lane = 0; lane < LANES; lane++)                                                                       \
+            squares[lane] += (double)tile[lane] * tile[lane];                                                          \
+    }                                                                                                                  \
+    for (int lane = 0; lane < lanes; lane++)                                                                           \
+        sum += squares[lane];                                                                                          \
+    return sum;                                                                                                        \
 }                                                                                                                      \
                                                                                                                        \
 /* total[down[r]][across[l]] += tile[r][l], of a matrix whose rows lie so far apart. */                                 \
@@ -309,10 +321,11 @@ DEFINE("x86-64-v4", 16, 8)
 DEFINE("x86-64-v3", 8, 4)
 
 typedef struct {
-    void (*tile)(const float *, const float *, int, Py_ssize_t, int, float *);
+    void (*tile)(const float *, const float *const *, const int64_t *, int, Py_ssize_t, int, float *);
     void (*pack)(const float *, const int64_t *, Py_ssize_t, const int64_t *, Py_ssize_t, float *);
     void (*add)(const float *, int, int, double *);
-    void (*place)(const float *, int, int, int, float *, Py_ssize_t);
+    void (*join)(const float *, int, float *);
+    double (*place)(const float *, int, int, float *, Py_ssize_t, Py_ssize_t);
     void (*scatter)(const float *, const int64_t *, int, const int64_t *, int, int, float *, Py_ssize_t);
     void (*shifted)(const float *, Py_ssize_t, const int64_t *, int, const int64_t *, int, const int64_t *, Py_ssize_t,
                     double *);
@@ -320,8 +333,8 @@ typedef struct {
                 double *);
 } instructions;
 
-static const instructions WIDE = {tile_16, pack_16, add_16, place_16, scatter_16, shifted_16, met_16},
-                          NARROW = {tile_8, pack_8, add_8, place_8, scatter_8, shifted_8, met_8};
+static const instructions WIDE = {tile_16, pack_16, add_16, join_16, place_16, scatter_16, shifted_16, met_16},
+                          NARROW = {tile_8, pack_8, add_8, join_8, place_8, scatter_8, shifted_8, met_8};
 
 /* The best that this processor has, or none; a virtual one with AVX2 may lack what else the compiler makes use of. */
 static const instructions *found(void)
@@ -396,6 +409,10 @@ static void packed(const instructions *use, const operand *one, const float *dat
                   panels + p * LANES * depth);
 }
 
+/* Two panels that lie one after the other, and what is summed over in the order in which it lies. */
+#define PAIR(panels, depth) ((const float *[]){(panels), (panels) + (depth) * LANES})
+static int64_t in_order[BLOCK];
+
 /* The lower half of a Gram matrix, added to tiles, one after another. */
 static void gram_of_rows(const instructions *use, const operand *one, const float *data, Py_ssize_t positions,
                          float *panels, double *tiles, int first)
@@ -410,7 +427,7 @@ static void gram_of_rows(const instructions *use, const operand *one, const floa
             for (Py_ssize_t p = q; p < all; p++) {
                 ALIGNED float tile[2 * TILE];
                 const int rows = rows_of(p, positions), count = p > q ? 2 : 1;
-                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, count, depth, rows, tile);
+                use->tile(panels + p * LANES * depth, PAIR(panels + q * LANES * depth, depth), in_order, count, depth, rows, tile);
                 use->add(tile, rows, first, total + (p - q) * TILE);
                 if (count == 2)
                     use->add(tile + TILE, rows, first, next + (p - q - 1) * TILE);
@@ -435,7 +452,7 @@ static void gram_of_windows(const instructions *use, const operand *one, const f
             for (Py_ssize_t p = q; p < seen; p++) {
                 ALIGNED float tile[2 * TILE];
                 const int rows = rows_of(p, one->row_count), count = p > q ? 2 : 1;
-                use->tile(panels + p * LANES * depth, panels + q * LANES * depth, count, depth,
+                use->tile(panels + p * LANES * depth, PAIR(panels + q * LANES * depth, depth), in_order, count, depth,
                           one->row_count < one->pixels ? (rows + 3) / 4 * 4 : rows, tile);
                 for (int panel = 0; panel < count; panel++)
                     use->scatter(tile + panel * TILE, one->spots + p * LANES, rows, one->spots + (q + panel) * LANES,
@@ -514,7 +531,8 @@ typedef struct {
     int input_count, grad_count, squared, failed;
     Py_ssize_t stop, groups, positions;
     spacings errs;
-    void *out;
+    float *out;
+    double *norm2;
     ALIGNED Py_ssize_t next;
 } problem;
 
@@ -531,7 +549,7 @@ static int gram_norm2(problem *all)
     const Py_ssize_t seen = Py_MAX(count, panels_of(all->inputs->pixels));
     const size_t square = seen * seen * TILE * sizeof(float);
     const int in_windows = all->inputs->tap_count > 0;
-    double inputs = 0, outputs = 0, *norm2 = all->out;
+    double inputs = 0, outputs = 0;
     for (int i = 0; i < all->input_count; i++)
         inputs += (double)all->inputs[i].width * Py_MAX(1, all->inputs[i].tap_count);
     for (int i = 0; i < all->grad_count; i++)
@@ -561,44 +579,86 @@ static int gram_norm2(problem *all)
                                   grad_length + q * LANES, met);
         }
         double error = all->errs.input * met[1] + all->errs.grad * met[2];
-        norm2[example] = rounded_up(met[0], error, &l, inputs, outputs, all->errs.sum);
+        all->norm2[example] = rounded_up(met[0], error, &l, inputs, outputs, all->errs.sum);
     }
     free(panels), free(pixels), free(copy), free(input);
     return fits;
 }
 
-/* out[example][group] = grad^T input, positions in blocks: the panels of one stay in the cache. */
+/* Some positions of a matrix, all of its columns in panels. */
+static void packed_features(const instructions *use, const operand *one, const float *data, Py_ssize_t start,
+                            Py_ssize_t depth, float *panels)
+{
+    for (Py_ssize_t p = 0; p < panels_of(one->width); p++)
+        use->pack(data, one->columns + p * LANES, rows_of(p, one->width), one->rows + start, depth,
+                  panels + p * LANES * depth);
+}
+
+/* All pixels of an image in panels of channels, each at its spot; what is around the image stays zero. */
+static void packed_pixels(const instructions *use, const operand *one, const float *data, float *panels)
+{
+    for (Py_ssize_t start = 0, stop; start < one->row_count; start = stop) {
+        for (stop = start + 1; stop < one->row_count && one->spots[stop] == one->spots[stop - 1] + 1; stop++)
+            ;
+        for (Py_ssize_t p = 0; p < panels_of(one->width); p++)
+            use->pack(data, one->columns + p * LANES, rows_of(p, one->width), one->rows + start, stop - start,
+                      panels + (p * one->pixels + one->spots[start]) * LANES);
+    }
+}
+
+/* out[example][group] = grad^T input, positions in blocks: the panels of one stay in the cache. What windows that are told
+ * by pixels see under one tap are the pixels from there on: these are packed once for all taps. */
 static int products(problem *all)
 {
     const operand *input = all->inputs, *grad = all->grads;
-    const Py_ssize_t across = panels_of(input->width), down = panels_of(grad->width);
-    float *panels = aligned_alloc(LINE, (across + down) * BLOCK * LINE), *copy = room_for(input);
-    const int fits = panels && copy;
-    for (Py_ssize_t example; fits && (example = taken(all)) < all->stop;)
+    const int told = input->tap_count > 0;
+    const Py_ssize_t taps = told ? input->tap_count : 1, width = input->width * taps;
+    const Py_ssize_t beside = panels_of(input->width), across = beside * taps, down = panels_of(grad->width);
+    const size_t seen = beside * (told ? input->pixels : BLOCK) * LINE;
+    float *lefts = aligned_alloc(LINE, down * BLOCK * LINE), *rights = aligned_alloc(LINE, seen);
+    float *sums = aligned_alloc(LINE, across * down * TILE * sizeof(float)), *copy = room_for(input);
+    const int fits = lefts && rights && sums && copy;
+    if (fits && input->row_count < input->pixels)
+        memset(rights, 0, seen);
+    for (Py_ssize_t example; fits && (example = taken(all)) < all->stop;) {
+        all->norm2[example] = 0;
         for (Py_ssize_t group = 0; group < all->groups; group++) {
             const float *left = placed(grad, example, group, NULL), *right = placed(input, example, group, copy);
-            float *to = (float *)all->out + (example * all->groups + group) * grad->width * input->width;
+            float *to = all->out + (example * all->groups + group) * grad->width * width;
+            if (told)
+                packed_pixels(all->use, input, right, rights);
             for (Py_ssize_t start = 0; start < all->positions; start += BLOCK) {
-                Py_ssize_t depth = all->positions - start < BLOCK ? all->positions - start : BLOCK;
-                float *rights = panels + down * LANES * depth;
-                for (Py_ssize_t p = 0; p < down; p++)
-                    all->use->pack(left, grad->columns + p * LANES, rows_of(p, grad->width), grad->rows + start, depth,
-                                   panels + p * LANES * depth);
-                for (Py_ssize_t p = 0; p < across; p++)
-                    all->use->pack(right, input->columns + p * LANES, rows_of(p, input->width), input->rows + start,
-                                   depth, rights + p * LANES * depth);
-                for (Py_ssize_t q = 0; q < across; q += 2)
-                    for (Py_ssize_t p = 0; p < down; p++) {
+                const Py_ssize_t depth = all->positions - start < BLOCK ? all->positions - start : BLOCK;
+                packed_features(all->use, grad, left, start, depth, lefts);
+                if (!told)
+                    packed_features(all->use, input, right, start, depth, rights);
+                for (Py_ssize_t q = 0; q < across; q += 2) {
+                    const int count = q + 1 < across ? 2 : 1;
+                    const float *pair[2];
+                    for (Py_ssize_t i = q; i < q + count; i++)
+                        pair[i - q] = rights + LANES * (told ? i / taps * input->pixels + input->taps[i % taps] : i * depth);
+                    float *sum = sums + q * down * TILE;
+                    for (Py_ssize_t p = 0; p < down; p++, sum += count * TILE) {
                         ALIGNED float tile[2 * TILE];
-                        const int rows = rows_of(p, grad->width), count = q + 1 < across ? 2 : 1;
-                        all->use->tile(panels + p * LANES * depth, rights + q * LANES * depth, count, depth, rows, tile);
-                        for (int panel = 0; panel < count; panel++)
-                            all->use->place(tile + panel * TILE, rows, rows_of(q + panel, input->width), !start,
-                                            to + p * LANES * input->width + (q + panel) * LANES, input->width);
+                        const int rows = rows_of(p, grad->width);
+                        all->use->tile(lefts + p * LANES * depth, pair, told ? input->where + start : in_order, count,
+                                       depth, rows, start ? tile : sum);
+                        for (int panel = 0; start && panel < count; panel++)
+                            all->use->join(tile + panel * TILE, rows, sum + panel * TILE);
                     }
+                }
             }
+            for (Py_ssize_t p = 0; p < down; p++)
+                for (Py_ssize_t q = 0; q < across; q++) {
+                    const Py_ssize_t even = q & ~1, count = even + 1 < across ? 2 : 1;
+                    all->norm2[example] += all->use->place(
+                        sums + (even * down + p * count + q - even) * TILE, rows_of(p, grad->width),
+                        rows_of(q / taps, input->width), to + p * LANES * width + q / taps * LANES * taps + q % taps,
+                        width, taps);
+                }
         }
-    free(panels), free(copy);
+    }
+    free(lefts), free(rights), free(sums), free(copy);
     return fits;
 }
 
@@ -613,9 +673,7 @@ static void worked(void *data)
 /* Operands come as (address, stride of examples, stride of groups, width; of windows that are told by pixels how many rows,
  * pixels and taps there are; the room of a copy; the addresses of rows, columns, numbers, where, taps, spots), with zeros
  * for what there is not. Windows that are copied or told by pixels come alone. */
-enum windows { NOT_AT_ALL, AS_ROWS, AS_PIXELS };
-
-static int read_operands(PyObject *list, operand *to, int *count, enum windows may)
+static int read_operands(PyObject *list, operand *to, int *count, int may_be_windows)
 {
     Py_ssize_t size = PyTuple_Check(list) ? PyTuple_GET_SIZE(list) : -1;
     if (size < 1 || size > MOST_OPERANDS) {
@@ -628,10 +686,9 @@ static int read_operands(PyObject *list, operand *to, int *count, enum windows m
                               &to[i].width, &to[i].row_count, &to[i].pixels, &to[i].tap_count, &to[i].room, &rows,
                               &columns, &numbers, &where, &taps, &spots))
             return 0;
-        const enum windows is = to[i].tap_count ? AS_PIXELS : to[i].room ? AS_ROWS : NOT_AT_ALL;
-        if (is > may || (is && size > 1)) {
-            PyErr_SetString(PyExc_ValueError, "windows are the only operand of the inputs, and told by pixels those of a"
-                                              " Gram matrix");
+        const int is_windows = to[i].tap_count || to[i].room;
+        if (is_windows && (!may_be_windows || size > 1)) {
+            PyErr_SetString(PyExc_ValueError, "windows are the only operand of the inputs");
             return 0;
         }
         to[i].where = (const int64_t *)where, to[i].taps = (const int64_t *)taps, to[i].spots = (const int64_t *)spots;
@@ -649,21 +706,20 @@ static int read_problem(PyObject *inputs, PyObject *grads, int narrow, problem *
         PyErr_SetString(PyExc_RuntimeError, "this processor has no vectors of eight numbers: is_there() says so");
         return 0;
     }
-    return read_operands(inputs, all->inputs, &all->input_count, all->squared ? AS_PIXELS : AS_ROWS)
-           && read_operands(grads, all->grads, &all->grad_count, NOT_AT_ALL);
+    return read_operands(inputs, all->inputs, &all->input_count, 1) && read_operands(grads, all->grads, &all->grad_count, 0);
 }
 
 static PyObject *call(PyObject *arguments, int squared)
 {
     PyObject *inputs, *grads;
     problem all = {.squared = squared};
-    Py_ssize_t out, threads, enter;
+    Py_ssize_t out, norm2, threads, enter;
     int narrow;
-    if (!PyArg_ParseTuple(arguments, "OOnn(ddd)npnnnn", &inputs, &grads, &all.groups, &all.positions, &all.errs.input,
-                          &all.errs.grad, &all.errs.sum, &out, &narrow, &all.next, &all.stop, &threads, &enter)
+    if (!PyArg_ParseTuple(arguments, "OOnn(ddd)nnpnnnn", &inputs, &grads, &all.groups, &all.positions, &all.errs.input,
+                          &all.errs.grad, &all.errs.sum, &out, &norm2, &narrow, &all.next, &all.stop, &threads, &enter)
         || !read_problem(inputs, grads, narrow, &all))
         return NULL;
-    all.out = (void *)out;
+    all.out = (float *)out, all.norm2 = (double *)norm2;
     Py_BEGIN_ALLOW_THREADS
     together(worked, &all, threads, enter);
     Py_END_ALLOW_THREADS
@@ -698,7 +754,7 @@ static PyMethodDef methods[] = {
     {"is_there", is_there, METH_NOARGS, "Whether this processor has the vectors that the others need."},
 #if SEVERAL_PROCESSORS
     {"gram_norm2", call_gram, METH_VARARGS, "Squared norms by Gram matrices."},
-    {"products", call_products, METH_VARARGS, "Products for each example."},
+    {"products", call_products, METH_VARARGS, "Products for each example, and their squared norms."},
 #endif
     {NULL, NULL, 0, NULL},
 };
@@ -707,5 +763,9 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_panels", NULL, 
 
 PyMODINIT_FUNC PyInit__panels(void)
 {
+#if SEVERAL_PROCESSORS
+    for (int i = 0; i < BLOCK; i++)
+        in_order[i] = i;
+#endif
     return PyModule_Create(&definition);
 }

@@ -143,8 +143,8 @@ def windows_norm2(windows: Spread, grads: Spread) -> Tensor:
     return processor.gram_norm2([windows], [grads])
 
 
-def windows_products(windows: Spread, grads: Spread) -> Tensor:
-    """``grad^T input`` per example, (B, K, O, I), float32, of the windows of an image."""
+def windows_products(windows: Spread, grads: Spread) -> tuple[Tensor, Tensor]:
+    """``grad^T input`` per example, (B, K, O, I), float32, of the windows of an image; and squared norms, (B,), float64."""
     return processor.products(windows, grads)
 
 

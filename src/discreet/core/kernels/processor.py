@@ -30,7 +30,7 @@ except ImportError:
 MOST_POSITIONS = 2048
 """The tiles of both Gram matrices of one example, 8 bytes a number, are held at once: 32 MiB for each thread."""
 _MOST_OPERANDS, _MOST_AXES, _MOST_KEPT = 16, 3, 6
-_RUN, _BLOCK = 32, 256
+_LANES, _RUN, _BLOCK = 16, 32, 256
 _ALONE = 1 << 18
 """Multiply-adds that take no longer than it takes to wake a second thread."""
 
@@ -41,6 +41,8 @@ class _Places(NamedTuple):
     """What the shape of an operand tells.
 
     Attributes:
+        width: numbers of one position, or of one pixel of windows that are told by pixels.
+        taps: pixels of one window, where it is told by them.
         spacings: bound on the error of an entry of the Gram matrix, in spacings of the product of two lengths.
         told: to the compiled code, after the address and the stride of examples.
         kept: arrays whose addresses are told.
@@ -49,6 +51,7 @@ class _Places(NamedTuple):
     groups: int
     positions: int
     width: int
+    taps: int
     spacings: float
     told: tuple[int, ...]
     kept: tuple[np.ndarray, ...]
@@ -154,7 +157,7 @@ def _told(groups: int, group_at: int, positions: int, counts: Sizes, *kept: np.n
     if counts[0]:
         spacings += (-(-width // _BLOCK) - 1) / 2
     addresses = [array.ctypes.data for array in kept] + [0] * (_MOST_KEPT - len(kept))
-    return _Places(groups, positions, width, spacings, (group_at, width, *counts, *addresses), kept)
+    return _Places(groups, positions, width, max(1, counts[2]), spacings, (group_at, width, *counts, *addresses), kept)
 
 
 def suit(*operands: Tensor) -> bool:
@@ -200,31 +203,38 @@ def gram_norm2(
     # Of several operands, whose lengths add up as squares do, the spacings of the worst.
     errs = [max(operand.places.spacings for operand in operands) for operands in (inputs, grads)]
     spacings = (*errs, 4.0) if rounded else (0.0, 0.0, 0.0)
-    _shared_out(_compiled.gram_norm2, inputs, grads, out=norm2_B, work=work, spacings=spacings, narrow=narrow)
+    _shared_out(_compiled.gram_norm2, inputs, grads, None, norm2_B, work=work, spacings=spacings, narrow=narrow)
     return norm2_B
 
 
-def products(input: Spread, grad: Spread, *, narrow: bool = False) -> Tensor:
-    """``grad^T input`` per example, (B, K, O, I), float32.
+def products(input: Spread, grad: Spread, *, narrow: bool = False) -> tuple[Tensor, Tensor]:
+    """``grad^T input`` per example, (B, K, O, I), float32, and their squared norms, (B,), float64.
 
     Args:
         input, grad: operands of one (B, K, S).
         narrow: use AVX2 where AVX-512 may be had.
     """
-    groups, positions, width, *_ = input.places
-    sizes = input.value.shape[0], groups, grad.places.width, width
-    out = torch.empty(sizes, dtype=torch.float32, device="cpu")
-    work = groups * positions * grad.places.width * width
-    _shared_out(_compiled.products, [input], [grad], out=out, work=work, spacings=(0.0, 0.0, 0.0), narrow=narrow)
-    return out
+    examples, (groups, positions, width, taps, *_), outputs = input.value.shape[0], input.places, grad.places.width
+    out = torch.empty((examples, groups, outputs, width * taps), dtype=torch.float32, device="cpu")
+    norm2_B = torch.empty(examples, dtype=torch.float64, device="cpu")
+    work = groups * positions * outputs * width * taps
+    _shared_out(_compiled.products, [input], [grad], out, norm2_B, work=work, spacings=(0.0, 0.0, 0.0), narrow=narrow)
+    return out, norm2_B
+
+
+def pays_by_pixel(channels: int, taps: int) -> bool:
+    """Whether `products` of windows are made sooner by pixels, which are packed once, each in lanes of its own."""
+    by_pixel, by_window = taps * math.ceil(channels / _LANES), math.ceil(channels * taps / _LANES)
+    return by_pixel <= 1.25 * by_window
 
 
 def _shared_out(
     kernel: Callable[..., None],
     inputs: Sequence[Spread],
     grads: Sequence[Spread],
+    out: Tensor | None,
+    norm2_B: Tensor,
     *,
-    out: Tensor,
     work: int,
     spacings: tuple[float, float, float],
     narrow: bool,
@@ -247,5 +257,6 @@ def _shared_out(
         )
     threads = max(1, min(torch.get_num_threads(), examples, examples * work // _ALONE))
     described = [tuple(operand.described() for operand in operands) for operands in (inputs, grads)]
-    run = functools.partial(kernel, *described, groups, positions, spacings, out.data_ptr(), narrow)
+    to = 0 if out is None else out.data_ptr()
+    run = functools.partial(kernel, *described, groups, positions, spacings, to, norm2_B.data_ptr(), narrow)
     team.for_rows(run, examples, threads)
