@@ -167,8 +167,9 @@ class Book:
             self._streams.add(stream)
         form = form.detached()
         self._rounds = self._rounds or form.rounds  # also where a float64 parameter was cast, or got other memory
-        choice = form.choice
-        if not isinstance(form, Dense) and (choice is None or choice.route is Route.KEEP):
+        is_dense = type(form) is Dense  # most records are, and to ask an abstract class takes longer
+        choice = None if is_dense else form.choice
+        if not is_dense and (choice is None or choice.route is Route.KEEP):
             with full_precision():
                 form = form.reduced()
         record = Record.of(derivation, form, choice)

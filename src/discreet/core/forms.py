@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import abc
 import math
+import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHUNK_NUMBERS = 1 << 24
+_requires_grad = operator.attrgetter("requires_grad")
 _VANISHING = 1e-30
 _BLOCK = 256
 
@@ -116,7 +118,7 @@ class Form(abc.ABC):
 
     def detached(self) -> Self:
         """The same without the graph behind it: a book that held that would hold the graph, which holds the book."""
-        if not [value for value in self.tensors if value.requires_grad]:
+        if not any(map(_requires_grad, self.tensors)):
             return self
         free = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **free)
@@ -261,7 +263,8 @@ class Lookup(Form):
 
 def wide(value: Tensor) -> Tensor:
     """At least float32: norms and sums never accumulate in half precision."""
-    return value.to(wide_dtype(value))
+    dtype = value.dtype
+    return value if dtype is torch.float32 or dtype is torch.float64 else value.to(torch.float32)
 
 
 def wide_dtype(value: Tensor) -> torch.dtype:

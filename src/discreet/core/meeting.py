@@ -149,7 +149,10 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             plain_args, plain_kwargs = tree_map_only(DerivedParameter, lambda leaf: leaf.plain(), (args, kwargs))
             return func(*plain_args, **plain_kwargs)
         guarded, operands = _tensors((*args, *kwargs.values()), [], [])
-        origins = {id(leaf): derivation_of(book, leaf) for leaf in guarded}
+        origins = {
+            id(leaf): book.derivation_of(leaf) if type(leaf) is PrivateParameter else derivation_of(book, leaf)
+            for leaf in guarded
+        }
         names = tuple({name: None for origin in origins.values() for name in origin.names})
         if func not in RULES and func not in DERIVABLE and func not in ROUTED:
             raise _no_rule(func, names, guarded[0])
@@ -190,9 +193,14 @@ def _tensors(values: Iterable[Any], guarded: list[Tensor], operands: list[Tensor
     In order; added to the two lists.
     """
     for value in values:
-        if type(value) in _PLAIN:
+        kind = type(value)
+        if kind in _PLAIN:
             continue
-        if isinstance(value, Tensor):
+        if kind is Tensor:
+            operands.append(value)
+        elif kind is PrivateParameter:
+            guarded.append(value)
+        elif isinstance(value, Tensor):
             (guarded if isinstance(value, Guarded) else operands).append(value)
         elif isinstance(value, (tuple, list)):
             _tensors(value, guarded, operands)

@@ -137,7 +137,7 @@ class Use:
 
     def derivation(self, guarded: Tensor) -> Derivation:
         """Where a guarded value comes from, for a rule that will record its gradients: once for each record."""
-        derivation = self.origin(guarded)
+        derivation = self.origins.get(id(guarded)) or self.origin(guarded)
         self.book.expect(derivation)
         return derivation
 
@@ -146,7 +146,7 @@ class Use:
         if not isinstance(value, Guarded):
             return None, value
         derivation = self.derivation(value)
-        return derivation, derivation.sources[0] if isinstance(value, PrivateParameter) else plain(value)
+        return derivation, derivation.sources[0] if type(value) is PrivateParameter else plain(value)
 
     def record(self, guarded_derivation: Derivation, form: Form) -> None:
         """Book the per-example gradients of a guarded value; called from the backward."""

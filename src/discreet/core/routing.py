@@ -140,22 +140,33 @@ class Trail:
         self._known.clear()
 
     def back(self, node: Any, rows: int) -> Picking | None:
-        """What the graph says about the rows of this node's output; a node of ours names the input that has them."""
-        if node not in self._known:
-            if node is None or len(self._new) >= _NODES:
-                return None
+        """What the graph says about the rows of this node's output."""
+        walked, found = [], None
+        while node is not None:
+            if node in self._known:
+                found = self._known[node]
+                break
+            if len(self._new) >= _NODES:
+                break
             self._new.append(node)
+            walked.append(node)
             self._known[node] = None
-            self._known[node] = self._through(node, rows)
-        return self._known[node]
+            name, sources = node.name(), node.next_functions
+            if len(sources) == 1 and name in _ROWWISE:
+                node = sources[0][0]
+            elif isinstance(node, torch.autograd.function.BackwardCFunction):  # one of ours names the input that has them
+                at = getattr(node, "rows_of", None)
+                node = None if at is None else sources[at][0]
+            else:
+                found = self._through(node, name, rows)
+                break
+        for node in walked:
+            self._known[node] = found
+        return found
 
-    def _through(self, node: Any, rows: int) -> Picking | None:
-        name = node.name()
+    def _through(self, node: Any, name: str, rows: int) -> Picking | None:
         if name in _ROWWISE:
             return self._agreed([self.back(following, rows) for following, _ in node.next_functions if following])
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            at = getattr(node, "rows_of", None)
-            return None if at is None else self.back(node.next_functions[at][0], rows)
         if name == "IndexBackward0":
             return self._picked(node, node._saved_indices, rows)
         if name == "IndexSelectBackward0" and _is_first(node, node._saved_dim):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +99,10 @@ class Record:
 
 
 def _versions(form: Form) -> tuple[int, ...]:
-    return tuple([value._version for value in form.tensors])  # a list is made without a generator's calls
+    return tuple(map(_version, form.tensors))
+
+
+_version = operator.attrgetter("_version")
 
 
 class Part(abc.ABC):
@@ -131,14 +135,14 @@ class Summand(Part):
 def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int) -> list[Part]:
     """The parts that these parameters make; those without a record are left out."""
     every = [Uses.of(name, records[name], examples) for name in names if name in records]
-    small: dict[torch.dtype, list[Uses]] = defaultdict(list)
+    small: dict[torch.dtype, list[tuple[Uses, Tensor]]] = defaultdict(list)
     products: dict[torch.dtype, list[Uses]] = defaultdict(list)
     by_input: dict[object, list[Uses]] = defaultdict(list)
     by_grad: dict[object, list[Uses]] = defaultdict(list)
     rest: list[Part] = []
     for use in every:
         if (grad := use.small) is not None:
-            small[wide_dtype(grad)].append(use)
+            small[wide_dtype(grad)].append((use, grad))
         elif (outer := use.by_product) is not None:
             products[wide_dtype(outer.grad)].append(use)
         elif (outer := use.by_gram) is not None:
@@ -151,8 +155,9 @@ def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int
         del by_input[identity_of(outer.input)]
         by_grad[identity_of(outer.grad)] += group
     shared = [*by_input.values(), *by_grad.values()]
-    together = [(Crossed, shared), (ProductUses, products.values()), (SmallUses, small.values())]
-    return rest + [kind(tuple(g)) if len(g) > 1 else g[0] for kind, groups in together for g in groups]
+    for kind, groups in ((Crossed, shared), (ProductUses, products.values())):
+        rest += [kind(tuple(group)) if len(group) > 1 else group[0] for group in groups]
+    return rest + [SmallUses(*zip(*group, strict=True)) if len(group) > 1 else group[0][0] for group in small.values()]
 
 
 def identity_of(operand: Tensor) -> tuple[object, ...]:
@@ -258,17 +263,18 @@ class Uses(Summand):
 
 @dataclass(frozen=True)
 class SmallUses(Summand):
-    """Many small parameters as one: a few large operations instead of many small ones."""
+    """Many small parameters as one: a few large operations instead of many small ones.
+
+    Attributes:
+        grads: of each, its `Uses.small`.
+    """
 
     uses: tuple[Uses, ...]
-
-    @functools.cached_property
-    def _grads(self) -> list[Tensor]:
-        return [grad for use in self.uses if (grad := use.small) is not None]
+    grads: tuple[Tensor, ...]
 
     @functools.cached_property
     def _together(self) -> Dense:
-        return Dense(torch.cat([wide(grad).reshape(grad.shape[0], -1) for grad in self._grads], 1))
+        return Dense(torch.cat([wide(grad).reshape(grad.shape[0], -1) for grad in self.grads], 1))
 
     def quick_norm2(self) -> Tensor:
         return self._together.norm2()
@@ -278,8 +284,8 @@ class SmallUses(Summand):
 
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         form = self._together if bad_B is None else self._together.without(bad_B)
-        sums = form.weighted_sum(factor_B).split([grad[0].numel() for grad in self._grads])
-        for use, grad, total in zip(self.uses, self._grads, sums, strict=True):
+        sums = form.weighted_sum(factor_B).split([grad[0].numel() for grad in self.grads])
+        for use, grad, total in zip(self.uses, self.grads, sums, strict=True):
             yield use.name, total.reshape(grad.shape[1:])
 
 

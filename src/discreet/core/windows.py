@@ -73,16 +73,15 @@ class Windows(Form):
     def choice(self) -> Choice:
         """The route to the norm of this use."""
         outputs, channels, *kernel = self.value_shape
+        positions, pixels, taps, suited = self._positions, self._pixels, math.prod(kernel), self._suits_kernels
         return WindowCost(
-            positions=self._positions,
-            inputs=channels * math.prod(kernel),
+            positions=positions,
+            inputs=channels * taps,
             outputs=outputs // self.geometry.groups,
             examples=self.examples,
-            pixels=self._pixels,
-            taps=math.prod(kernel),
-            prices=dispatch.window_prices(
-                self.input, suited=self._suits_kernels, positions=self._positions, pixels=self._pixels
-            ),
+            pixels=pixels,
+            taps=taps,
+            prices=dispatch.window_prices(self.input, suited=suited, positions=positions, pixels=pixels),
         ).choose()
 
     @functools.cached_property

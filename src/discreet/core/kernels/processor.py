@@ -70,8 +70,16 @@ class Spread:
         self.places = _places(value.shape[1:], value.stride()[1:], position_axes)
 
     def described(self) -> tuple[int, ...]:
-        """What the compiled code reads; valid while this lives."""
-        return (self.value.data_ptr(), self.value.stride(0), *self.places.told)
+        """What the compiled code reads; valid while this lives.
+
+        Raises:
+            AssertionError: it would read no float32: the caller has not asked `suit`.
+        """
+        value = self.value
+        address = value.data_ptr() if type(value) is Tensor and value.device.type == "cpu" else 0
+        if address == 0 or value.dtype is not torch.float32 or value.layout is not torch.strided:
+            raise AssertionError("operands that are no plain float32 tensors of this processor: ask `suit` before")
+        return (address, value.stride(0), *self.places.told)
 
 
 class Windows(Spread):
@@ -247,16 +255,15 @@ def _shared_out(
     Raises:
         AssertionError: operands have other examples, groups or positions than others, or are not `suit`ed.
     """
-    both, examples, (groups, positions, *_) = (*inputs, *grads), inputs[0].value.shape[0], inputs[0].places
-    sizes = {(operand.value.shape[0], operand.places.groups, operand.places.positions) for operand in both}
-    if len(sizes) > 1:
-        raise AssertionError(f"operands of sizes {sorted(sizes)}: the compiled code would read past their ends")
-    if not suit(*(operand.value for operand in both)):
-        raise AssertionError(
-            "operands that are no plain float32 tensors of this processor: the caller asks `suit` before"
-        )
+    examples, (groups, positions, *_) = inputs[0].value.shape[0], inputs[0].places
+    for operand in (*inputs, *grads):
+        sizes = operand.value.shape[0], operand.places.groups, operand.places.positions
+        if sizes != (examples, groups, positions):
+            raise AssertionError(
+                f"operands of {sizes} and {(examples, groups, positions)}: the compiled code would read past their ends"
+            )
     threads = max(1, min(torch.get_num_threads(), examples, examples * work // _ALONE))
-    described = [tuple(operand.described() for operand in operands) for operands in (inputs, grads)]
+    described = [tuple([operand.described() for operand in operands]) for operands in (inputs, grads)]
     to = 0 if out is None else out.data_ptr()
     run = functools.partial(kernel, *described, groups, positions, spacings, to, norm2_B.data_ptr(), narrow)
     team.for_rows(run, examples, threads)

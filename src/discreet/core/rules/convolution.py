@@ -89,5 +89,7 @@ def along(value: int | Sizes, axes: int) -> Sizes:
     """One number for each spatial axis."""
     if isinstance(value, int):
         return (value,) * axes
+    if type(value) is tuple and len(value) == axes:
+        return value
     sizes = tuple([int(size) for size in value])
     return sizes * axes if len(sizes) == 1 else sizes
