@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from discreet.core.clipping import BELOW, ClippedSum, Clipping, ClippingKind, Following
+from discreet.core.clipping import BELOW, STEEPNESS_BELOW, ClippedSum, Clipping, ClippingKind, Following
 from discreet.core.style import Style
 from discreet.errors import ConfigError
 
 BOUNDED = [
-    *(Clipping.abadi(bound) for bound in (1e-9, 1e-8, 0.1, 1.0, 3.5, 1e8, 1e30)),
+    *(Clipping.abadi(bound) for bound in (1e-9, 1e-8, 0.1, 1.0, 3.5, 1e8, 1e12)),
     *(Clipping.automatic(gamma) for gamma in (1e-9, 0.01, 1.0, 1e6)),
     Clipping.normalized(),
     *(Clipping.psac(r) for r in (1e-9, 0.01, 0.1, 0.9, 1.0, 30.0, 1e8)),
@@ -72,8 +72,39 @@ def test_larger_norms_get_no_larger_factors(clipping):
         peak = max(0.0, math.sqrt(clipping.gamma) - clipping.gamma)
         change = change[norm_B[:-1] > peak]
     if clipping.kind is ClippingKind.NORMALIZED:
-        change = change[norm_B[:-1] >= 1e-6]
+        change = change[norm_B[:-1] >= 2e-6]
     assert (change <= 1e-15).all()
+
+
+@pytest.mark.parametrize("clipping", BOUNDED, ids=str)
+def test_no_rule_jumps(clipping):
+    """A norm is rounded otherwise in other company: no share may hang on its last bits, at whatever length."""
+    edges = [
+        1e-6,
+        2e-6,
+        clipping.clip_bound * (1 - 2.0**-15),
+        clipping.clip_bound,
+        clipping.clip_bound * 9 / 8,
+        1e15,
+        1e17,
+    ]
+    around = torch.linspace(-1e-6, 1e-6, 41, dtype=torch.float64)
+    norm_B = torch.cat([torch.logspace(-12, 40, 40_001, dtype=torch.float64), *(edge * (1 + around) for edge in edges)])
+    near_B = norm_B * (1 + 1e-7)
+    moved_B = (clipping.factor(norm_B) * norm_B - clipping.factor(near_B) * near_B).abs()
+    assert (moved_B <= 1e-6 * clipping.sensitivity).all()
+    if clipping.following is not None:
+        for norm, near in zip(norm_B.split(1), near_B.split(1), strict=True):
+            assert abs(float(clipping.below(norm) - clipping.below(near))) <= 1e-6
+
+
+@pytest.mark.parametrize("clipping", BOUNDED, ids=str)
+def test_what_may_be_infinite_in_float32_gets_nothing(clipping):
+    norm_B = torch.tensor([1e17, 1e19, 1e30, 1e300], dtype=torch.float64)
+    assert not clipping.factor(norm_B).any()
+    assert clipping.factor(norm_B[:1] * 0.9) > 0 or clipping.kind is ClippingKind.GLOBAL
+    if clipping.following is not None:
+        assert float(clipping.below(norm_B)) == 0.0
 
 
 def test_what_each_function_is():
@@ -130,7 +161,7 @@ def test_norms_well_below_the_bound_are_left_alone_exactly():
 @pytest.mark.parametrize(
     "make",
     [
-        *(lambda bad=bad: Clipping.abadi(bad) for bad in (0.0, -1.0, math.nan, math.inf)),
+        *(lambda bad=bad: Clipping.abadi(bad) for bad in (0.0, -1.0, math.nan, math.inf, 1e13)),
         *(lambda bad=bad: Clipping.automatic(bad) for bad in (0.0, -0.01, math.nan, math.inf)),
         *(lambda bad=bad: Clipping.psac(bad) for bad in (0.0, -0.01, math.nan, math.inf, 1e-10)),
         *(lambda bad=bad: Clipping.global_(bad) for bad in (0.0, -1.0, math.nan, math.inf, 1e-10)),
@@ -294,8 +325,9 @@ def test_the_bound_follows_the_share_below_it_geometrically():
 
 def test_the_count_of_norms_below_the_bound():
     rule = Clipping.quantile(0.9, clip_bound=2.0)
-    norm_B = torch.tensor([0.0, 1.0, 2.0, 2.1, math.nan, math.inf])
-    assert float(rule.below(norm_B)) == 3 * 0.5 - 0.5
+    norm_B = torch.tensor([0.0, 1.0, 1.8, 2.0, 2.2, math.nan, math.inf], dtype=torch.float64)
+    assert float(rule.below(norm_B)) == 3 * 0.5 + 0.0 - 0.5
+    assert float(rule.below(torch.tensor([2.05]))) == pytest.approx(-0.2)
     assert rule.below(norm_B).dtype is torch.float64
     for row in norm_B:
         assert abs(float(rule.below(row.reshape(1)))) <= 0.5
@@ -307,3 +339,19 @@ def test_the_bound_finds_the_quantile_of_fixed_norms():
     for _ in range(300):
         rule = rule.followed(float(rule.below(norm_B)) / 1001)
     assert rule.clip_bound == pytest.approx(8.0, rel=0.02)
+
+
+@pytest.mark.parametrize("clipping", BOUNDED, ids=str)
+def test_a_share_follows_its_norm_as_steeply_as_is_said_and_no_more(clipping):
+    edges = (1e-6, 2e-6, clipping.clip_bound, 1e15, 1e17)
+    norm_B = torch.cat([torch.linspace(0.9, 1.3, 20_001, dtype=torch.float64) * edge for edge in edges])
+    near_B, rise = norm_B * (1 + 1e-9), 1e-9
+    share_B, other_B = (clipping.factor(n) * n / clipping.clip_bound for n in (norm_B, near_B))
+    steepest = float((other_B - share_B).abs().max()) / rise
+    assert steepest <= clipping.steepness * (1 + 1e-6)
+    if clipping.kind in (ClippingKind.GLOBAL, ClippingKind.NORMALIZED):
+        assert steepest >= clipping.steepness * 0.999
+    if clipping.following is not None:
+        counts = [torch.stack([clipping.below(one) for one in n[40_002:60_003].split(1)]) for n in (norm_B, near_B)]
+        steepest = float((counts[1] - counts[0]).abs().max()) / 0.5 / rise
+        assert STEEPNESS_BELOW * 0.999 <= steepest <= STEEPNESS_BELOW * (1 + 1e-6)

@@ -97,7 +97,7 @@ def test_factors_vanish_sooner_beside_a_large_bound():
 def test_a_long_gradient_beside_a_tiny_one_does_not_wipe_out_the_others(norms):
     """With gamma at 1e-9 factors reached 1e9: their ratio to the least was no float32 number, and the sum was lost."""
     rule, norm = Clipping.automatic(1e-9), torch.tensor(norms, dtype=torch.float64)
-    factor = drop_vanishing(rule.factor(norm), bound=rule.clip_bound, largest=rule.largest_factor)
+    factor = drop_vanishing(1 / (norm + rule.gamma), bound=rule.clip_bound, largest=rule.largest_factor)
     assert rule.factor(torch.zeros(1)) <= rule.largest_factor
     input, grad = draw(9, torch.bfloat16, (3, 1, 16, 8), (3, 1, 16, 8))
     scale = (norm / each(input, grad).flatten(1).norm(dim=1)).sqrt().reshape(-1, 1, 1, 1)
@@ -249,7 +249,7 @@ def test_small_parameters_of_an_accelerator_are_settled_together():
     for device, together in (("cpu", False), ("meta", True)):
         parameter, grad = torch.zeros(1024, device=device), torch.zeros(128, 1024, device=device)
         record = Record.of(Derivation.of("bias", parameter), Dense(grad), None)
-        assert (Uses.of("bias", [(0, record)], 128).small is not None) is together
+        assert (Uses.of("bias", [(0, record)], 128, 128).small is not None) is together
 
 
 PLACES = [

@@ -198,7 +198,7 @@ STATIONARY = [
     Clipping.quantile(0.9, clip_bound=0.5),
     *(Clipping.automatic(gamma) for gamma in (0.01, 0.1, 1.0)),
     *(Clipping.psac(r) for r in (0.01, 0.1, 1.0)),
-    *(Clipping.global_(bound) for bound in (0.3, 0.75, 0.99)),
+    *(Clipping.global_(bound) for bound in (0.3, 0.46, 0.75, 0.93, 0.99)),
     Clipping.normalized(),
     Clipping.none(),
 ]

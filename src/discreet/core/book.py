@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from discreet.core.axes import Axis, Layout, UseKey
-from discreet.core.clipping import BELOW, Clipping, Division
+from discreet.core.clipping import BELOW, STEEPNESS_BELOW, Clipping, Division
 from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.recording import Recording
@@ -339,12 +339,12 @@ class Book:
         parts = self.parts(group)
         norm_B, all_finite = self._norms(parts)
         factor_B = drop_vanishing(rule.factor(norm_B), bound=rule.clip_bound, largest=rule.largest_factor)
-        factor_B = factor_B * self._summing_margin(rule)
+        factor_B = factor_B * self._margin(rule.steepness)
         if self._recording is not None:
             factor_B = torch.where(self._recording.takes_part_B, factor_B, 0.0)
         if rule.following is not None:
             # The mean over groups, so that one example counts once; exact, but for 2^-53 where K is no power of 2.
-            count = rule.below(norm_B).reshape(1) / len(self._division.groups)
+            count = rule.below(norm_B).reshape(1) * self._margin(STEEPNESS_BELOW) / len(self._division.groups)
             self._sums[BELOW] = self._sums[BELOW] + count if BELOW in self._sums else count
         bad = None if all_finite else ~torch.isfinite(norm_B)
         summands = [summand for part in parts for summand in part.summands()]
@@ -364,17 +364,18 @@ class Book:
                 f"{', '.join(changed)}: a gradient or an activation was changed in place after it was booked (by a "
                 "hook or a custom Function); change a copy of it."
             )
-        return arranged(names, self._records, self.examples)
+        return arranged(names, self._records, self.examples, self._company)
 
-    def _summing_margin(self, rule: Clipping) -> float:
-        """Shrinks factors by what one example may move the float32 rounding of a sum over all of them.
+    def _margin(self, steepness: float) -> float:
+        """Shrinks shares by what one example may move the float32 rounding of all others, and of a sum over them.
 
-        One spacing for each example, and 256 for opposed uses that meet others in a sum: hostile batches moved 4e-5 R.
-        So many as there may be in a microbatch: one example more, where memory runs out, must not move all others.
+        One spacing for each example, as often as its share follows its norm, and 256 for opposed uses that meet others
+        in a sum: hostile batches moved 4e-5 R. So many examples as there may be in a microbatch: one more, where memory
+        runs out, must not move all others.
         """
-        if math.isinf(rule.clip_bound) or not self._rounds:
+        if not self._rounds:
             return 1.0
-        return 1.0 - (256 + self._company) * torch.finfo(torch.float32).eps
+        return 1.0 / (1.0 + steepness * (256 + self._company) * torch.finfo(torch.float32).eps)
 
     def _norms(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
         """Norms over these parts, (B,), float64, and whether all are known to be finite.
@@ -403,7 +404,7 @@ class Book:
         norms = {}
         with full_precision():
             for name, records in self._records.items():
-                uses = Uses.of(name, records, self.examples)
+                uses = Uses.of(name, records, self.examples, self._company)
                 if uses.joined is not None:
                     self._records[name] = [(0, uses.joined)]  # joining may overwrite what it joins: once, and no more
                 norms[name] = uses.norm2().sqrt() if sure else self._norms([uses])[0]
@@ -415,7 +416,10 @@ class Book:
         For a handful of public examples: where uses are not of one form, their gradients are instantiated.
         """
         with full_precision():
-            return {name: Uses.of(name, records, self.examples).gram() for name, records in self._records.items()}
+            return {
+                name: Uses.of(name, records, self.examples, self._company).gram()
+                for name, records in self._records.items()
+            }
 
     def routes(self) -> dict[str, tuple[str, ...]]:
         """For each used parameter, how its norms are taken and why, from shapes alone: name -> one line a use."""

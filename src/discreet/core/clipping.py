@@ -4,14 +4,17 @@
 |---|---|---|---|---|
 | abadi | min(1, R / n) | R | 1 | c n = R |
 | automatic | R / (n + gamma) | R, not attained | R / gamma | c n -> R |
-| normalized | R / n | R | 0, by decree | c n = R |
+| normalized | R / n, fading to 0 from n = 2e-6 to 1e-6 | R | 0, by decree | c n = R |
 | psac | R / (n + r / (n + r)) | R, not attained | R | c n -> R |
-| global | 1 where n <= R, else 0 | R | 1 | 0: such an example is never learned |
+| global | 1 where n <= R, fading to 0 at n = 9/8 R | R | 1 | 0: such an example is never learned |
 | quantile | abadi with R that follows a quantile of the norms | R of the step | 1 | c n = R |
 | none | 1 | infinite | 1 | - |
 
-Every rule gives 0 to a norm that is not finite. Adding or removing one example moves the sum by at most sup c n;
-replacing one by another moves it by at most twice that, attained by opposite gradients.
+Every rule but none fades to 0 from n = 1e15 to 1e17, and gives 0 to a norm that is not finite. Adding or removing one
+example moves the sum by at most sup c n; replacing one, by at most twice that, attained by opposite gradients.
+
+No rule jumps. In other company the library's own arithmetic rounds a norm otherwise, so that all examples that are
+alike would change sides of a jump at once.
 
 Shape legend: B = examples of a microbatch.
 """
@@ -43,6 +46,13 @@ _SMALLEST_SHARE = 1e-12
 _NO_DIRECTION = 1e-6
 """A norm below this has rounding in its direction and in itself: the normalised rule gives such an example nothing."""
 _LARGEST_BOUND = 1e12
+_FAR, _ENDLESS = 1e15, 1e17
+"""Squares of lengths above 1e19 are infinite in float32 and not in float64: what is so long gets nothing, whichever way
+its norm is taken."""
+FADING = 1 / 8
+"""Width, over the bound, of what stands for a jump at it."""
+STEEPNESS_BELOW = 1 + 2 / FADING
+"""`Clipping.steepness` of a count, over the half that an example counts at most."""
 
 
 class ClippingKind(enum.Enum):
@@ -114,15 +124,16 @@ class Clipping:
     - ``Clipping.abadi(R)``: ``min(1, R / n)`` (Abadi et al., arXiv:1607.00133).
     - ``Clipping.automatic(gamma)``: ``R / (n + gamma)`` with R = 1, which only rescales the rate (AUTO-S,
       arXiv:2206.07136).
-    - ``Clipping.normalized()``: ``1 / n`` (AUTO-V, the same paper), 0 for norms below 1e-6.
+    - ``Clipping.normalized()``: ``1 / n`` (AUTO-V, the same paper), fading to 0 from norms of 2e-6 to 1e-6.
     - ``Clipping.psac(r)``: ``1 / (n + r / (n + r))`` (arXiv:2212.00328): small gradients are not blown up.
-    - ``Clipping.global_(R)``: 1 up to R and 0 beyond (the final form of arXiv:2106.07830). Experimental: whatever is
-      beyond R is never learned; safe only with R above nearly all norms.
+    - ``Clipping.global_(R)``: 1 up to R and 0 beyond 9/8 R (the final form of arXiv:2106.07830, which jumps at R).
+      Experimental: whatever is beyond is never learned; safe only with R above nearly all norms.
     - ``Clipping.quantile(q)``: abadi, with R following the q-quantile of the norms privately (arXiv:1905.03871).
     - ``Clipping.none()``: factor 1 and infinite sensitivity. Such a sum can only be released without a guarantee.
 
-    **Guarantees.** For every norm, ``factor(n) * n <= clip_bound``; a non-finite norm gets factor 0, so an example that
-    produced NaN or infinity contributes exactly nothing.
+    **Guarantees.** For every norm, ``factor(n) * n <= clip_bound``; a norm that is not finite or above 1e17 gets factor
+    0, so an example that produced NaN or infinity contributes exactly nothing. ``factor(n) * n`` is continuous: see
+    `steepness`.
     """
 
     kind: ClippingKind
@@ -214,6 +225,12 @@ class Clipping:
         return max(1.0, self.clip_bound / self.gamma) if self.kind in _SOFTENED else 1.0
 
     @property
+    def steepness(self) -> float:
+        """What ``factor(n) * n`` changes by, over R, is at most so many times the relative change of n."""
+        steep = {ClippingKind.GLOBAL: 1 + 1 / FADING, ClippingKind.NORMALIZED: 2.0, ClippingKind.NONE: 0.0}
+        return steep.get(self.kind, 1.02)
+
+    @property
     def replace_one_sensitivity(self) -> float:
         """Largest L2 change when one example takes the place of another: both at the bound, and opposed."""
         return 2.0 * self.sensitivity
@@ -242,21 +259,27 @@ class Clipping:
         elif self.kind is ClippingKind.AUTOMATIC:
             factor_B = bound / (norm_B + self.gamma)
         elif self.kind is ClippingKind.NORMALIZED:
-            factor_B = torch.where(norm_B < _NO_DIRECTION, 0.0, bound / norm_B)
+            factor_B = bound / norm_B.clamp(min=_NO_DIRECTION) * (norm_B / _NO_DIRECTION - 1).clamp(0.0, 1.0)
         elif self.kind is ClippingKind.PSAC:
             factor_B = bound / (norm_B + self.gamma / (norm_B + self.gamma))
         elif self.kind is ClippingKind.GLOBAL:
-            factor_B = (norm_B <= bound).to(norm_B.dtype)
+            factor_B = (bound / norm_B).clamp(max=1.0) * (1 - (norm_B / bound - 1) / FADING).clamp(0.0, 1.0)
         else:
             factor_B = torch.ones_like(norm_B)
+        if self.kind is not ClippingKind.NONE:
+            factor_B = factor_B * _reached(norm_B)
         # A subnormal factor has lost its last bits, and may have been rounded up: nothing is within the bound.
         counts = torch.isfinite(norm_B) & (factor_B >= torch.finfo(factor_B.dtype).tiny)
         return torch.where(counts, factor_B, 0.0)
 
     def below(self, norm_B: Tensor) -> Tensor:
-        """How many of these norms are within the bound, less one half each: () float64. Bad norms count as nothing."""
-        above_B = torch.where(norm_B <= self.clip_bound, 0.5, -0.5).to(torch.float64)
-        return torch.where(torch.isfinite(norm_B), above_B, 0.0).sum()
+        """How many of these norms are within the bound, less one half each: () float64. Bad norms count as nothing.
+
+        One near the bound counts in part, from 15/16 to 17/16 of it.
+        """
+        norm_B = norm_B.to(torch.float64)
+        inside_B = ((1 - norm_B / self.clip_bound) / FADING).clamp(-0.5, 0.5) * _reached(norm_B)
+        return torch.where(torch.isfinite(norm_B), inside_B, 0.0).sum()
 
     def followed(self, below: float) -> Clipping:
         """The rule of the next step.
@@ -281,6 +304,11 @@ class Clipping:
             record |= {"quantile": self.following.quantile, "rate": self.following.rate}
             record["count_share"] = self.following.count_share
         return record
+
+
+def _reached(norm_B: Tensor) -> Tensor:
+    """1, fading to 0 at norms that may be infinite when they are taken in another way."""
+    return ((_ENDLESS - norm_B) / (_ENDLESS - _FAR)).clamp(0.0, 1.0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -312,6 +340,8 @@ def _reach(name: str, value: float) -> float:
     """Norms are taken to 1e-12 where squares vanish: a rule that tells smaller ones apart would be fooled by them."""
     if 0 < value < _SMALLEST:
         raise ConfigError(f"{name} {value}: must be at least {_SMALLEST:g}; scale the loss up instead.")
+    if _LARGEST_BOUND < value < math.inf:
+        raise ConfigError(f"{name} {value}: must be at most {_LARGEST_BOUND:g}; scale the loss down instead.")
     return float(value)
 
 

@@ -154,7 +154,8 @@ class Trail:
             name, sources = node.name(), node.next_functions
             if len(sources) == 1 and name in _ROWWISE:
                 node = sources[0][0]
-            elif isinstance(node, torch.autograd.function.BackwardCFunction):  # one of ours names the input that has them
+            elif isinstance(node, torch.autograd.function.BackwardCFunction):
+                # One of ours names the input that has them.
                 at = getattr(node, "rows_of", None)
                 node = None if at is None else sources[at][0]
             else:

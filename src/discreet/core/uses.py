@@ -26,8 +26,8 @@ from discreet.core.outer import Outer, Tied, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
 
 _SMALL, _SMALL_TOGETHER, _SMALL_AWAY = 4096, 1 << 16, 1 << 22
-"""Numbers of a parameter that is settled together with others of its kind, and of all its per-example gradients; on an
-accelerator, where a dozen launches for each take longer than a copy."""
+"""Numbers of a parameter that is settled together with others of its kind, and of as many per-example gradients as
+there may be; on an accelerator, where a dozen launches for each take longer than a copy."""
 
 Records = Sequence[tuple[int, "Record"]]
 """Records of one parameter, each with the position that the parameter has among the record's sources."""
@@ -132,9 +132,9 @@ class Summand(Part):
         """For each parameter its name and ``sum_b factor_b G_b``; marked examples are left out, whatever they hold."""
 
 
-def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int) -> list[Part]:
+def arranged(names: Sequence[str], records: Mapping[str, Records], examples: int, at_most: int) -> list[Part]:
     """The parts that these parameters make; those without a record are left out."""
-    every = [Uses.of(name, records[name], examples) for name in names if name in records]
+    every = [Uses.of(name, records[name], examples, at_most) for name in names if name in records]
     small: dict[torch.dtype, list[tuple[Uses, Tensor]]] = defaultdict(list)
     products: dict[torch.dtype, list[Uses]] = defaultdict(list)
     by_input: dict[object, list[Uses]] = defaultdict(list)
@@ -173,19 +173,21 @@ class Uses(Summand):
     were its uses scaled and summed one by one, their rounding errors would pass the bound.
 
     Attributes:
+        at_most: the most examples that there may be: how norms are taken must not hang on how many there are.
         joined: one record that stands for all of them, when there is one; its derivation keeps norms.
     """
 
     name: str
     records: tuple[tuple[int, Record], ...]
     examples: int
+    at_most: int
     joined: Record | None
 
     @classmethod
-    def of(cls, name: str, records: Records, examples: int) -> Uses:
+    def of(cls, name: str, records: Records, examples: int, at_most: int) -> Uses:
         """The uses of a parameter, joined when their forms allow it, or when what they add up to is small."""
-        uses = cls(name, tuple(records), examples, _joined([record for _, record in records]))
-        if uses.joined is None and examples <= uses._chunk():
+        uses = cls(name, tuple(records), examples, at_most, _joined([record for _, record in records]))
+        if uses.joined is None and at_most <= uses._chunk():
             ((_, total),) = uses._totals(None)
             return replace(uses, joined=Record(Derivation.of(name, records[0][1].derivation.sources[0]), total, None))
         return uses
@@ -231,7 +233,7 @@ class Uses(Summand):
             return None
         grad = joined.form.grad
         most = _SMALL_TOGETHER if grad.device.type == "cpu" else _SMALL_AWAY
-        return grad if grad.numel() <= min(self.examples * _SMALL, most) else None
+        return grad if math.prod(grad.shape[1:]) <= min(_SMALL, most // self.at_most) else None
 
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         yield self.name, self._weighted_sum(factor_B, bad_B)

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
-from discreet.core.kernels import dispatch
-from discreet.core.kernels.processor import Spread, pays_by_pixel
-from discreet.core.kernels.processor import Windows as WindowSpread
+from discreet.core.kernels import dispatch, processor
+from discreet.core.kernels.processor import Spread
 from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
 
@@ -124,7 +123,8 @@ class Windows(Form):
             return self.unfolded().quick_norm2()
         rows = max(self._positions, self._pixels if route is Route.PIXELS else 0)
         if self._suits_kernels and dispatch.suit_positions(rows):
-            return dispatch.windows_norm2(*self._spread(by_pixel=route is Route.PIXELS))
+            windows, grads = self._spread(by_pixel=route is Route.PIXELS)
+            return processor.gram_norm2([windows], [grads])
         return torch.cat([part._gram_norm2(route) for part in self._parts()])
 
     def _gram_norm2(self, route: Route) -> Tensor:
@@ -199,13 +199,13 @@ class Windows(Form):
         """Windows of the input, which the kernel pads, and the output gradients that they meet: nothing is copied."""
         output, kernel, place = self.grad.shape[3:], self.value_shape[2:], self.geometry
         sight = output, kernel, place.stride, place.padding, place.dilation, place.groups
-        return WindowSpread(wide(self.input), *sight, by_pixel=by_pixel), self._spread_grads()
+        return processor.Windows(wide(self.input), *sight, by_pixel=by_pixel), self._spread_grads()
 
     def _spread_grads(self) -> Spread:
         """Output gradients are windows of one pixel each."""
         output = self.grad.shape[3:]
         one, none = (1,) * len(output), (0,) * len(output)
-        return WindowSpread(self.grad, output, one, one, none, one, self.geometry.groups)
+        return processor.Windows(self.grad, output, one, one, none, one, self.geometry.groups)
 
     def per_example(self) -> Tensor:
         if self._suits_kernels:
@@ -260,8 +260,8 @@ class Windows(Form):
     def _products(self) -> Dense:
         """Gradients made by the kernel, which tells their norms too."""
         _, channels, *kernel = self.value_shape
-        by_pixel = pays_by_pixel(channels, math.prod(kernel))
-        grad, norm2_B = dispatch.windows_products(*self._spread(by_pixel=by_pixel))
+        by_pixel = processor.pays_by_pixel(channels, math.prod(kernel))
+        grad, norm2_B = processor.products(*self._spread(by_pixel=by_pixel))
         return Dense(grad.reshape(self.examples, *self.value_shape), scratch=True, known_norm2=norm2_B)
 
 

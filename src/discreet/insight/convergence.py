@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discreet.core.clipping import Clipping, ClippingKind
+from discreet.core.clipping import FADING, Clipping, ClippingKind
 from discreet.core.gradient import backward, clipped_gradient, open_book, trainable
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError
@@ -253,7 +253,9 @@ def stationary_probability(rule: Clipping, probability: float, *, feature_norm: 
 
     - abadi: p for rho >= p, else ``1 - rho (1 - p) / p``; none: p; normalized: 1;
     - automatic: ``[a - g + sqrt((a - g)^2 + 4 a g p)] / (2 a)``, ``a = 2 p - 1``;
-    - global: p for rho >= p; 1 for 1/2 <= rho < p, the minority being dropped for ever; below, 1/2: nothing moves;
+    - global, which fades over d = 1/8 of its bound: p for rho >= p; for rho >= 1 / (1 + d) the s at which the minority
+      that has not quite faded holds the balance; 1 for smaller rho, the minority being dropped for ever; and 1/2 for
+      rho <= 1 / (2 + 2 d), where nothing moves;
     - psac: the root of the equation, by bisection.
 
     Derived here; the idea that clipping is descent on another loss is that of arXiv:2106.07830.
@@ -274,7 +276,7 @@ def stationary_probability(rule: Clipping, probability: float, *, feature_norm: 
     if rule.kind is ClippingKind.NORMALIZED:
         return 1.0
     if rule.kind is ClippingKind.GLOBAL:
-        return p if rho >= p else (1.0 if rho >= 0.5 else 0.5)
+        return _where_fading_ends(rho, p)
     if rule.kind is ClippingKind.AUTOMATIC:
         a = 2.0 * p - 1.0
         return (a - g + math.sqrt((a - g) ** 2 + 4.0 * a * g * p)) / (2.0 * a)
@@ -283,6 +285,17 @@ def stationary_probability(rule: Clipping, probability: float, *, feature_norm: 
         return p * _pull((1.0 - s) * feature_norm, rule.gamma) - (1.0 - p) * _pull(s * feature_norm, rule.gamma)
 
     return _root(drift)
+
+
+def _where_fading_ends(rho: float, p: float) -> float:
+    """Under the global rule: between rho and (1 + d) rho, ``p (1 - s) = (1 - p) (rho - (s - rho) / d)``."""
+    if rho >= p:
+        return p
+    if 2 * rho * (1 + FADING) <= 1:
+        return 0.5
+    steeper = (1 - p) / FADING - p
+    s = ((1 - p) * rho * (1 + 1 / FADING) - p) / steeper if steeper else 1.0
+    return s if rho < s < min(1.0, rho * (1 + FADING)) else 1.0
 
 
 def _pull(norm: float, r: float) -> float:

@@ -138,16 +138,6 @@ def rounded_direct(found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, input
     return rounding.direct_norm2(found, input_BKS, grad_BKS, inputs=inputs, outputs=outputs)
 
 
-def windows_norm2(windows: Spread, grads: Spread) -> Tensor:
-    """`gram_norm2` of the windows of an image, read where they lie or told by its pixels; (B,), float64."""
-    return processor.gram_norm2([windows], [grads])
-
-
-def windows_products(windows: Spread, grads: Spread) -> tuple[Tensor, Tensor]:
-    """``grad^T input`` per example, (B, K, O, I), float32, of the windows of an image; and squared norms, (B,), float64."""
-    return processor.products(windows, grads)
-
-
 def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
     """``grad^T input`` per example, (B, K, O, I), float32."""
     from discreet.core.kernels import direct

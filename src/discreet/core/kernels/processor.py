@@ -73,7 +73,7 @@ class Spread:
         """What the compiled code reads; valid while this lives.
 
         Raises:
-            AssertionError: it would read no float32: the caller has not asked `suit`.
+            AssertionError: this is no plain float32: the caller has not asked `suit`.
         """
         value = self.value
         address = value.data_ptr() if type(value) is Tensor and value.device.type == "cpu" else 0
@@ -232,8 +232,7 @@ def products(input: Spread, grad: Spread, *, narrow: bool = False) -> tuple[Tens
 
 def pays_by_pixel(channels: int, taps: int) -> bool:
     """Whether `products` of windows are made sooner by pixels, which are packed once, each in lanes of its own."""
-    by_pixel, by_window = taps * math.ceil(channels / _LANES), math.ceil(channels * taps / _LANES)
-    return by_pixel <= 1.25 * by_window
+    return taps * math.ceil(channels / _LANES) <= 1.25 * math.ceil(channels * taps / _LANES)
 
 
 def _shared_out(
@@ -247,10 +246,7 @@ def _shared_out(
     spacings: tuple[float, float, float],
     narrow: bool,
 ) -> None:
-    """Run a kernel, with as many examples for each thread.
-
-    Args:
-        work: multiply-adds of one example.
+    """Run a kernel; work is multiply-adds of one example.
 
     Raises:
         AssertionError: operands have other examples, groups or positions than others, or are not `suit`ed.
@@ -259,11 +255,9 @@ def _shared_out(
     for operand in (*inputs, *grads):
         sizes = operand.value.shape[0], operand.places.groups, operand.places.positions
         if sizes != (examples, groups, positions):
-            raise AssertionError(
-                f"operands of {sizes} and {(examples, groups, positions)}: the compiled code would read past their ends"
-            )
+            raise AssertionError(f"operands of other sizes, {sizes}: the compiled code would read past their ends")
     threads = max(1, min(torch.get_num_threads(), examples, examples * work // _ALONE))
     described = [tuple([operand.described() for operand in operands]) for operands in (inputs, grads)]
-    to = 0 if out is None else out.data_ptr()
-    run = functools.partial(kernel, *described, groups, positions, spacings, to, norm2_B.data_ptr(), narrow)
+    to = (0 if out is None else out.data_ptr()), norm2_B.data_ptr()
+    run = functools.partial(kernel, *described, groups, positions, spacings, *to, narrow)
     team.for_rows(run, examples, threads)
