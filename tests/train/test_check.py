@@ -47,7 +47,7 @@ _WRONG = {
 _BY_KERNEL = {
     "gram": "discreet.core.kernels.dispatch.gram_norm2",
     "gram of two layers": "discreet.core.kernels.dispatch.gram_norm2",
-    "gram of pixels": "discreet.core.kernels.dispatch.windows_norm2",
+    "gram of pixels": "discreet.core.kernels.processor.gram_norm2",
 }
 
 
@@ -69,6 +69,20 @@ def test_a_route_that_these_sizes_would_not_take_is_tried(name, by_kernel, monke
     honest = getattr(importlib.import_module(module), function)
     monkeypatch.setattr(target, lambda *args, **options: honest(*args, **options) * 0.5)
     expect_failed(model, batch, "")
+
+
+@pytest.mark.skipif(not processor._is_there(), reason="no compiled products for this processor")
+def test_norms_that_are_not_those_of_the_gradients_beside_them_are_caught(monkeypatch):
+    honest = processor.products
+
+    def wrong(input, grad):
+        made, norm2_B = honest(input, grad)
+        return made, norm2_B * 0.5
+
+    model, batch = built(lambda s, x: s.c(x), c=nn.Conv2d(8, 8, 3)), drawn(8, 12, 12)
+    assert check(model, loss, batch).passed
+    monkeypatch.setattr(processor, "products", wrong)
+    expect_failed(model, batch, "c.weight")
 
 
 def test_a_missed_use_is_caught(monkeypatch):

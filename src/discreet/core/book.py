@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from discreet.core.axes import Axis, Layout, UseKey
-from discreet.core.clipping import BELOW, STEEPNESS_BELOW, Clipping, Division
+from discreet.core.clipping import BELOW, Clipping, Division
 from discreet.core.forms import Dense, Form, drop_vanishing
 from discreet.core.precision import full_precision
 from discreet.core.recording import Recording
@@ -339,12 +339,13 @@ class Book:
         parts = self.parts(group)
         norm_B, all_finite = self._norms(parts)
         factor_B = drop_vanishing(rule.factor(norm_B), bound=rule.clip_bound, largest=rule.largest_factor)
-        factor_B = factor_B * self._margin(rule.steepness)
+        if self._rounds:
+            factor_B = factor_B * rule.margin(self._company)
         if self._recording is not None:
             factor_B = torch.where(self._recording.takes_part_B, factor_B, 0.0)
         if rule.following is not None:
             # The mean over groups, so that one example counts once; exact, but for 2^-53 where K is no power of 2.
-            count = rule.below(norm_B).reshape(1) * self._margin(STEEPNESS_BELOW) / len(self._division.groups)
+            count = rule.below(norm_B).reshape(1) / len(self._division.groups)
             self._sums[BELOW] = self._sums[BELOW] + count if BELOW in self._sums else count
         bad = None if all_finite else ~torch.isfinite(norm_B)
         summands = [summand for part in parts for summand in part.summands()]
@@ -365,17 +366,6 @@ class Book:
                 "hook or a custom Function); change a copy of it."
             )
         return arranged(names, self._records, self.examples, self._company)
-
-    def _margin(self, steepness: float) -> float:
-        """Shrinks shares by what one example may move the float32 rounding of all others, and of a sum over them.
-
-        One spacing for each example, as often as its share follows its norm, and 256 for opposed uses that meet others
-        in a sum: hostile batches moved 4e-5 R. So many examples as there may be in a microbatch: one more, where memory
-        runs out, must not move all others.
-        """
-        if not self._rounds:
-            return 1.0
-        return 1.0 / (1.0 + steepness * (256 + self._company) * torch.finfo(torch.float32).eps)
 
     def _norms(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
         """Norms over these parts, (B,), float64, and whether all are known to be finite.

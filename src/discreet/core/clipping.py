@@ -230,6 +230,18 @@ class Clipping:
         steep = {ClippingKind.GLOBAL: 1 + 1 / FADING, ClippingKind.NORMALIZED: 2.0, ClippingKind.NONE: 0.0}
         return steep.get(self.kind, 1.02)
 
+    def margin(self, examples: int) -> float:
+        """Shrinks shares by what one example may move the float32 rounding of all others, and of a sum over them.
+
+        One spacing for each example, as steeply as its share follows its norm, and 256 for opposed uses that meet
+        others in a sum: hostile batches moved 4e-5 R. What a count moves by besides, the gradient makes room for. Of as
+        many examples as there may be in a microbatch: one more, where memory runs out, must not move all others.
+        """
+        rounded = (256 + examples) * torch.finfo(torch.float32).eps
+        half = 0.0 if self.following is None else self.following.count_share / 2
+        room = 1.0 + half**2 - (half * (1.0 + STEEPNESS_BELOW * rounded)) ** 2
+        return math.sqrt(max(room, 0.0)) / (1.0 + self.steepness * rounded)
+
     @property
     def replace_one_sensitivity(self) -> float:
         """Largest L2 change when one example takes the place of another: both at the bound, and opposed."""
