@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from discreet.core.clipping import BELOW, ROUNDING_MARGIN, Clipping
+from discreet.core.forms import drop_vanishing
 from discreet.core.gradient import clipped_gradient
 from discreet.core.uses import _SMALL_TOGETHER
 
@@ -55,3 +58,44 @@ def test_examples_that_are_alike_do_not_all_move_by_one_more(kind, channels, sca
         change, count = moved(rule)
         assert change <= rule.clip_bound * allowed
         assert count <= 0.5 * allowed
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("layer", ["linear", "positions", "convolution"])
+def test_operands_that_leave_what_float32_can_square_do_not_take_all_shares_with_them(kind, layer):
+    """At 1.15e18, beside gradients of an ordinary norm, all that are alike got nothing at once: 129 times the bound."""
+    torch.manual_seed(0)
+    edge = (torch.finfo(torch.float32).max / 256) ** 0.5
+    rule = RULES[kind](1.0)
+    makes = {
+        "linear": (nn.Linear(24, 4), (24,)),
+        "positions": (nn.Linear(24, 4), (20, 24)),
+        "convolution": (nn.Conv2d(6, 4, 3), (6, 8, 8)),
+    }
+    model, shape = makes[layer]
+    row = torch.randn(1, *shape)
+    row *= edge / row.norm()
+    weight = torch.randn(model(row).shape[1:]) * 1e-18
+
+    def loss(network: nn.Module, batch: Tensor) -> Tensor:
+        return (network(batch) * weight).flatten(1).sum(1)
+
+    shares = []
+    for near in (0.97, 0.9999, 0.999999, 1.000001, 1.0001, 1.03):
+        batch = (row * near).expand(16, *shape).contiguous()
+        total = clipped_gradient(model, loss, batch, clipping=rule).tensors["weight"].double().norm() / 16
+        shares.append(float(total) / rule.clip_bound)
+    assert max(abs(one - other) for one, other in itertools.pairwise(shares)) < 0.1
+    if layer == "linear":  # others keep gradients, and know no operands
+        assert shares[-1] == 0 < shares[0] + (kind == "global")
+
+
+@pytest.mark.parametrize("bound", [1e-9, 1e-3, 1.0, 1e12])
+@pytest.mark.parametrize("kind", RULES)
+def test_no_share_is_dropped_at_once_where_factors_vanish(kind, bound):
+    rule = RULES[kind](bound)
+    norm_B = torch.logspace(-3, 24, 100_001, dtype=torch.float64) * min(1.0, rule.clip_bound)
+    factor_B = drop_vanishing(rule.factor(norm_B), bound=rule.clip_bound, largest=rule.largest_factor)
+    share_B = factor_B * norm_B / rule.clip_bound
+    assert float((share_B[:-1] - share_B[1:]).abs().max()) < 0.02
+    assert share_B[-1] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -399,3 +400,23 @@ def test_layer_norm_in_half_precision_keeps_its_own_kernels_and_its_digits(posit
     for name, value in wanted.items():
         gap = float((found.tensors[name].double() - value).norm() / value.norm())
         assert gap < (3e-3 if name == "weight" else 1e-3), name
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, torch.tensor])
+def test_numbers_of_another_kind_do_not_overflow_where_windows_lie(kind):
+    """A stride of numpy's small integers led the compiled code past an image, and left its places to plain ones."""
+    model = nn.Conv2d(16, 4, 3)
+    images = torch.randn(3, 16, 8, 64)
+    twos = (kind(2), kind(2))
+
+    def summed(stride: Any, batch: Tensor) -> Tensor:
+        def losses(network: nn.Module, some: Tensor) -> Tensor:
+            return F.conv2d(some, network.weight, network.bias, stride=stride).square().flatten(1).sum(1)
+
+        return clipped_gradient(model, losses, batch, clipping=Clipping.none()).tensors["weight"]
+
+    found = summed(twos, images)
+    model.zero_grad()
+    F.conv2d(images, model.weight, model.bias, stride=2).square().sum().backward()
+    assert torch.allclose(found, model.weight.grad, rtol=1e-4, atol=1e-2)
+    assert torch.equal(summed((2, 2), images), found)

@@ -10,8 +10,9 @@
 | quantile | abadi with R that follows a quantile of the norms | R of the step | 1 | c n = R |
 | none | 1 | infinite | 1 | - |
 
-Every rule but none fades to 0 from n = 1e15 to 1e17, and gives 0 to a norm that is not finite. Adding or removing one
-example moves the sum by at most sup c n; replacing one, by at most twice that, attained by opposite gradients.
+Every rule but none fades to 0 from n = 1e15 (of bounds below 1e-3, 1e18 R) to a hundred times that, and gives 0 to a
+norm that is not finite. Adding or removing one example moves the sum by at most sup c n; replacing one, by at most
+twice that, attained by opposite gradients.
 
 No rule jumps. In other company the library's own arithmetic rounds a norm otherwise, so that all examples that are
 alike would change sides of a jump at once.
@@ -40,15 +41,13 @@ other are large where they meet other examples in one sum; hostile batches moved
 BELOW = ".below"
 """Name of the count in a clipped sum under the quantile rule; no parameter's name begins with a dot."""
 
-_SMALLEST = 1e-9
-_SMALLEST_SHARE = 1e-12
+_SMALLEST, _SMALLEST_SHARE = 1e-9, 1e-12
 """No group is bounded below this: norms are taken to about so much, and some squares of smaller numbers are lost."""
-_NO_DIRECTION = 1e-6
+_NO_DIRECTION, _LARGEST_BOUND = 1e-6, 1e12
 """A norm below this has rounding in its direction and in itself: the normalised rule gives such an example nothing."""
-_LARGEST_BOUND = 1e12
-_FAR, _ENDLESS = 1e15, 1e17
-"""Squares of lengths above 1e19 are infinite in float32 and not in float64: what is so long gets nothing, whichever way
-its norm is taken."""
+_FAR, _FADED, _TIMES = 1e15, 100, 1e3
+"""From 1e15, or 1e18 times a smaller bound, to a hundred times that what a norm gets fades, before squares are infinite
+in float32 and not in float64, and before factors below 1e-30 are dropped."""
 FADING = 1 / 8
 """Width, over the bound, of what stands for a jump at it."""
 STEEPNESS_BELOW = 1 + 2 / FADING
@@ -131,9 +130,8 @@ class Clipping:
     - ``Clipping.quantile(q)``: abadi, with R following the q-quantile of the norms privately (arXiv:1905.03871).
     - ``Clipping.none()``: factor 1 and infinite sensitivity. Such a sum can only be released without a guarantee.
 
-    **Guarantees.** For every norm, ``factor(n) * n <= clip_bound``; a norm that is not finite or above 1e17 gets factor
-    0, so an example that produced NaN or infinity contributes exactly nothing. ``factor(n) * n`` is continuous: see
-    `steepness`.
+    **Guarantees.** For every norm, ``factor(n) * n <= clip_bound``, no steeper than `steepness` says; a norm that is
+    not finite gets factor 0, so an example that produced NaN or infinity contributes exactly nothing.
     """
 
     kind: ClippingKind
@@ -147,6 +145,8 @@ class Clipping:
             raise ConfigError(f"clip bound {self.clip_bound}: must be above 0; pass e.g. Clipping.abadi(1.0).")
         if math.isinf(self.clip_bound) and self.kind is not ClippingKind.NONE:
             raise ConfigError("clip bound inf: bounds nothing; use Clipping.none() for training without a guarantee.")
+        if max(self.clip_bound, self.gamma) > _LARGEST_BOUND and self.kind is not ClippingKind.NONE:
+            raise ConfigError(f"{self.describe()}: no number above {_LARGEST_BOUND:g}; scale the loss down instead.")
         if self.kind in _SOFTENED and not (0 < self.gamma < math.inf):
             name = _SOFTENED[self.kind]
             raise ConfigError(f"{name} {self.gamma}: must be a finite number above 0; the usual value is 0.01 to 0.1.")
@@ -279,7 +279,7 @@ class Clipping:
         else:
             factor_B = torch.ones_like(norm_B)
         if self.kind is not ClippingKind.NONE:
-            factor_B = factor_B * _reached(norm_B)
+            factor_B = factor_B * self._reached(norm_B)
         # A subnormal factor has lost its last bits, and may have been rounded up: nothing is within the bound.
         counts = torch.isfinite(norm_B) & (factor_B >= torch.finfo(factor_B.dtype).tiny)
         return torch.where(counts, factor_B, 0.0)
@@ -290,8 +290,13 @@ class Clipping:
         One near the bound counts in part, from 15/16 to 17/16 of it.
         """
         norm_B = norm_B.to(torch.float64)
-        inside_B = ((1 - norm_B / self.clip_bound) / FADING).clamp(-0.5, 0.5) * _reached(norm_B)
+        inside_B = ((1 - norm_B / self.clip_bound) / FADING).clamp(-0.5, 0.5) * self._reached(norm_B)
         return torch.where(torch.isfinite(norm_B), inside_B, 0.0).sum()
+
+    def _reached(self, norm_B: Tensor) -> Tensor:
+        """1, fading to 0 where norms may be infinite when they are taken in another way, or factors vanish."""
+        far = _FAR * min(1.0, _TIMES * self.clip_bound)
+        return ((_FADED * far - norm_B) / ((_FADED - 1) * far)).clamp(0.0, 1.0)
 
     def followed(self, below: float) -> Clipping:
         """The rule of the next step.
@@ -316,11 +321,6 @@ class Clipping:
             record |= {"quantile": self.following.quantile, "rate": self.following.rate}
             record["count_share"] = self.following.count_share
         return record
-
-
-def _reached(norm_B: Tensor) -> Tensor:
-    """1, fading to 0 at norms that may be infinite when they are taken in another way."""
-    return ((_ENDLESS - norm_B) / (_ENDLESS - _FAR)).clamp(0.0, 1.0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -352,8 +352,6 @@ def _reach(name: str, value: float) -> float:
     """Norms are taken to 1e-12 where squares vanish: a rule that tells smaller ones apart would be fooled by them."""
     if 0 < value < _SMALLEST:
         raise ConfigError(f"{name} {value}: must be at least {_SMALLEST:g}; scale the loss up instead.")
-    if _LARGEST_BOUND < value < math.inf:
-        raise ConfigError(f"{name} {value}: must be at most {_LARGEST_BOUND:g}; scale the loss down instead.")
     return float(value)
 
 

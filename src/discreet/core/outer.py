@@ -24,7 +24,7 @@ from discreet.core.forms import (
     zero_rows,
 )
 from discreet.core.kernels import dispatch
-from discreet.core.kernels.results import HARMLESS, GramProducts
+from discreet.core.kernels.results import HARMLESS, NEARER, GramProducts
 from discreet.core.route import Choice, Cost, Route
 
 _LENGTH = 4096
@@ -310,14 +310,16 @@ def _unless_hidden(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: S
     """Squared norms; infinite for operands out of reach, and NaN where squares that vanished could add to one.
 
     Out of reach is an example one of whose operands is longer than 1.1e18 (float32): beside it, entries of the other
-    that fell below the normal numbers, 1.2e-38, would be more than rounding. Within it they make 1e-15 at most.
+    that fell below the normal numbers, 1.2e-38, would be more than rounding. Within it they make 1e-15 at most. From a
+    hundredth of that on norms grow without bound: no share jumps there.
     """
     input2_B, grad2_B = (value.square().flatten(1).sum(1) for value in (input_BKS, grad_BKS))
-    far_B = torch.maximum(input2_B, grad2_B) > torch.finfo(sums.summed).max / 256
+    far = torch.finfo(sums.summed).max / 256
+    left_B = ((far - torch.maximum(input2_B, grad2_B)) / (far * NEARER)).clamp(0.0, 1.0)
     input_B, grad_B = (value.flatten(1).sum(1).square() for value in (input_BKS, grad_BKS))
     hidden_B = torch.finfo(sums.taken).tiny * (sums.outputs * input_B + sums.inputs * grad_B)
     sure_B = exact_B.masked_fill(hidden_B > 1e-7 * exact_B + HARMLESS, torch.nan)
-    return sure_B.masked_fill(far_B, torch.inf)
+    return (sure_B / left_B.square()).masked_fill(left_B == 0, torch.inf)
 
 
 def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype) -> Tensor:

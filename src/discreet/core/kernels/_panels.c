@@ -497,9 +497,12 @@ static double rounded_up(double total, double error, const lengths *l, double in
     const double eps = 0x1p-23, tiny = 0x1p-126, most = (2 - 0x1p-23) * 0x1p127;
     double exact = (total < 0 ? 0 : total) + eps * error + sum * eps * l->met2;
     double hidden = tiny * (outputs * l->input_sum * l->input_sum + inputs * l->grad_sum * l->grad_sum);
-    if (l->input2 > most / 256 || l->grad2 > most / 256)
+    double left = (most / 256 - fmax(l->input2, l->grad2)) / (most / 256 * (1 - 1e-4));
+    if (left <= 0)
         return INFINITY;
-    return hidden > 1e-7 * exact + 1e-24 ? NAN : exact;
+    if (hidden > 1e-7 * exact + 1e-24)
+        return NAN;
+    return left < 1 ? exact / (left * left) : exact;
 }
 
 /* Lengths of positions from the diagonal of a Gram matrix; zero beyond the last, and what is not a number stays so. */

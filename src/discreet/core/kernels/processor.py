@@ -77,7 +77,7 @@ class Spread:
         """
         value = self.value
         address = value.data_ptr() if type(value) is Tensor and value.device.type == "cpu" else 0
-        if address == 0 or value.dtype is not torch.float32 or value.layout is not torch.strided:
+        if address == 0 or value.dtype is not torch.float32 or value.layout is not torch.strided or value.is_neg():
             raise AssertionError("operands that are no plain float32 tensors of this processor: ask `suit` before")
         return (address, value.stride(0), *self.places.told)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-HARMLESS = 1e-24
-"""A squared norm that may be hidden below the normal numbers, whatever stands beside it."""
+HARMLESS, NEARER = 1e-24, 1 - 1e-4
+"""A squared norm that may be hidden below the normal numbers, whatever stands beside it; and the share of the largest
+squared length over which norms grow until they are out of reach."""
 
 
 @dataclass(frozen=True)

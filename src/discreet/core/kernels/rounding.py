@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from discreet.core.kernels.operands import on_device_of
-from discreet.core.kernels.results import HARMLESS, GramProducts, Squares
+from discreet.core.kernels.results import HARMLESS, NEARER, GramProducts, Squares
 
 _EPS = tl.constexpr(2.0**-23)
 _TINY = tl.constexpr(2.0**-126)
 _FAR = tl.constexpr((2 - 2.0**-23) * 2.0**119)
-_HARMLESS = tl.constexpr(HARMLESS)
+_HARMLESS, _NEARER = tl.constexpr(HARMLESS), tl.constexpr(NEARER)
 
 
 def gram_norm2(found: GramProducts, *, inputs: int, outputs: int) -> Tensor:
@@ -86,5 +86,6 @@ def _rounded_kernel(
         exact = length * length + 4 * _EPS * met2
     hidden = _TINY * (input_sum * input_sum * outputs + grad_sum * grad_sum * inputs)
     exact = tl.where(hidden > 1e-7 * exact + _HARMLESS, float("nan"), exact)
-    far = (input2 > _FAR) | (grad2 > _FAR)
-    tl.store(out + example, tl.where(far, float("inf"), exact))
+    left = tl.where(input2 > grad2, _FAR - input2, _FAR - grad2) / (_FAR * _NEARER)
+    exact = tl.where(left < 1.0, exact / (left * left), exact)
+    tl.store(out + example, tl.where(left <= 0.0, float("inf"), exact))

@@ -89,7 +89,7 @@ def along(value: int | Sizes, axes: int) -> Sizes:
     """One number for each spatial axis."""
     if isinstance(value, int):
         return (value,) * axes
-    if type(value) is tuple and len(value) == axes:
-        return value
+    if type(value) is tuple and len(value) == axes and {*map(type, value)} == {int}:
+        return value  # numpy's integers overflow, and are the same keys as Python's
     sizes = tuple([int(size) for size in value])
     return sizes * axes if len(sizes) == 1 else sizes
