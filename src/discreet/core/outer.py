@@ -310,8 +310,8 @@ def _unless_hidden(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: S
     """Squared norms; infinite for operands out of reach, and NaN where squares that vanished could add to one.
 
     Out of reach is an example one of whose operands is longer than 1.1e18 (float32): beside it, entries of the other
-    that fell below the normal numbers, 1.2e-38, would be more than rounding. Within it they make 1e-15 at most. From a
-    hundredth of that on norms grow without bound: no share jumps there.
+    that fell below the normal numbers, 1.2e-38, would be more than rounding. Within it they make 1e-15 at most. From
+    half of that on norms grow without bound: no share jumps there.
     """
     input2_B, grad2_B = (value.square().flatten(1).sum(1) for value in (input_BKS, grad_BKS))
     far = torch.finfo(sums.summed).max / 256
