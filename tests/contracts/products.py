@@ -148,6 +148,24 @@ class ProductContract(abc.ABC):
         exact = each(input, grad).square().sum()
         assert float(self.norm2(input, grad)) >= float(exact)
 
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_norms_grow_as_an_operand_nears_what_float32_can_square(self, which):
+        """Divided by what is left of its squared length, from half of 1.15e18 on, in every arithmetic."""
+        operands = pair((5, 1, 20, 24, 16), torch.float32)
+        edge = (torch.finfo(torch.float32).max / 256) ** 0.5
+        lengths = operands[which].flatten(1).norm(dim=1)
+        far_below = None
+        for share in (0.4, 0.51, 0.8, 0.97, 0.999, 1.001, 2.0):
+            scaled = list(operands)
+            scaled[which] = operands[which] * (share * edge / lengths).reshape(-1, 1, 1, 1)
+            scaled[1 - which] = operands[1 - which] * 1e-3
+            found, left = self.norm2(*scaled) / share**2, min(1.0, (1 - share**2) / 0.75)
+            far_below = found if far_below is None else far_below
+            if share < 1:  # a length errs by more of what is left the less there is
+                torch.testing.assert_close(found, far_below / left**2, rtol=1e-5 / left, atol=0.0)
+            else:
+                assert found.isinf().all()
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(("large", "small"), [(1e18, 3e-23), (1e30, 1e-34), (1e38, 1e-40), (1e-20, 1e-20)])
     def test_tiny_beside_huge_is_never_taken_for_nothing(self, large, small, dtype):

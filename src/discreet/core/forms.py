@@ -263,8 +263,8 @@ class Lookup(Form):
 
 def wide(value: Tensor) -> Tensor:
     """At least float32: norms and sums never accumulate in half precision."""
-    dtype = value.dtype
-    return value if dtype is torch.float32 or dtype is torch.float64 else value.to(torch.float32)
+    dtype = wide_dtype(value)
+    return value if value.dtype is dtype else value.to(dtype)
 
 
 def wide_dtype(value: Tensor) -> torch.dtype:

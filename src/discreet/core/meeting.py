@@ -149,10 +149,7 @@ def _meet(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             plain_args, plain_kwargs = tree_map_only(DerivedParameter, lambda leaf: leaf.plain(), (args, kwargs))
             return func(*plain_args, **plain_kwargs)
         guarded, operands = _tensors((*args, *kwargs.values()), [], [])
-        origins = {
-            id(leaf): book.derivation_of(leaf) if type(leaf) is PrivateParameter else derivation_of(book, leaf)
-            for leaf in guarded
-        }
+        origins = {id(leaf): derivation_of(book, leaf) for leaf in guarded}
         names = tuple({name: None for origin in origins.values() for name in origin.names})
         if func not in RULES and func not in DERIVABLE and func not in ROUTED:
             raise _no_rule(func, names, guarded[0])

@@ -137,7 +137,7 @@ class Use:
 
     def derivation(self, guarded: Tensor) -> Derivation:
         """Where a guarded value comes from, for a rule that will record its gradients: once for each record."""
-        derivation = self.origins.get(id(guarded)) or self.origin(guarded)
+        derivation = self.origin(guarded)
         self.book.expect(derivation)
         return derivation
 

@@ -99,10 +99,7 @@ class Record:
 
 
 def _versions(form: Form) -> tuple[int, ...]:
-    return tuple(map(_version, form.tensors))
-
-
-_version = operator.attrgetter("_version")
+    return tuple(map(operator.attrgetter("_version"), form.tensors))
 
 
 class Part(abc.ABC):

@@ -400,13 +400,12 @@ static float *room_for(const operand *one)
     return copy;
 }
 
-/* One block of columns of a matrix, all of its rows in panels. */
-static void packed(const instructions *use, const operand *one, const float *data, Py_ssize_t rows, Py_ssize_t start,
-                   Py_ssize_t depth, float *panels)
+/* So many lanes of a matrix in panels, of some depths: rows of columns, or the other way round. */
+static void packed(const instructions *use, const float *data, const int64_t *lanes, Py_ssize_t count,
+                   const int64_t *depths, Py_ssize_t depth, float *panels)
 {
-    for (Py_ssize_t p = 0; p < panels_of(rows); p++)
-        use->pack(data, one->rows + p * LANES, rows_of(p, rows), one->columns + start, depth,
-                  panels + p * LANES * depth);
+    for (Py_ssize_t p = 0; p < panels_of(count); p++)
+        use->pack(data, lanes + p * LANES, rows_of(p, count), depths, depth, panels + p * LANES * depth);
 }
 
 /* Two panels that lie one after the other, and what is summed over in the order in which it lies. */
@@ -420,7 +419,7 @@ static void gram_of_rows(const instructions *use, const operand *one, const floa
     const Py_ssize_t all = panels_of(positions);
     for (Py_ssize_t start = 0; start < one->width; start += BLOCK, first = 0) {
         Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
-        packed(use, one, data, positions, start, depth, panels);
+        packed(use, data, one->rows, positions, one->columns + start, depth, panels);
         double *total = tiles;
         for (Py_ssize_t q = 0; q < all; q += 2) {
             double *next = total + (all - q) * TILE;
@@ -447,7 +446,7 @@ static void gram_of_windows(const instructions *use, const operand *one, const f
     const Py_ssize_t all = panels_of(positions);
     for (Py_ssize_t start = 0; start < one->width; start += BLOCK) {
         Py_ssize_t depth = one->width - start < BLOCK ? one->width - start : BLOCK;
-        packed(use, one, data, one->row_count, start, depth, panels);
+        packed(use, data, one->rows, one->row_count, one->columns + start, depth, panels);
         for (Py_ssize_t q = 0; q < seen; q += 2)
             for (Py_ssize_t p = q; p < seen; p++) {
                 ALIGNED float tile[2 * TILE];
@@ -588,15 +587,6 @@ static int gram_norm2(problem *all)
     return fits;
 }
 
-/* Some positions of a matrix, all of its columns in panels. */
-static void packed_features(const instructions *use, const operand *one, const float *data, Py_ssize_t start,
-                            Py_ssize_t depth, float *panels)
-{
-    for (Py_ssize_t p = 0; p < panels_of(one->width); p++)
-        use->pack(data, one->columns + p * LANES, rows_of(p, one->width), one->rows + start, depth,
-                  panels + p * LANES * depth);
-}
-
 /* All pixels of an image in panels of channels, each at its spot; what is around the image stays zero. */
 static void packed_pixels(const instructions *use, const operand *one, const float *data, float *panels)
 {
@@ -632,9 +622,9 @@ static int products(problem *all)
                 packed_pixels(all->use, input, right, rights);
             for (Py_ssize_t start = 0; start < all->positions; start += BLOCK) {
                 const Py_ssize_t depth = all->positions - start < BLOCK ? all->positions - start : BLOCK;
-                packed_features(all->use, grad, left, start, depth, lefts);
+                packed(all->use, left, grad->columns, grad->width, grad->rows + start, depth, lefts);
                 if (!told)
-                    packed_features(all->use, input, right, start, depth, rights);
+                    packed(all->use, right, input->columns, input->width, input->rows + start, depth, rights);
                 for (Py_ssize_t q = 0; q < across; q += 2) {
                     const int count = q + 1 < across ? 2 : 1;
                     const float *pair[2];
