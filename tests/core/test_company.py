@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from discreet.core.clipping import BELOW, ROUNDING_MARGIN, Clipping
-from discreet.core.forms import drop_vanishing
+from discreet.core.forms import Dense, drop_vanishing
 from discreet.core.gradient import clipped_gradient
-from discreet.core.uses import _SMALL_TOGETHER
+from discreet.core.uses import _SMALL_TOGETHER, Derivation, Record, Uses
 
 RULES = {
     "abadi": Clipping.abadi,
@@ -99,3 +99,12 @@ def test_no_share_is_dropped_at_once_where_factors_vanish(kind, bound):
     share_B = factor_B * norm_B / rule.clip_bound
     assert float((share_B[:-1] - share_B[1:]).abs().max()) < 0.02
     assert share_B[-1] == 0
+
+
+def test_whether_a_parameter_is_small_follows_from_the_most_examples_there_may_be():
+    few = _SMALL_TOGETHER // 2304
+    parameter = torch.zeros(2304)
+    for at_most, is_small in ((few, True), (few + 1, False)):
+        for examples in (1, few):
+            record = Record.of(Derivation.of("w", parameter), Dense(torch.ones(examples, 2304)), None)
+            assert (Uses.of("w", [(0, record)], examples, at_most).small is not None) is is_small
