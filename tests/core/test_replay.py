@@ -120,7 +120,7 @@ def test_a_sum_keeps_its_numbers_when_the_next_one_is_replayed():
     _same(second, wanted(_batch(8, seed=1)))
 
 
-def test_a_norm_in_doubt_is_taken_as_written(monkeypatch):
+def test_where_a_norm_is_not_finite_it_is_done_as_written(monkeypatch):
     _, made, wanted = _made()
     made.clipped_gradient(_batch(8))
     asked: list[int] = []
