@@ -22,9 +22,8 @@ from discreet.core.kernels.results import GramProducts, Squares
 from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, PANELS_OF_WINDOWS, TENSOR_CORES, Prices
 
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
-_RUN, _LINE = 16, 16
-"""Positions of one example below which most of a tensor core's step would be spent on nothing; and pixels of a channel
-below which most of a vector would be."""
+_RUN = 16
+"""Positions of one example below which most of a tensor core's step would be spent on nothing."""
 
 
 def suit(*operands: Tensor) -> bool:
@@ -167,18 +166,6 @@ def scale_grads(input_NSD: Tensor, grad_NSD: Tensor, mean_NS: Tensor, rstd_NS: T
     from discreet.core.kernels import affine
 
     return affine.scale_grads(input_NSD, grad_NSD, mean_NS, rstd_NS)
-
-
-def suit_groups(*operands: Tensor, pixels: int) -> bool:
-    """Whether all gradients of a group norm are taken by the kernel, of a few pixels a channel at least."""
-    return pixels >= _LINE and scales.suit(*operands)
-
-
-def group_grads(
-    input_NCP: Tensor, grad_NCP: Tensor, mean_NG: Tensor, rstd_NG: Tensor, weight_C: Tensor, *, input_grad: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of a group norm: of its input, (N, C, P), where it is asked for, of scale and of shift, (N, C)."""
-    return scales.group_grads(input_NCP, grad_NCP, mean_NG, rstd_NG, weight_C, input_grad=input_grad)
 
 
 def _on_accelerator(value: Tensor) -> bool:

@@ -152,7 +152,7 @@ def _over_positions(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Where there is no kernel, all rows are taken for channels of one: then the library's sums are those of each."""
+    """The backward takes all rows for channels of one row: then the kernel's own sums are those of each row."""
 
     @staticmethod
     def forward(
@@ -172,14 +172,6 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, rstd = ctx.saved_tensors
         rows, channels, *image = input.shape
-        if dispatch.suit_groups(input, grad, pixels=math.prod(image)):
-            input_NCP, grad_NCP = (value.contiguous().view(rows, channels, -1) for value in (input, grad))
-            scale = input.new_ones(channels) if weight is None else weight.contiguous()
-            input_grad, *found = dispatch.group_grads(
-                input_NCP, grad_NCP, mean, rstd, scale, input_grad=ctx.needs_input_grad[1]
-            )
-            ctx.booking.record(*found)
-            return None, None if input_grad is None else input_grad.view_as(input), None, None, None, None, None
         one_row = (1, rows * channels, *image)
         scale = None if weight is None else weight.expand(rows, channels).reshape(-1)
         input_grad, weight_grad, bias_grad = torch.ops.aten.native_group_norm_backward(
