@@ -41,13 +41,10 @@ class Book(Classifier):
 
     Args:
         parameters: name -> guarded parameter; each object once.
-        examples: B.
-        layout: what the self-check established. Without it an operand whose dimension 0 is a multiple of B is refused.
-        trust_folds: accept such operands as (B, k) rows; only the self-check may, because it then compares the norms.
+        examples, layout, trust_folds, batch: as for a `Classifier`.
         clipping: how it will be settled. With it, groups of parameters are settled as soon as their norms are complete.
         recording: the settlement is recorded, and asks the data nothing.
         at_most: the most examples that any microbatch of this batch may have: its factors must not tell how it is cut.
-        batch: what the data set gave; views of its tensors need nobody's word for whose their rows are.
     """
 
     def __init__(

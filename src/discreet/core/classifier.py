@@ -1,7 +1,4 @@
-"""How each operand of a use carries the examples: classified when it is met, by what the self-check saw of such uses.
-
-Dimension 0 is never just assumed to be the batch. What cannot be told, or was never verified, is refused.
-"""
+"""How each operand of a use carries the examples: told when it is met, by what the self-check saw, or refused."""
 
 from __future__ import annotations
 
@@ -50,9 +47,7 @@ class Classifier:
         pickings: Mapping[int, Picking] | None = None,
         may_be_routed: bool = False,
     ) -> list[Axis]:
-        """How each plain operand of this use carries the examples: dimension 0 is never just assumed.
-
-        Dimension 1 is considered for functions that allow it, and believed only once the self-check compared the norms.
+        """How each plain operand of this use carries the examples; dimension 1 only once the self-check compared norms.
 
         Raises:
             UnsupportedUse: an activation whose dimension 0 is neither B nor a verified multiple of B, or a use that
@@ -63,12 +58,11 @@ class Classifier:
         for index, operand in enumerate(operands):
             known = expected[index] if expected and index < len(expected) else None
             picking = (pickings or {}).get(id(operand))
-            routed = picking is not None and self._is_routed(
-                picking, known=known, key=key, allowed=may_be_routed and operand.dim() == 2
-            )
-            found.append(
-                Axis.ROUTED if routed else self._axis(operand, known=known, key=key, may_be_second=may_be_second)
-            )
+            allowed = may_be_routed and operand.dim() == 2
+            if picking is not None and self._is_routed(picking, known=known, key=key, allowed=allowed):
+                found.append(Axis.ROUTED)
+            else:
+                found.append(self._axis(operand, known=known, key=key, may_be_second=may_be_second))
         self.axes[key] = tuple(found)
         return found
 

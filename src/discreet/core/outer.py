@@ -309,8 +309,8 @@ def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, sums: Sums
 def _within_reach(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: Sums) -> Tensor:
     """Squared norms with a bound on what vanished below the normal numbers; infinite for operands out of reach.
 
-    What vanished could be taken in float64 where it matters. But then a norm would be one of two, far apart where
-    positions oppose each other, and one example more could send all others from one to the other.
+    To take in float64 what may have vanished made a norm one of two: where positions oppose each other one example more
+    sent all others from one to the other.
 
     Out of reach is an example one of whose operands is longer than 1.1e18 (float32): beside it, entries of the other
     that fell below the normal numbers, 1.2e-38, would be more than rounding. Within it they make 1e-15 at most. From
