@@ -291,6 +291,31 @@ def test_an_optimizer_that_needs_a_closure(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.SparseAdam(p), lambda p: torch.optim.SGD(p, lr=0.1, differentiable=True)],
+    ids=["sparse", "differentiable"],
+)
+def test_an_optimizer_that_cannot_take_what_is_released(tmp_path: Path, make) -> None:
+    network = toys.model()
+    with pytest.raises(ConfigError, match="must take the dense gradients that are released"):
+        short_run(tmp_path / "run", model=network, optimizer=make(list(network.parameters())))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_parameter_that_is_taken_out_of_the_optimizer(tmp_path: Path) -> None:
+    """Each update was charged for it, and none moved it."""
+    network = toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    private = short_run(tmp_path, model=network, optimizer=optimizer)
+    first = next(iter(private)).index
+    taken = optimizer.param_groups[0]["params"].pop(0)
+    with pytest.raises(ConfigError, match=r"0\.weight: is trainable but the optimizer does not hold it"):
+        next(iter(private))
+    optimizer.param_groups[0]["params"].insert(0, taken)
+    assert next(iter(private)).index == first + 1  # none was lost
+
+
 def test_a_scheduler_that_needs_a_metric(tmp_path: Path) -> None:
     network = toys.model()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)

@@ -20,7 +20,7 @@ from discreet.privacy.planning import bound_of
 from discreet.train.auto_lr import needs_arguments
 from discreet.train.check import CheckReport
 from discreet.train.run import Run
-from discreet.train.step import refuse_unreleased
+from discreet.train.step import refuse_unmoved, refuse_unreleased
 from discreet.train.tempered import Tempered, tempered_clipping
 
 
@@ -53,19 +53,18 @@ def covered_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             "mps, which has no float64; move the model to one GPU or to the CPU."
         )
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = {id(parameter): name for name, parameter in parameters.items()}
     if needs_arguments(type(optimizer).step):
         raise ConfigError(
             f"{type(optimizer).__name__}: its step needs a closure, which would evaluate private examples again; use "
             "an optimizer that moves by the gradient alone."
         )
-    missing = [name for key, name in trained.items() if key not in moved]
-    if missing:
+    if isinstance(optimizer, torch.optim.SparseAdam) or any(g.get("differentiable") for g in optimizer.param_groups):
         raise ConfigError(
-            f"{missing[0]}: is trainable but the optimizer does not hold it; add it, or set requires_grad=False."
+            f"{type(optimizer).__name__}: must take the dense gradients that are released, and not be differentiated "
+            "through (differentiable=True); use Adam as it comes."
         )
-    frozen = {id(parameter) for parameter in model.parameters()} - trained.keys()
-    if moved - trained.keys() - frozen:
+    refuse_unmoved(optimizer, parameters)
+    if moved - {id(parameter) for parameter in model.parameters()}:
         raise ConfigError("the optimizer holds a parameter that is not in the model; make it from model.parameters().")
     refuse_unreleased(optimizer, parameters)
     return parameters

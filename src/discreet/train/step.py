@@ -235,6 +235,21 @@ def refuse_dead(parameters: Mapping[str, nn.Parameter], *, update: int) -> None:
             )
 
 
+def refuse_unmoved(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an optimizer that would leave a parameter where it is, whose share of each update is charged all the same.
+
+    Raises:
+        ConfigError: one of ``parameters`` is in none of its groups (never was, or was taken out).
+    """
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in moved]
+    if missing:
+        raise ConfigError(
+            f"{missing[0]}: is trainable but the optimizer does not hold it; add it, or set requires_grad=False before "
+            "a run begins."
+        )
+
+
 def refuse_unreleased(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse an optimizer that would move a parameter by a gradient that no release wrote.
 

@@ -30,7 +30,14 @@ from discreet.train.examples import Examples
 from discreet.train.horizon import Charges, replaced_because, steps_charged, steps_released, updates_allowed
 from discreet.train.recheck import is_due
 from discreet.train.run import LEDGER, Run, Stage
-from discreet.train.step import ClippedStep, gradient_memory, refuse_dead, refuse_unreleased, write_gradient
+from discreet.train.step import (
+    ClippedStep,
+    gradient_memory,
+    refuse_dead,
+    refuse_unmoved,
+    refuse_unreleased,
+    write_gradient,
+)
 from discreet.train.tolerance import Verdict
 
 RESERVE_STEPS = 16
@@ -382,6 +389,7 @@ class Updates:
                 "the model's trainable parameters changed since make_private: freezing, unfreezing or replacing "
                 "layers needs a new run; undo it."
             )
+        refuse_unmoved(self.optimizer, self.step.parameters)
         refuse_unreleased(self.optimizer, self.step.parameters)
 
     @contextmanager
