@@ -1,4 +1,4 @@
-"""An empty compiler for each test that asks for one."""
+"""An empty compiler, a recorder without a GPU, and the rules of before: for each test that asks for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch._dynamo
 
 from core.compiling import Deliveries
-from discreet.core import compiled
+from core.recorded import ON_GPU, Again
+from discreet.core import compiled, parameter, replay
 
 
 @pytest.fixture
@@ -35,3 +36,23 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Deliveries]:
     compiled._backends.clear()
     yield found
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, recordings are made and replayed by what stands in for CUDA graphs."""
+    Again.made = 0
+    if not ON_GPU:
+        monkeypatch.setattr(replay, "Recorder", Again)
+        monkeypatch.setattr(replay, "records", lambda device: True)
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Rules that a test registers end with it."""
+    tables = (parameter.RULES, parameter.DECOMPOSITIONS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)

@@ -1,4 +1,4 @@
-"""A run of twelve updates in test mode, any part of which a test may change."""
+"""Runs of twelve updates in test mode, any part of which a test may change."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def short_run(run_dir: Path, **changes: object) -> Private:
     } | changes
     dataset = given.pop("dataset", None) or toys.data()
     return make_private(network, optimizer, dataset, **given)
+
+
+def run_and_optimizer(run_dir: Path, **changes: object) -> tuple[Private, torch.optim.Optimizer]:
+    """With the optimizer, which a loop of the user's own steps itself; ``network`` replaces the usual model."""
+    network = changes.pop("network", None) or toys.model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    return short_run(run_dir, model=network, optimizer=optimizer, **changes), optimizer

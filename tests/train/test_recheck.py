@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,208 +13,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from discreet.core.precision import each_close
-from discreet.errors import CheckFailed, ConfigError
-from discreet.train.loop import Private
+from discreet.errors import CheckFailed
 from discreet.train.recheck import ask_again, is_due
 from discreet.train.step import ClippedStep
 from train import toys
-from train.short_run import short_run
-
-Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def _plain(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(network(rows), targets, reduction="none")
-
-
-def _mixed(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    return _plain(network, 0.9 * rows + 0.1 * rows.roll(1, 0), targets)
-
-
-def _averaged(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    return _plain(network, rows, targets) / len(rows)
-
-
-def _standardised(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    return _plain(network, (rows - rows.mean(0)) / rows.std(0), targets)
-
-
-def _balanced(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    losses_B = _plain(network, rows, targets)
-    return losses_B + 0.01 * losses_B.mean()
-
-
-def _weighted(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    """Every Jacobian entry between two examples is zero, and yet each depends on all labels."""
-    return _plain(network, rows, targets) / targets.float().mean()
-
-
-def _balanced_slightly(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    """A mixture of experts has a load-balancing loss of about 1 over the batch, times a thousandth."""
-    logits = network(rows)
-    shares = F.one_hot(logits.argmax(1), 2).float().mean(0)
-    return F.cross_entropy(logits, targets, reduction="none") + 1e-3 * (shares * logits.softmax(1).mean(0)).sum()
-
-
-def _loop(private: Private, optimizer: torch.optim.Optimizer, losses: Losses) -> None:
-    for rows, targets in private.loader:
-        private.backward(losses(private.model, rows, targets))
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def _private(run_dir: Path, **changes: object) -> tuple[Private, torch.optim.Optimizer]:
-    network = changes.pop("network", None) or toys.model()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
-    return short_run(run_dir, model=network, optimizer=optimizer, **changes), optimizer
+from train.short_run import run_and_optimizer
 
 
 def test_ever_fewer_updates_ask() -> None:
     assert [update for update in range(70) if is_due(update)] == [0, 1, 3, 7, 15, 31, 63]
-
-
-@pytest.mark.parametrize("losses", [_mixed, _averaged, _standardised, _balanced, _weighted, _balanced_slightly])
-def test_a_loop_that_couples_what_it_is_given(tmp_path: Path, losses: Losses) -> None:
-    private, optimizer = _private(tmp_path)
-    before = toys.weights(private.model)
-    with pytest.raises(CheckFailed, match="losses of this loop are not those of loss="):
-        _loop(private, optimizer, losses)
-    with pytest.raises(ConfigError, match="without a clipped gradient"):
-        optimizer.step()
-    assert torch.equal(toys.weights(private.model), before)
-
-
-def _hooked(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    logits = network(rows)
-    logits.register_hook(lambda gradient: gradient / gradient.norm())
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
-def _straight_through(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    losses_B = _plain(network, rows, targets)
-    term_B = losses_B * losses_B.mean()
-    return losses_B + term_B - term_B.detach()
-
-
-@pytest.mark.parametrize("losses", [_hooked, _straight_through])
-def test_a_loop_that_couples_gradients_alone(tmp_path: Path, losses: Losses) -> None:
-    private, optimizer = _private(tmp_path)
-    with pytest.raises(CheckFailed, match="their gradients are not"):
-        _loop(private, optimizer, losses)
-
-
-def test_updates_are_counted_from_where_a_process_begins(tmp_path: Path) -> None:
-    """Probes of the learning rate come first, and took all early questions; what resumes may be other code."""
-    given = {"steps": 200, "learning_rate": "auto"}
-    private, optimizer = _private(tmp_path, **given)
-    with pytest.raises(CheckFailed, match="losses of this loop"):
-        _loop(private, optimizer, _mixed)
-    assert private.done == 5
-    private.close()
-    private, optimizer = _private(tmp_path, **given, resume=True)
-    with pytest.raises(CheckFailed, match="losses of this loop"):
-        _loop(private, optimizer, _averaged)
-    assert private.done == 5
-
-
-def test_a_scaled_loss(tmp_path: Path) -> None:
-    private, optimizer = _private(tmp_path)
-    with pytest.raises(CheckFailed, match="GradScaler"):
-        _loop(private, optimizer, lambda *given: 1024 * _plain(*given))
-
-
-@pytest.mark.parametrize("microbatch", [7, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loop_with_the_losses_that_were_checked(tmp_path: Path, dtype: torch.dtype, microbatch: int) -> None:
-    """Dropout draws the same masks again, and the loop's own random numbers are what they were."""
-    drawn = []
-    for name in ("loop", "steps"):
-        network, data = toys.model(dtype, dropout=0.4), toys.data(dtype)
-        private, optimizer = _private(tmp_path / name, network=network, dataset=data, microbatch=microbatch)
-        if name == "loop":
-            _loop(private, optimizer, _plain)
-        else:
-            for _ in private:
-                pass
-        drawn.append(toys.weights(network))
-    assert torch.equal(*drawn)
-
-
-class _Dicts(Dataset[dict[str, Tensor]]):
-    def __init__(self) -> None:
-        self._data = toys.data()
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rows, targets = self._data[index]
-        return {"rows": rows, "labels": targets}
-
-
-def test_a_loop_that_takes_things_out_of_its_batch(tmp_path: Path) -> None:
-    def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return _plain(network, batch["rows"], batch["labels"])
-
-    private, optimizer = _private(tmp_path, dataset=_Dicts(), loss=loss)
-    for batch in private.loader:
-        labels = batch.pop("labels")
-        private.backward(_plain(private.model, batch.pop("rows"), labels))
-        optimizer.step()
-    assert private.done == 12
-
-
-def test_a_loop_that_writes_into_its_batch(tmp_path: Path) -> None:
-    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return _plain(network, batch[0] - 0.5, batch[1])
-
-    private, optimizer = _private(tmp_path, loss=loss)
-    _loop(private, optimizer, lambda network, rows, targets: _plain(network, rows.sub_(0.5), targets))
-    assert private.done == 12
-
-
-@pytest.mark.parametrize("losses", [_plain, _averaged])
-def test_a_compiled_loop_with_dropout(tmp_path: Path, losses: Losses) -> None:
-    """Guarded once more, the same code runs, and draws the same masks."""
-    network = toys.model(dropout=0.4)
-    compiled = torch.compile(network, backend="aot_eager")
-    private, optimizer = _private(tmp_path, network=network, loss=lambda _, batch: toys.loss(compiled, batch), steps=3)
-    if losses is _averaged:
-        with pytest.raises(CheckFailed, match="losses of this loop are not those of loss="):
-            _loop(private, optimizer, lambda _, *given: losses(compiled, *given))
-        return
-    _loop(private, optimizer, lambda _, *given: losses(compiled, *given))
-    assert private.done == 3
-
-
-def test_a_loop_that_draws_before_its_losses(tmp_path: Path) -> None:
-    private, optimizer = _private(tmp_path, network=toys.model(dropout=0.4))
-
-    def losses(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            network(rows)
-        return _plain(network, rows, targets)
-
-    with pytest.raises(CheckFailed, match=r"another forward with dropout.* do that after private.backward"):
-        _loop(private, optimizer, losses)
-
-
-def test_what_was_refused_and_mended_goes_on_where_it_was(tmp_path: Path) -> None:
-    """All updates since the last checkpoint were lost, of which there is one in 50."""
-
-    def later(network: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-        return (_plain if private.done < 6 else _averaged)(network, rows, targets)
-
-    private, optimizer = _private(tmp_path)
-    with pytest.raises(CheckFailed, match=r"^update 7: .*with resume=True. Updates 4 to 6 were not asked"):
-        _loop(private, optimizer, later)
-    charged, before = private.run.ledger.steps_reserved, toys.weights(private.model)
-    private.close()
-    private, optimizer = _private(tmp_path, resume=True)
-    assert private.done == 7
-    assert torch.equal(toys.weights(private.model), before)
-    _loop(private, optimizer, _plain)
-    assert private.run.ledger.steps_reserved == charged
 
 
 class _Later(nn.Module):
@@ -233,7 +39,7 @@ class _Later(nn.Module):
 @pytest.mark.parametrize("loop", ["steps", "microbatches"])
 def test_a_coupling_that_begins_later(tmp_path: Path, loop: str, after: int, noticed: int) -> None:
     network = _Later(after=after)
-    private, optimizer = _private(tmp_path, network=network)
+    private, optimizer = run_and_optimizer(tmp_path, network=network)
 
     def train() -> None:
         if loop == "steps":
@@ -265,7 +71,7 @@ def test_a_coupling_by_values_that_the_first_examples_do_not_have(tmp_path: Path
     rows, targets = toys.data().tensors
     rows = rows.clone()
     rows[20::7] = 10.0
-    private, _ = _private(tmp_path, network=_Rare(), dataset=TensorDataset(rows, targets))
+    private, _ = run_and_optimizer(tmp_path, network=_Rare(), dataset=TensorDataset(rows, targets))
     with pytest.raises(CheckFailed, match="an example's loss depends on others"):
         for _ in private:
             pass
@@ -278,7 +84,7 @@ def test_a_coupling_from_many_examples_on(tmp_path: Path) -> None:
         return losses_B + (losses_B.mean() if len(losses_B) > 50 else 0.0)
 
     with pytest.raises(CheckFailed, match=r"on 70 examples failed.*an example's loss depends on others"):
-        _private(tmp_path / "run", loss=loss, batch_size=70)
+        run_and_optimizer(tmp_path / "run", loss=loss, batch_size=70)
     assert not (tmp_path / "run").exists()  # nothing was charged
 
 
@@ -306,13 +112,13 @@ def test_a_mean_over_padding(tmp_path: Path) -> None:
         return F.cross_entropy(network(means_B.expand(-1, 6)), batch[1], reduction="none")
 
     loader = DataLoader(_Lengths(), batch_size=4, collate_fn=_padded)
-    private, _ = _private(tmp_path, dataset=loader, loss=loss)
+    private, _ = run_and_optimizer(tmp_path, dataset=loader, loss=loss)
     with pytest.raises(CheckFailed, match="an example's loss depends on others"):
         for _ in private:
             pass
 
 
-class _Augmented(_Dicts):
+class _Augmented(toys.Dicts):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         example = super().__getitem__(index)
         turns = int(torch.randint(1, 4, ()))  # draws as often as it likes
@@ -321,9 +127,9 @@ class _Augmented(_Dicts):
 
 def test_an_augmentation_draws_the_same_again(tmp_path: Path) -> None:
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return _plain(network, batch["rows"], batch["labels"])
+        return toys.loss(network, (batch["rows"], batch["labels"]))
 
-    private, _ = _private(tmp_path, dataset=_Augmented(), loss=loss)
+    private, _ = run_and_optimizer(tmp_path, dataset=_Augmented(), loss=loss)
     assert sum(1 for _ in private) == 12
 
 
@@ -377,7 +183,7 @@ def test_masked_words_of_texts_that_are_padded(tmp_path: Path, where: str) -> No
         return _of_masked(network, words, _masks(words) if where == "loss" else masks)
 
     loader = DataLoader(_Sentences(), collate_fn=collated)
-    private, _ = _private(tmp_path, dataset=loader, network=_Filler(), loss=loss)
+    private, _ = run_and_optimizer(tmp_path, dataset=loader, network=_Filler(), loss=loss)
     assert sum(1 for _ in private) == 12
 
 
@@ -396,7 +202,7 @@ def test_masked_words_that_are_coupled(tmp_path: Path, where: str) -> None:
 
     loader = DataLoader(_Sentences(), collate_fn=collated)
     with pytest.raises(CheckFailed, match="no private training starts: an example's loss depends on others"):
-        _private(tmp_path, dataset=loader, network=_Filler(), loss=loss)
+        run_and_optimizer(tmp_path, dataset=loader, network=_Filler(), loss=loss)
 
 
 def test_hostile_losses_hide_nothing() -> None:
@@ -464,7 +270,7 @@ def test_no_example_and_one(count: int) -> None:
 
 def test_asking_again_is_content_with_fewer_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd keeps more than training does: what does not fit there is no reason to train in smaller microbatches."""
-    private, _ = _private(tmp_path, microbatch=16)
+    private, _ = run_and_optimizer(tmp_path, microbatch=16)
     asked = []
 
     def short_of_memory(*given: object, **_: object) -> None:
@@ -476,29 +282,3 @@ def test_asking_again_is_content_with_fewer_examples(tmp_path: Path, monkeypatch
     next(iter(private))
     assert asked == [16, 8, 4]
     assert private._updates.step.microbatch.size == 16
-
-
-class _Forces(nn.Module):
-    """Asks autograd for the gradient of its input within the forward, as models of molecules do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen, self.head = toys.model().requires_grad_(False), nn.Linear(6, 2)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        rows = rows.detach().requires_grad_()
-        (forces,) = torch.autograd.grad(self.frozen(rows).sum(), rows)
-        return self.head(forces + rows.detach())
-
-
-@pytest.mark.parametrize("loop", ["steps", "microbatches"])
-def test_a_forward_that_asks_for_gradients(tmp_path: Path, loop: str) -> None:
-    network = _Forces()
-    optimizer = torch.optim.SGD(network.head.parameters(), lr=0.5)
-    private = short_run(tmp_path, model=network, optimizer=optimizer)
-    if loop == "microbatches":
-        _loop(private, optimizer, _plain)
-    else:
-        for _ in private:
-            pass
-    assert private.done == 12

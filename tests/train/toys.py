@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from discreet.train.loop import Data, Private, make_private
 
@@ -21,6 +21,20 @@ def data(dtype: torch.dtype = torch.float32, *, examples: int = EXAMPLES) -> Ten
     features = torch.randn(examples, 6, generator=generator, dtype=torch.float64)
     targets = (features[:, 0] + 0.3 * features[:, 1] > 0).long()
     return TensorDataset(features.to(dtype), targets)
+
+
+class Dicts(Dataset[dict[str, Tensor]]):
+    """The same data by name: rows and labels."""
+
+    def __init__(self) -> None:
+        self._data = data()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rows, targets = self._data[index]
+        return {"rows": rows, "labels": targets}
 
 
 def model(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0) -> nn.Module:
