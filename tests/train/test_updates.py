@@ -23,8 +23,9 @@ from discreet.core.clipping import ClippedSum
 from discreet.errors import BudgetExceeded, ConfigError, LedgerError
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.verification import CERTIFIED
-from discreet.train import secret_files, updates
-from discreet.train.loop import Private, make_private
+from discreet.train import releases, secret_files, updates
+from discreet.train.loop import Private
+from discreet.train.make_private import make_private
 from train import toys
 
 STEPS, EVERY = 40, 10
@@ -34,14 +35,14 @@ STEPS, EVERY = 40, 10
 def reused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     """The positions at which one key's noise was added to two different sums, over all runs of a test."""
     seen: dict[tuple[bytes, int], set[str]] = {}
-    original = updates.release
+    original = releases.release
 
     def spy(total: ClippedSum, *, noise_multiplier: float, source: object, divisor: float, into: object) -> object:
         parts = b"".join(value.numpy().tobytes() for value in total.tensors.values())
         seen.setdefault((source._key, source.position), set()).add(hashlib.sha256(parts).hexdigest())
         return original(total, noise_multiplier=noise_multiplier, source=source, divisor=divisor, into=into)
 
-    monkeypatch.setattr(updates, "release", spy)
+    monkeypatch.setattr(releases, "release", spy)
     return lambda: [position for (_, position), sums in seen.items() if len(sums) > 1]
 
 
@@ -241,7 +242,7 @@ def test_a_step_broken_off_and_saved_is_not_repeated_with_other_weights(
     batches = iter(private)
     for _ in range(25):
         next(batches)
-    private._updates.done -= 1
+    private._updates.releases.done -= 1
     private.save()
     private.close()
     _go(_private(tmp_path, resume=True), 5)
@@ -260,20 +261,20 @@ def test_a_batch_is_released_once_and_as_the_update_it_was_drawn_for(tmp_path: P
     optimizer = torch.optim.Adam(network.parameters())
     private = _private(tmp_path, model=network, optimizer=lambda *_args, **_named: optimizer)
     steps = iter(private)
-    for _ in range(updates.RESERVE_STEPS - 1):
+    for _ in range(releases.RESERVE_STEPS - 1):
         next(steps)
     batches = iter(private.loader)
     private.backward(toys.loss(network, next(batches)))
     next(steps)
     with pytest.raises(ConfigError, match="drawn for update 15, at update 16"):
         optimizer.step()
-    assert private.done == private.run.ledger.steps_reserved == updates.RESERVE_STEPS
+    assert private.done == private.run.ledger.steps_reserved == releases.RESERVE_STEPS
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_run_cannot_be_copied(tmp_path: Path, duplicate: Callable[[object], object]) -> None:
     private = _private(tmp_path)
-    for thing in (private._updates, private.run):
+    for thing in (private._updates, private._updates.releases, private.run):
         with pytest.raises(ConfigError, match="cannot be copied"):
             duplicate(thing)
     with pytest.raises(ConfigError, match="cannot be copied"):
@@ -296,8 +297,8 @@ def test_one_run_trains_one_model(tmp_path: Path, reused: Callable[[], list[int]
 def test_a_second_thread_releases_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between finding the position of an update and taking it, the other one would move it on."""
     private = _private(tmp_path)
-    made, total = private._updates, private._updates.clipped_sum()
-    original, refused = updates.release, []
+    made, total = private._updates.releases, private._updates.clipped_sum()
+    original, refused = releases.release, []
 
     def other() -> None:
         try:
@@ -306,13 +307,13 @@ def test_a_second_thread_releases_nothing(tmp_path: Path, monkeypatch: pytest.Mo
             refused.append(str(error))
 
     def meanwhile(*given: object, **named: object) -> object:
-        monkeypatch.setattr(updates, "release", original)
+        monkeypatch.setattr(releases, "release", original)
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
         return original(*given, **named)
 
-    monkeypatch.setattr(updates, "release", meanwhile)
+    monkeypatch.setattr(releases, "release", meanwhile)
     assert made.release_sum(total, index=0) is not None
     assert [text.startswith("two threads in one update") for text in refused] == [True]
     assert made._source.position == 1
@@ -323,7 +324,7 @@ def test_a_fork_cannot_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     private = _private(tmp_path)
     next(iter(private))
     child = os.getpid() + 1
-    monkeypatch.setattr(updates.os, "getpid", lambda: child)
+    monkeypatch.setattr(releases.os, "getpid", lambda: child)
     with pytest.raises(ConfigError, match="fork"):
         next(iter(private))
 
