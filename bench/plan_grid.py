@@ -29,7 +29,7 @@ from discreet.core.rng import NoiseSource
 from discreet.privacy.accounting import Query
 from discreet.privacy.plan import Plan, default_delta
 from discreet.privacy.planning import plan as propose
-from discreet.train.loop import make_private
+from discreet.train.make_private import make_private
 
 ADULT_COLUMNS = (
     "age,workclass,fnlwgt,education,education_num,marital_status,occupation,relationship,race,sex,capital_gain,"

@@ -27,7 +27,8 @@ from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.tuning import plan_search
 from discreet.train.auto_lr import AutoLR, LearningRate, decay
 from discreet.train.examples import Examples as Fetched
-from discreet.train.loop import make_private, self_check
+from discreet.train.make_private import make_private
+from discreet.train.self_check import self_check
 from discreet.train.step import ClippedStep, Microbatch, whole_batch, write_gradient
 from discreet.train.stillness import Watch
 from discreet.train.updates import Step

@@ -24,7 +24,7 @@ import torch
 
 from bench.auto_lr.tasks import TASKS, Task, load
 from discreet.core.gradient import trainable
-from discreet.train.loop import make_private
+from discreet.train.make_private import make_private
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from discreet.app.options import DataOptions, open_data
 from discreet.core.gradient import trainable
 from discreet.core.rng import NoiseSource
 from discreet.train.auto_lr import LearningRate, LinearDecay, decay
-from discreet.train.loop import make_private
+from discreet.train.make_private import make_private
 
 DELTA = 1e-5
 EPSILONS = {"mnist": 2.93, "fashion_mnist": 2.7}

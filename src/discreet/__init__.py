@@ -50,7 +50,8 @@ from discreet.privacy.verification import verify
 from discreet.train.auto_lr import AutoLR
 from discreet.train.check import CheckReport, check
 from discreet.train.contest import Choice, PrivateScore, PublicScore
-from discreet.train.loop import Private, Result, make_private, train
+from discreet.train.loop import Private
+from discreet.train.make_private import Result, make_private, train
 from discreet.train.tempered import Tempered, tempered_cross_entropy
 from discreet.train.throughput import measure
 from discreet.train.trial import Recipe

@@ -15,7 +15,7 @@ MAY_DRAW = {
     "core/draws.py": "stands in, in the self-check, for what a forward draws by chances that are tensors",
     "core/layout.py": "fixes dropout masks while a forward pass is repeated; puts the state back",
     "privacy/sampling.py": "which examples are in a batch, from the run's key",
-    "train/loop.py": "the random suffix of a new run folder's name",
+    "train/run_directory.py": "the random suffix of a new run folder's name",
     "train/examples.py": "a made-up example of the right shapes, the same in every run; puts the caller's state back",
     "train/elsewhere.py": "batches that nobody gave, for the self-check, from a generator of its own: always the same",
     "train/throughput.py": "random numbers of the right shapes to measure on; puts the caller's state back",
@@ -61,7 +61,6 @@ MAY_PIN = {
     "train/step.py": {"grad": "the one place that hands a released gradient to the optimizer"},
     "train/updates.py": {
         "on_halving": "hands the microbatch its call-back for a smaller size",
-        "size": "a resumed run goes on with the microbatch of its checkpoint",
     },
 }
 """File -> attributes that it may write on an object that is not its own, each with its reason."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from discreet.core.clipping import ClippedSum
-from discreet.train import updates
+from discreet.train import releases
 from discreet.train.tune import Tuned
 from train.attacked import searched
 
@@ -22,12 +22,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 def reused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     """The positions at which one key's noise was added to two different sums, over all runs of a test."""
     seen: dict[tuple[bytes, int], set[str]] = {}
-    original = updates.release
+    original = releases.release
 
     def spy(total: ClippedSum, *, noise_multiplier: float, source: object, divisor: float, into: object) -> object:
         parts = b"".join(value.numpy().tobytes() for value in total.tensors.values())
         seen.setdefault((source._key, source.position), set()).add(hashlib.sha256(parts).hexdigest())
         return original(total, noise_multiplier=noise_multiplier, source=source, divisor=divisor, into=into)
 
-    monkeypatch.setattr(updates, "release", spy)
+    monkeypatch.setattr(releases, "release", spy)
     return lambda: [position for (_, position), sums in seen.items() if len(sums) > 1]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from discreet.train.loop import Private, make_private
+from discreet.train.loop import Private
+from discreet.train.make_private import make_private
 from train import toys
 
 

@@ -19,7 +19,7 @@ import torch
 import discreet
 from discreet.errors import ConfigError, DiscreetError
 from discreet.privacy.ledger import Ledger
-from discreet.train import checkpoint, loop, run, updates
+from discreet.train import checkpoint, loop, releases, run, run_directory, updates
 from train import toys
 
 STEPS, EVERY = 10, 4
@@ -88,14 +88,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
 
 POINTS = [
     *[(Ledger, "reserve_steps", call, after) for call in (1,) for after in (False, True)],
-    *[(updates, "release", call, after) for call in (1, 3, 5, 10) for after in (False, True)],
+    *[(releases, "release", call, after) for call in (1, 3, 5, 10) for after in (False, True)],
     *[(updates, "write_gradient", call, True) for call in (1, 4, 9)],
     *[(checkpoint, "save", call, after) for call in (1, 2, 3) for after in (False, True)],
     *[(checkpoint, "sync", call, after) for call in range(1, 12) for after in (False, True)],
-    *[(run, "save_model", 1, after) for after in (False, True)],
-    *[(run, "_destroy_key", 1, after) for after in (False, True)],
+    *[(run_directory, "save_model", 1, after) for after in (False, True)],
+    *[(run_directory, "_destroy_key", 1, after) for after in (False, True)],
     *[(Ledger, "finish", 1, after) for after in (False, True)],
-    *[(run, "write_certificate", 1, after) for after in (False, True)],
+    *[(run_directory, "write_certificate", 1, after) for after in (False, True)],
 ]
 
 

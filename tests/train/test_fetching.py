@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from discreet.errors import CheckFailed, ConfigError
-from discreet.train.loop import Data, Private, make_private
+from discreet.train.examples import Data
+from discreet.train.loop import Private
+from discreet.train.make_private import make_private
 from train import toys
 
 WHAT = "fetched with it"

@@ -20,12 +20,14 @@ from discreet.errors import ConfigError
 from discreet.privacy.ledger import Ledger
 from discreet.privacy.verification import verify
 from discreet.train import probing as probing_module
-from discreet.train import updates as updates_module
+from discreet.train import releases as releases_module
 from discreet.train.auto_lr import AutoLR, LearningRate, decay
-from discreet.train.loop import Private, make_private
+from discreet.train.loop import Private
+from discreet.train.make_private import make_private
 from discreet.train.probing import find_rate
 from discreet.train.rate_search import AGAIN, SECOND_SHARE
 from discreet.train.tempered import Tempered, tempered_cross_entropy
+from discreet.train.updates import Updates
 from train import toys
 
 STEPS = 100
@@ -85,21 +87,21 @@ def test_each_index_of_the_plan_has_one_batch_and_one_release(tmp_path, monkeypa
     the plan's noise; a probe releases its one number and no gradient."""
     released: list[tuple[int, tuple[str, ...]]] = []
     drawn: list[int] = []
-    true_release = updates_module.release
+    true_release = releases_module.release
 
     def spy(total: Any, *, noise_multiplier: float, source: Any, divisor: float, into: Any) -> Any:
         assert (noise_multiplier, divisor) == (1.5, 60)
         released.append((source.position, tuple(total.tensors)))
         return true_release(total, noise_multiplier=noise_multiplier, source=source, divisor=divisor, into=into)
 
-    true_draw = updates_module.Updates.draw
+    true_draw = releases_module.Releases.draw
 
-    def draw(self: updates_module.Updates) -> np.ndarray:
+    def draw(self: releases_module.Releases) -> np.ndarray:
         drawn.append(self.done)
         return true_draw(self)
 
-    monkeypatch.setattr(updates_module, "release", spy)
-    monkeypatch.setattr(updates_module.Updates, "draw", draw)
+    monkeypatch.setattr(releases_module, "release", spy)
+    monkeypatch.setattr(releases_module.Releases, "draw", draw)
     private = _private(tmp_path)
     first = next(iter(private))
     probes = first.index
@@ -112,14 +114,14 @@ def test_each_index_of_the_plan_has_one_batch_and_one_release(tmp_path, monkeypa
 
 
 def test_a_charge_is_in_the_ledger_before_a_probe_is_released(tmp_path, monkeypatch):
-    true_release = updates_module.release
+    true_release = releases_module.release
     charged: list[int] = []
 
     def spy(total: Any, **settings: Any) -> Any:
         charged.append(Ledger.read(tmp_path / "ledger.jsonl").steps_reserved)
         return true_release(total, **settings)
 
-    monkeypatch.setattr(updates_module, "release", spy)
+    monkeypatch.setattr(releases_module, "release", spy)
     private = _private(tmp_path)
     next(iter(private))
     assert all(count > position for position, count in enumerate(charged))
@@ -142,14 +144,14 @@ def test_probes_leave_weights_optimizer_and_gradients_alone(tmp_path):
 def test_sums_of_all_ranks_are_added_before_the_noise(tmp_path, monkeypatch):
     """F10: a probe's sum goes through the same sum over ranks as a gradient."""
     order: list[str] = []
-    true_sum, true_release = updates_module.world_sum, updates_module.release
-    monkeypatch.setattr(updates_module, "world_sum", lambda total: (order.append("sum"), true_sum(total))[1])
+    true_sum, true_release = releases_module.world_sum, releases_module.release
+    monkeypatch.setattr(releases_module, "world_sum", lambda total: (order.append("sum"), true_sum(total))[1])
 
     def spy(total: Any, **settings: Any) -> Any:
         order.append("release")
         return true_release(total, **settings)
 
-    monkeypatch.setattr(updates_module, "release", spy)
+    monkeypatch.setattr(releases_module, "release", spy)
     private = _private(tmp_path)
     next(iter(private))
     assert order == ["sum", "release"] * (len(order) // 2)
@@ -295,7 +297,7 @@ def test_a_scheduler_beside_auto_is_refused_before_anything_is_released(tmp_path
     steps = iter(private)
     next(steps)
     private._updates.optimizer.param_groups[0]["lr"] = 0.5
-    monkeypatch.setattr(updates_module, "release", None)
+    monkeypatch.setattr(releases_module, "release", None)
     with pytest.raises(ConfigError, match="also writes lr"):
         next(steps)
     private.close()
@@ -331,7 +333,7 @@ def test_temperature_and_floor_are_no_weights_and_stay(tmp_path, monkeypatch):
         assert still == {"temperature.log", "temperature.floor"}
 
 
-def _probe_until(updates: updates_module.Updates, count: int) -> None:
+def _probe_until(updates: Updates, count: int) -> None:
     """Make so many probes, as `find_rate` does, and stop there."""
     search = updates.rates.search
     assert search is not None

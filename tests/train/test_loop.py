@@ -16,7 +16,8 @@ import discreet
 from discreet.core.clipping import Clipping
 from discreet.errors import BudgetExceeded, ConfigError
 from discreet.train import updates
-from discreet.train.loop import Private, train
+from discreet.train.loop import Private
+from discreet.train.make_private import train
 from discreet.train.run import Run
 from discreet.train.setup import clipping_of
 from train import toys
@@ -170,7 +171,7 @@ def test_no_step_beyond_the_plan(tmp_path: Path) -> None:
     private = short_run(tmp_path, steps=3)
     _finish(private)
     with pytest.raises(BudgetExceeded, match="ends after 3"):
-        private._updates.draw()
+        private._updates.releases.draw()
 
 
 def test_train_is_one_call(tmp_path: Path) -> None:

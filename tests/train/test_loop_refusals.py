@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from discreet.core.clipping import Clipping
 from discreet.errors import CheckFailed, ConfigError, LedgerError, UnsupportedUse
-from discreet.train.loop import make_private
+from discreet.train.make_private import make_private
 from train import toys
 from train.short_run import short_run
 

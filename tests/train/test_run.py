@@ -12,6 +12,7 @@ from discreet.privacy.accounting import Gaussian
 from discreet.privacy.plan import Plan
 from discreet.privacy.verification import verify
 from discreet.train import run as run_module
+from discreet.train import run_directory
 from discreet.train.horizon import updates_allowed
 from discreet.train.run import Run, Stage
 from train import toys
@@ -211,7 +212,7 @@ def test_a_full_disk_at_the_end_keeps_the_key(tmp_path: Path, monkeypatch: pytes
         raise SafetensorError("I/O error: No space left on device")
 
     run = Run.create(tmp_path, plan=_plan())
-    monkeypatch.setattr(run_module, "save_model", full)
+    monkeypatch.setattr(run_directory, "save_model", full)
     with pytest.raises(OSError, match="No space"):
         run.finish(toys.model())
     run.close()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from discreet.errors import ConfigError
-from discreet.train.loop import Private, make_private
+from discreet.train.loop import Private
+from discreet.train.make_private import make_private
 from train import toys
 
 

@@ -12,7 +12,7 @@ from discreet.core.rng import NoiseSource
 from discreet.errors import ConfigError
 from discreet.train.check import check
 from discreet.train.examples import Examples
-from discreet.train.loop import _microbatch_size
+from discreet.train.make_private import _microbatch_size
 from discreet.train.step import ClippedStep, Microbatch, is_out_of_memory, whole_batch, write_gradient
 from discreet.train.stillness import Allowed, Watch
 from discreet.train.throughput import CPU_MICROBATCH

@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 from discreet.errors import ConfigError, UnsupportedUse
 from discreet.train.checkpoint import saved_state
 from discreet.train.contest import Choice, PrivateScore
-from discreet.train.loop import Private, make_private
+from discreet.train.loop import Private
+from discreet.train.make_private import make_private
 from discreet.train.probing import find_rate
 from discreet.train.stillness import Allowed
 from discreet.train.trial import Recipe

@@ -18,7 +18,7 @@ from discreet.core.style import Style
 from discreet.errors import CheckFailed, ConfigError
 from discreet.privacy.plan import Plan
 from discreet.train.check import Status, check
-from discreet.train.loop import make_private
+from discreet.train.make_private import make_private
 from discreet.train.setup import clipping_of
 from discreet.train.tempered import (
     BOUND,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from discreet.errors import CheckFailed, ConfigError
 from discreet.train import throughput
-from discreet.train.loop import make_private
+from discreet.train.make_private import make_private
 from discreet.train.throughput import measure
 
 

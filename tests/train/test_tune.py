@@ -22,8 +22,9 @@ from discreet.privacy.repetitions import Repetitions, Stopping
 from discreet.privacy.tuning import plan_search
 from discreet.privacy.verification import verify
 from discreet.train.contest import Choice, PrivateScore, PublicScore
-from discreet.train.loop import make_private
-from discreet.train.run import KEY, SEARCH, Run
+from discreet.train.make_private import make_private
+from discreet.train.run import Run
+from discreet.train.run_directory import KEY, SEARCH
 from discreet.train.search_state import SearchState
 from discreet.train.tempered import Tempered, tempered_clipping, tempered_cross_entropy
 from discreet.train.trial import Recipe

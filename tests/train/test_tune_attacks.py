@@ -18,7 +18,8 @@ from discreet.errors import ConfigError, DiscreetError, LedgerError
 from discreet.privacy.verification import verify
 from discreet.train import search_state
 from discreet.train.contest import PublicScore
-from discreet.train.run import KEY, MODEL, SEARCH, Run
+from discreet.train.run import Run
+from discreet.train.run_directory import KEY, MODEL, SEARCH
 from discreet.train.search_state import SearchState
 from train import toys
 from train.attacked import Stopped, begun_search, charges_of, planned, searched

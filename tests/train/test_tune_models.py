@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from discreet.errors import CheckFailed, ConfigError
 from discreet.privacy.verification import verify
 from discreet.train.contest import Choice, PublicScore
-from discreet.train.run import MODEL
+from discreet.train.run_directory import MODEL
 from discreet.train.trial import Recipe
 from train.attacked import CHOICES, begun_search, build_small, charges_of, searched
 

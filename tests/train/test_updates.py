@@ -17,7 +17,7 @@ from torch import nn
 import discreet
 from discreet.errors import ConfigError
 from discreet.privacy.verification import CERTIFIED
-from discreet.train import updates
+from discreet.train import releases
 from train import toys
 from train.charged_run import charged_run, fresh_model
 
@@ -28,20 +28,20 @@ def test_a_batch_is_released_once_and_as_the_update_it_was_drawn_for(tmp_path: P
     optimizer = torch.optim.Adam(network.parameters())
     private = charged_run(tmp_path, model=network, optimizer=lambda *_args, **_named: optimizer)
     steps = iter(private)
-    for _ in range(updates.RESERVE_STEPS - 1):
+    for _ in range(releases.RESERVE_STEPS - 1):
         next(steps)
     batches = iter(private.loader)
     private.backward(toys.loss(network, next(batches)))
     next(steps)
     with pytest.raises(ConfigError, match="drawn for update 15, at update 16"):
         optimizer.step()
-    assert private.done == private.run.ledger.steps_reserved == updates.RESERVE_STEPS
+    assert private.done == private.run.ledger.steps_reserved == releases.RESERVE_STEPS
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_run_cannot_be_copied(tmp_path: Path, duplicate: Callable[[object], object]) -> None:
     private = charged_run(tmp_path)
-    for thing in (private._updates, private.run):
+    for thing in (private._updates, private._updates.releases, private.run):
         with pytest.raises(ConfigError, match="cannot be copied"):
             duplicate(thing)
     with pytest.raises(ConfigError, match="cannot be copied"):
@@ -64,8 +64,8 @@ def test_one_run_trains_one_model(tmp_path: Path, reused: Callable[[], list[int]
 def test_a_second_thread_releases_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between finding the position of an update and taking it, the other one would move it on."""
     private = charged_run(tmp_path)
-    made, total = private._updates, private._updates.clipped_sum()
-    original, refused = updates.release, []
+    made, total = private._updates.releases, private._updates.clipped_sum()
+    original, refused = releases.release, []
 
     def other() -> None:
         try:
@@ -74,13 +74,13 @@ def test_a_second_thread_releases_nothing(tmp_path: Path, monkeypatch: pytest.Mo
             refused.append(str(error))
 
     def meanwhile(*given: object, **named: object) -> object:
-        monkeypatch.setattr(updates, "release", original)
+        monkeypatch.setattr(releases, "release", original)
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
         return original(*given, **named)
 
-    monkeypatch.setattr(updates, "release", meanwhile)
+    monkeypatch.setattr(releases, "release", meanwhile)
     assert made.release_sum(total, index=0) is not None
     assert [text.startswith("two threads in one update") for text in refused] == [True]
     assert made._source.position == 1
@@ -91,7 +91,7 @@ def test_a_fork_cannot_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     private = charged_run(tmp_path)
     next(iter(private))
     child = os.getpid() + 1
-    monkeypatch.setattr(updates.os, "getpid", lambda: child)
+    monkeypatch.setattr(releases.os, "getpid", lambda: child)
     with pytest.raises(ConfigError, match="fork"):
         next(iter(private))
 

@@ -199,7 +199,7 @@ def test_a_step_broken_off_and_saved_is_not_repeated_with_other_weights(
     batches = iter(private)
     for _ in range(25):
         next(batches)
-    private._updates.done -= 1
+    private._updates.releases.done -= 1
     private.save()
     private.close()
     _go(charged_run(tmp_path, resume=True), 5)

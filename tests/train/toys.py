@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from discreet.train.loop import Data, Private, make_private
+from discreet.train.examples import Data
+from discreet.train.loop import Private
+from discreet.train.make_private import make_private
 
 EXAMPLES = 120
 

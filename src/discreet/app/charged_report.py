@@ -8,8 +8,8 @@ from discreet.app.predictions import Loaded
 from discreet.insight.calibration import BudgetedReport, budgeted_report
 from discreet.privacy.certificate import REPORT_KIND
 from discreet.privacy.plan import Plan
-from discreet.train.loop import new_run_dir
 from discreet.train.run import Run
+from discreet.train.run_directory import new_run_dir
 
 _PURPOSE = "calibration report"
 

@@ -35,8 +35,10 @@ from discreet.privacy.planning import bound_of
 from discreet.privacy.verification import verify
 from discreet.train.environment import describe_data
 from discreet.train.horizon import replaced_because
-from discreet.train.loop import Private, make_private, new_run_dir
+from discreet.train.loop import Private
+from discreet.train.make_private import make_private
 from discreet.train.run import PREPROCESSING, Run, Stage
+from discreet.train.run_directory import new_run_dir
 from discreet.train.setup import check_plan, clipping_of
 from discreet.train.tempered import is_tempered, reason
 

@@ -30,8 +30,8 @@ from discreet.privacy.tuning import USUAL_RUNS, one_run, plan_search
 from discreet.privacy.verification import Verification, verify
 from discreet.train.contest import Choice, PrivateScore, PublicScore
 from discreet.train.environment import describe_data
-from discreet.train.loop import new_run_dir
 from discreet.train.run import PREPROCESSING, Run, Stage
+from discreet.train.run_directory import new_run_dir
 from discreet.train.setup import clipping_of
 from discreet.train.tempered import is_tempered, reason, tempered_clipping
 from discreet.train.trial import Recipe

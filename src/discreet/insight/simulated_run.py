@@ -27,8 +27,7 @@ from discreet.insight.origin import NON_PRIVATE_STAMP, Origin
 from discreet.privacy.plan import Plan
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.check import check
-from discreet.train.examples import Examples
-from discreet.train.loop import Data
+from discreet.train.examples import Data, Examples
 from discreet.train.setup import clipping_of
 from discreet.train.trial import Recipe, Schedule, fresh_model, run_trial
 

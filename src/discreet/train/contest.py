@@ -26,7 +26,7 @@ from discreet.train.auto_lr import RateControl
 from discreet.train.check import CheckReport
 from discreet.train.environment import describe_environment, digest, source_of, weights_digest
 from discreet.train.examples import Examples
-from discreet.train.loop import self_check
+from discreet.train.self_check import self_check
 from discreet.train.setup import clipping_of
 from discreet.train.stillness import Watch
 from discreet.train.tempered import check_tempered

@@ -36,6 +36,9 @@ class BatchedDataset(Protocol):
         ...
 
 
+Data = Dataset[Any] | BatchedDataset | DataLoader[Any]
+
+
 class Examples:
     """A map-style data set (or the one inside a DataLoader) with its way to collate.
 
@@ -46,7 +49,7 @@ class Examples:
         ConfigError: the data set is iterable-style, a tuple of tensors, or empty.
     """
 
-    def __init__(self, source: Dataset[Any] | BatchedDataset | DataLoader[Any]) -> None:
+    def __init__(self, source: Data) -> None:
         dataset = source.dataset if isinstance(source, DataLoader) else source
         self._collate: Callable[[list[Any]], Any] = default_collate
         if isinstance(source, DataLoader) and source.collate_fn is not None:

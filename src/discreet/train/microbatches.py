@@ -54,7 +54,7 @@ class MicrobatchLoader:
             find_rate(updates)
             if updates.finished:
                 break
-            indices = updates.draw()
+            indices = updates.releases.draw()
             self.index = updates.done
             self._weight = 1.0 if len(indices) else 0.0
             self._total, self._moving = updates.empty_sum(), self._begun()

@@ -29,10 +29,10 @@ def find_rate(updates: Updates) -> None:
     with the plan's noise. Only what is released is a number about the loss, and the weights stay where they are.
     """
     while not updates.finished and (question := updates.rates.question(updates.done)) is not None:
-        index, indices = updates.done, updates.draw()
+        index, indices = updates.done, updates.releases.draw()
         with updates.model_randomness():
             total = _sum_of_next(updates, question, indices)
-        released = updates.release_sum(total, index=index)
+        released = updates.releases.release_sum(total, index=index)
         if released is None:
             continue
         name = LEVELS if question.asked is Asked.LEVEL else RISES

@@ -1,8 +1,4 @@
-"""A run directory: the key, the ledger, the metrics, and what is left when the run ends.
-
-    release/    plan.json, metrics.jsonl, check.json, model.safetensors, certificate.json: every byte released or public
-    private/    key, state.json, sums, checkpoint/, lock: mode 0600; destroyed or useless once the run has ended
-    ledger.jsonl
+"""A run: its key, its ledger, its metrics, and whether it may go on under the key that it had.
 
 Noise, batches and dropout masks are functions of (key, step). A step is replayed under its key only when nothing that
 could change its sum has changed: the environment record says what that is, and the journal of sums proves it. Otherwise
@@ -13,43 +9,41 @@ from __future__ import annotations
 
 import enum
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_model
-from torch import Tensor, nn
+from torch import nn
 
 from discreet.core.rng import KEY_BYTES, NoiseSource, seed_key, subkey
-from discreet.core.uses import identity_of
 from discreet.errors import ConfigError, LedgerError
 from discreet.privacy.accounting import Query, query_to_json
-from discreet.privacy.certificate import write_certificate
-from discreet.privacy.files import file_digest, held, write_atomically
+from discreet.privacy.files import held, write_atomically
 from discreet.privacy.ledger import Ledger, key_id
 from discreet.privacy.plan import Plan
 from discreet.train.checkpoint import load as load_checkpoint
-from discreet.train.checkpoint import saved_state
 from discreet.train.journal import SumJournal
-from discreet.train.secret_files import replace_secret, sync
+from discreet.train.run_directory import (
+    CHECKPOINT,
+    KEY,
+    LEDGER,
+    LOCK,
+    PLAN,
+    SEARCH,
+    STATE,
+    SUMS,
+    end,
+    mend_end,
+    read_key,
+    refuse_earlier,
+    write_model,
+)
+from discreet.train.secret_files import replace_secret
 
-LEDGER = "ledger.jsonl"
-KEY = Path("private", "key")
-STATE = Path("private", "state.json")
-SUMS = Path("private", "sums")
-SEARCH = Path("private", "search")
-CHECKPOINT = Path("private", "checkpoint")
-LOCK = Path("private", "lock")
-PLAN = Path("release", "plan.json")
-MODEL = Path("release", "model.safetensors")
 PREPROCESSING = "preprocessing"
-_DESTROYED_KEY = bytes(KEY_BYTES)
 
 Environment = Mapping[str, str]
 """Everything beyond (key, plan) that the bits of a step depend on: data, code, device, threads. Private."""
@@ -120,7 +114,7 @@ class Run:
         Raises:
             ConfigError: there is a run already, or what another one released, or another process is starting one.
         """
-        _refuse_earlier(path)
+        refuse_earlier(path)
         key = secrets.token_bytes(KEY_BYTES) if seed is None else seed_key(seed)
         with ExitStack() as stack:
             try:
@@ -129,7 +123,7 @@ class Run:
                 (path / "private").chmod(0o700)
                 # Of two that start here at once, the second would change the key and the plan of the first.
                 stack.enter_context(held(path / LOCK))
-                _refuse_earlier(path)
+                refuse_earlier(path)
                 for left in (SUMS, STATE):
                     (path / left).unlink(missing_ok=True)
                 for folder in (SEARCH, CHECKPOINT):
@@ -154,9 +148,9 @@ class Run:
         """
         if not (path / LEDGER).exists():
             raise ConfigError(f"{path}: holds no run to resume; leave out resume (--resume) to start one.")
-        key = _read_key(path)
+        key = read_key(path)
         if key is None:
-            _conclude(path)
+            mend_end(path)
             raise ConfigError(
                 f"{path}: this run has ended; see `discreet verify` and `discreet report`, or start a new run in "
                 "another directory."
@@ -330,28 +324,9 @@ class Run:
             model: what was trained; None for a run that only asked the data something.
         """
         if model is not None:
-            self._save(model)
+            write_model(self.path, model)
         self.closed = True
-        _destroy_key(self.path)
-        self.ledger.finish(_ending(self.path))
-        write_certificate(self.path)
-
-    def _save(self, model: nn.Module) -> None:
-        temporary = self.path / "private" / "model.safetensors"
-        # Copies: parts of one memory are refused (flattened parameters, an LSTM's on CUDA). What is tied has one.
-        copies: dict[object, Tensor] = {}
-        state = {
-            name: copies.setdefault(identity_of(value), value.detach().to("cpu", copy=True))
-            for name, value in saved_state(model).items()
-        }
-        try:
-            save_model(SimpleNamespace(state_dict=lambda: state), str(temporary))  # type: ignore[arg-type]
-        except SafetensorError as error:
-            raise OSError(f"{temporary}: cannot be written ({error})") from error
-        temporary.chmod(0o644)
-        sync(temporary)
-        temporary.rename(self.path / MODEL)
-        sync(self.release_dir)
+        end(self.path, self.ledger)
 
     def close(self) -> None:
         """Let go of the ledger; the run can be resumed."""
@@ -363,74 +338,3 @@ class Run:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _refuse_earlier(path: Path) -> None:
-    """Refuse a directory that holds a run, or what one released: no charge of a new run would stand for it."""
-    if (path / LEDGER).exists():
-        raise ConfigError(
-            f"{path}: holds a run already; continue it with resume (--resume), or name another directory."
-        )
-    # A plan is left where a start was broken off before there was a ledger.
-    release = path / PLAN.parent
-    for left in sorted(release.glob("[!.]*")):
-        if not left.name.startswith(PLAN.name):
-            raise ConfigError(
-                f"{left}: is left of another run, whose ledger is gone; name another directory, or remove {release}."
-            )
-
-
-def _read_key(path: Path) -> bytes | None:
-    """The run's key; None when it was destroyed, be it half-way.
-
-    Raises:
-        LedgerError: the file does not hold a key; a shorter one, or a known one, would be no secret.
-    """
-    if not (path / KEY).exists():
-        return None
-    key = (path / KEY).read_bytes()
-    if key == _DESTROYED_KEY:
-        return None
-    if len(key) != KEY_BYTES:
-        raise LedgerError(
-            f"{path / KEY}: {len(key)} bytes; a key has {KEY_BYTES}; restore the file, or start a new run."
-        )
-    return key
-
-
-def _destroy_key(path: Path) -> None:
-    """Overwrite and remove the key; then what only its holder can use."""
-    key = path / KEY
-    if key.exists():
-        with key.open("r+b") as stream:
-            stream.write(_DESTROYED_KEY)
-            stream.flush()
-            os.fsync(stream.fileno())
-        key.unlink()
-    # The state may hold the noise key of the private statistics.
-    for name in (STATE, SUMS, LOCK):
-        (path / name).unlink(missing_ok=True)
-    # The best run of a search so far, and its score: only the released one may outlive the search.
-    shutil.rmtree(path / SEARCH, ignore_errors=True)
-    sync(key.parent)
-
-
-def _ending(path: Path) -> dict[str, str]:
-    """The facts of the ledger's last record: they bind the released model to the certificate."""
-    model = {"model_sha256": file_digest(path / MODEL)} if (path / MODEL).exists() else {}
-    return {"key": "destroyed", **model}
-
-
-def _conclude(path: Path) -> None:
-    """Do what is left of `Run.finish` after its key was destroyed.
-
-    Raises:
-        ConfigError: the key is gone although the run had not ended: nothing can continue it.
-    """
-    if not (path / MODEL).exists():
-        raise ConfigError(f"{path / KEY}: the key is missing, so no step can be repeated; start a new run.")
-    _destroy_key(path)
-    view = Ledger.read(path / LEDGER)
-    if not view.finished:
-        Ledger.resume(path / LEDGER, key_id=view.key_id).finish(_ending(path))
-    write_certificate(path)

@@ -32,9 +32,9 @@ from discreet.privacy.plan import Plan
 from discreet.privacy.repetitions import Stopping
 from discreet.privacy.tuning import USUAL_RUNS, plan_search
 from discreet.train.contest import Choice, Contest, PrivateScore, PublicScore
-from discreet.train.examples import Examples
-from discreet.train.loop import Data, new_run_dir
-from discreet.train.run import SEARCH, Run
+from discreet.train.examples import Data, Examples
+from discreet.train.run import Run
+from discreet.train.run_directory import SEARCH, new_run_dir
 from discreet.train.search_state import SearchState
 from discreet.train.setup import check_examples, check_same, existing_run, rule_for
 from discreet.train.trial import fresh_model

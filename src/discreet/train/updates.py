@@ -1,10 +1,7 @@
-"""The updates of one run: draw, charge, sum, release, move. Both kinds of training loop are thin layers over this."""
+"""The updates of one run: sum, release, move. Both kinds of training loop are thin layers over this."""
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,38 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from time import monotonic
 
-import numpy as np
 import torch
 from torch import nn
 
 from discreet.core.clipping import ClippedSum
-from discreet.core.gradient import trainable, zero_sum
-from discreet.core.noise import Released, release
+from discreet.core.gradient import zero_sum
 from discreet.core.seeded import seeded
-from discreet.core.world import world_sum
-from discreet.errors import BudgetExceeded, CheckFailed, ConfigError, LedgerError
+from discreet.errors import CheckFailed, ConfigError
 from discreet.privacy.plan import Plan
 from discreet.train import checkpoint as checkpoints
 from discreet.train.auto_lr import RateControl
 from discreet.train.environment import describe_environment
 from discreet.train.examples import Examples
-from discreet.train.horizon import Charges, replaced_because, steps_charged, steps_released, updates_allowed
+from discreet.train.horizon import Charges
 from discreet.train.recheck import is_due
-from discreet.train.run import LEDGER, Run, Stage
-from discreet.train.step import (
-    ClippedStep,
-    gradient_memory,
-    refuse_dead,
-    refuse_unmoved,
-    refuse_unreleased,
-    write_gradient,
-)
+from discreet.train.releases import Releases
+from discreet.train.run import Run, Stage
+from discreet.train.step import ClippedStep, refuse_dead, write_gradient
 from discreet.train.tolerance import Verdict
-
-RESERVE_STEPS = 16
-"""Steps charged to the ledger at once: one fsync for all of them. A crash over-counts by at most this many."""
-
-_log = logging.getLogger("discreet")
 
 
 @dataclass(frozen=True)
@@ -80,14 +63,11 @@ Conclusion = Callable[[Run, nn.Module], None]
 class Updates:
     """State of a run between updates.
 
-    **Guarantees.** A step's charge is durable before its batch is drawn, and a sum is released at most once, as the
-    update that it was drawn for. Noise is drawn at position = step index under the run's key; a step that is repeated
-    with another sum gets another key and another charge. Nothing but released gradients reaches the optimizer.
+    **Guarantees.** Those of `Releases`; and nothing but released gradients reaches the optimizer.
 
     Attributes:
-        done: updates that the model and the optimizer have behind them.
-        last: updates in the whole run; below ``plan.steps`` when a change of key wasted some of the budget.
         run: directory, key and ledger.
+        releases: what the run may draw and release.
         step: indices -> clipped sum.
         optimizer: moved by `update` alone.
         rates: sets the learning rate.
@@ -119,15 +99,12 @@ class Updates:
         self._began = monotonic()
         self.run = run
         self.step = step
-        self.done = done
         self.optimizer = optimizer
         self._move, self._moving = optimizer.step, False
         self.rates = rates
         self._checkpoint_steps = checkpoint_steps
-        self._process, self._moved, self._asked = os.getpid(), 0, done
-        self._releasing = threading.Lock()
-        self._adopt_key()
-        self._trust_sums()
+        self._moved, self._asked = 0, done
+        self.releases = Releases(run, done=done, model=step.model, parameters=step.parameters, optimizer=optimizer)
 
     def __reduce__(self) -> str:
         """Refuse every copy: two of them would put the same noise on two sums."""
@@ -141,9 +118,14 @@ class Updates:
         return self.run.plan
 
     @property
+    def done(self) -> int:
+        """Updates that the model and the optimizer have behind them."""
+        return self.releases.done
+
+    @property
     def finished(self) -> bool:
         """Whether no update is left."""
-        return self.done >= self.last
+        return self.releases.finished
 
     @property
     def verdict(self) -> Verdict | None:
@@ -155,29 +137,9 @@ class Updates:
         """Whether the next update that moves the weights asks again what the self-check asked; see `recheck`."""
         return is_due(self._moved)
 
-    def draw(self) -> np.ndarray:
-        """The Poisson batch of the next update, after its charge is durable; indices, shape (realised batch,).
-
-        Raises:
-            BudgetExceeded: no update is left, or the charge would pass the budget. Nothing was drawn.
-            ConfigError: the run was let go of, or the model is no longer the one that it began with.
-        """
-        if self.finished:
-            raise BudgetExceeded(
-                f"update {self.done}: the budget ends after {self.last} updates; make a new plan to go on."
-            )
-        self._check_hold()
-        self._check_parameters()
-        if self.done >= self._reserved:
-            count = min(RESERVE_STEPS, self.last - self.done)
-            self._sums.sync()
-            self.run.ledger.reserve_steps(first=self.done, count=count)
-            self._reserved = self.done + count
-        return self.plan.sampling.draw(key=self.run.sampling_key, step=self.done)
-
     def clipped_sum(self) -> ClippedSum:
         """The clipped sum of the next update."""
-        indices = self.draw()
+        indices = self.releases.draw()
         with self.model_randomness():
             total = self.step.clipped_sum(indices)
             if self.asks_again:
@@ -220,14 +182,14 @@ class Updates:
             index: the update that the batch was drawn for.
 
         Returns:
-            None when nothing was released, as `release_sum` has it.
+            None when nothing was released, as `Releases.release_sum` has it.
 
         Raises:
-            ConfigError: what `release_sum` refuses, or a rate that something else wrote beside an automatic one. The
-                update is made, and its weights are not finite; asked now and then.
+            ConfigError: what `Releases.release_sum` refuses, or a rate that something else wrote beside an automatic
+                one. The update is made, and its weights are not finite; asked now and then.
         """
         self.rates.refuse_others()
-        released = self.release_sum(total, index=index)
+        released = self.releases.release_sum(total, index=index)
         if released is None:
             return None
         write_gradient(released, self.step.parameters)
@@ -239,17 +201,17 @@ class Updates:
             self._moving = False
         self.rates.after_update()
         self.step = self.step.after(released)
-        self.done += 1
+        self.releases.done += 1
         self._moved += 1
         if self.asks_again or self.finished or self.done % self._checkpoint_steps == 0:
             refuse_dead(self.step.parameters, update=index)
         return Step(
             index=index,
-            steps=self.last,
+            steps=self.releases.last,
             learning_rate=rate,
             plan=self.plan,
             verdict=self.verdict,
-            charges=self._charges,
+            charges=self.releases.charges,
         )
 
     def hold_optimizer(self) -> Callable[[], None]:
@@ -270,127 +232,15 @@ class Updates:
                 "optimizer.step(), or iterate `private`."
             )
 
-    def release_sum(self, total: ClippedSum, *, index: int) -> Released | None:
-        """Release the one sum of an update, over the expected batch; be it a gradient or the answer to a probe.
-
-        Args:
-            total: the bounded sum of one batch.
-            index: the update that the batch was drawn for.
-
-        Returns:
-            None when this step was released before with another sum: nothing is released, the run has a new key, and
-            the update is to be drawn again.
-
-        Raises:
-            ConfigError: the batch was drawn for another update, the optimizer holds a gradient that is not released, or
-                another thread is here.
-        """
-        if not self._releasing.acquire(blocking=False):
-            raise ConfigError(
-                "two threads in one update: noise is drawn for one sum; let one of them train, or, after an interrupt, "
-                "close the run and resume it."
-            )
-        try:
-            return self._release_sum(total, index=index)
-        finally:
-            self._releasing.release()
-
-    def _release_sum(self, total: ClippedSum, *, index: int) -> Released | None:
-        self._check_hold()
-        self._check_parameters()
-        if index != self.done or index >= self._reserved:
-            raise ConfigError(
-                f"a batch drawn for update {index}, at update {self.done}: each batch is released once; iterate either "
-                "`private` or `private.loader`, and only once at a time."
-            )
-        total = world_sum(total)
-        if not self._sums.admits(index, total):
-            self._renew_key("the sum of a repeated step")
-            return None
-        self._source.seek(index)
-        return release(
-            total,
-            noise_multiplier=self.plan.noise_multiplier,
-            source=self._source,
-            divisor=self.plan.batch_size,
-            into=gradient_memory(total, self.step.parameters),
-        )
-
     def count_probe(self, said: Mapping[str, float]) -> None:
         """Go on to the next update after one whose sum answered a probe: the weights stay where they are.
 
         Args:
             said: the answer in numbers, for the log; released or public.
         """
-        self.done += 1
+        self.releases.done += 1
         self.run.log({"step": self.done, **said})
         self.checkpoint_if_due()
-
-    def _adopt_key(self) -> None:
-        """Take noise, journal and horizon from the run's key in force."""
-        # First: after an interrupt, what is charged under an earlier key must not count for this one.
-        self._reserved = self.done
-        self._source = self.run.noise("gradient")
-        self._sums = self.run.sums()
-        self._charges = Charges.of(self.run.ledger, done=self.done)
-        self.last = updates_allowed(self.run.ledger, done=self.done)
-        if self.last >= self.plan.steps:
-            return
-        if self.last <= self.done == 0:
-            raise BudgetExceeded(
-                f"0 of {self.plan.steps} updates left: all were charged under keys that had to be replaced "
-                f"({replaced_because(self.run.ledger)}); start a new run."
-            )
-        _log.warning(
-            "discreet: the run ends after %d of %d updates: the others were charged under a key that had to be "
-            "replaced (changed since the run began: %s)",
-            self.last,
-            self.plan.steps,
-            replaced_because(self.run.ledger),
-        )
-
-    def _trust_sums(self) -> None:
-        """Keep the key only where the journal holds all that was released under it, and the ledger charged all that.
-
-        Raises:
-            LedgerError: a sum was released that the ledger does not charge.
-        """
-        known, ledger = self._sums.steps, self.run.ledger
-        uncharged = known - steps_charged(ledger)
-        if uncharged:
-            raise LedgerError(
-                f"{LEDGER}: lacks update {min(uncharged)}, whose sum was released; records were cut off, restore it."
-            )
-        if not self._sums.whole:
-            if self.run.charged(Stage.TRAINING):
-                self._renew_key("the journal of sums is missing")
-            self._sums.restart()
-        elif not steps_released(ledger) <= known:
-            self._renew_key("the journal of sums lacks updates")
-
-    def _renew_key(self, why: str) -> None:
-        self.run.renew_key([why])
-        self._adopt_key()
-        self._sums.restart()
-
-    def _check_hold(self) -> None:
-        """Refuse to go on with a run that another process may be continuing."""
-        if self.run.closed:
-            raise ConfigError(f"{self.run.path}: the run was closed; continue it with resume=True (--resume).")
-        if os.getpid() != self._process:
-            raise ConfigError(
-                "the run was begun by another process (fork): its noise would be used twice; begin it there."
-            )
-
-    def _check_parameters(self) -> None:
-        """Refuse a model or an optimizer that is no longer covered by the clipped sum."""
-        if {id(p) for p in trainable(self.step.model).values()} != {id(p) for p in self.step.parameters.values()}:
-            raise ConfigError(
-                "the model's trainable parameters changed since make_private: freezing, unfreezing or replacing "
-                "layers needs a new run; undo it."
-            )
-        refuse_unmoved(self.optimizer, self.step.parameters)
-        refuse_unreleased(self.optimizer, self.step.parameters)
 
     @contextmanager
     def model_randomness(self) -> Iterator[None]:
@@ -424,7 +274,7 @@ class Updates:
     def finish(self) -> None:
         """Save the model, end the run, and certify it. A second time does nothing."""
         if not self.run.ledger.finished:
-            self._check_hold()
+            self.releases.check_hold()
             if self._conclude is not None:
                 self._conclude(self.run, self.step.model)
             self.run.finish(self.step.model)
