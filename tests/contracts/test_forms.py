@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,21 +298,14 @@ def test_convolutions_take_the_route_that_was_measured_to_be_fastest(shape, rout
 
 @pytest.mark.parametrize("positions", [1, 2])
 def test_tiny_gradients_are_seen_beside_huge_inputs(positions):
-    """Squares of 3e-23 vanish in float32, and inputs of 5e16 bring them back: a fifth of the bound, were they lost.
-
-    What they may have been is added to the norm: in doubt it is too large. Beside inputs of 1e11 it is not to be seen.
-    """
+    """Squares of 3e-23 vanish in float32, and inputs of 5e16 bring them back: a fifth of the bound, were they lost."""
     input = torch.full((2, 1, positions, 40), 5e16)
     grad = torch.full((2, 1, positions, 50), 3e-23)
     form = Outer(input, grad, torch.Size((50, 40)))
     assert form.choice.route is (Route.PRODUCT if positions == 1 else Route.GRAM)
+    assert torch.isnan(form.quick_norm2()).all()
     wanted = form.per_example().double().reshape(2, -1).norm(dim=1)
-    assert (form.quick_norm2().sqrt() >= wanted).all()
-    assert (form.quick_norm2().sqrt() <= 1.0).all()
-    usual = replace(form, input=input * 2e-6)
-    torch.testing.assert_close(usual.quick_norm2().sqrt(), wanted * 2e-6, rtol=0.0, atol=1e-6)
-    for exact in (form, usual):
-        assert (exact.norm2().sqrt() >= exact.per_example().double().reshape(2, -1).norm(dim=1) * (1 - 1e-6)).all()
+    assert (form.norm2().sqrt() >= wanted * (1 - 1e-6)).all()
     assert (form.norm2().sqrt() <= wanted * 1.001).all()
 
 

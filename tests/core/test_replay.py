@@ -47,7 +47,7 @@ def test_a_sum_keeps_its_numbers_when_the_next_one_is_replayed():
     expect_same(second, wanted(drawn(8, seed=1)))
 
 
-def test_where_a_norm_is_not_finite_it_is_done_as_written(monkeypatch):
+def test_a_norm_in_doubt_is_taken_as_written(monkeypatch):
     _, made, wanted = prepared()
     made.clipped_gradient(drawn(8))
     asked: list[int] = []

@@ -139,7 +139,7 @@ def test_an_example_that_is_not_finite_contributes_exactly_nothing(kind, name):
 
 @pytest.mark.parametrize("spoilt", ["nan", "inf"])
 @pytest.mark.parametrize("kind", ["linear", "two of one input", "convolution"])
-def test_an_example_that_is_not_finite_changes_no_other_factor(kind, spoilt):
+def test_the_doubt_about_one_example_changes_no_other_factor(kind, spoilt):
     """Twelve examples whose positions oppose each other: most of their quick norms is what is added for rounding."""
     torch.manual_seed(0)
     batch, positions, width = 12, 8, 256
@@ -218,10 +218,10 @@ def test_the_measure_sees_cancelling_uses_that_are_summed_apart(monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
 @pytest.mark.parametrize("name", ["one layer", "gram", "used twice", "convolution"])
-def test_a_spoilt_example_changes_the_factor_of_no_other(name, bad):
+def test_a_doubtful_example_changes_the_factor_of_no_other(name, bad):
     """Sixty-three examples whose positions oppose each other so far that what is added for rounding is half of a norm.
 
-    Were norms of all of them taken otherwise because of one, each would move by a tenth of the bound, all the same way.
+    Were the sure way taken for all of them because of one, each would move by a tenth of the bound, all the same way.
     """
     model = _models()[name]
     generator = torch.Generator().manual_seed(5)

@@ -239,7 +239,9 @@ class Book(Classifier):
     def _norms(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
         """Norms over these parts, (B,), float64, and whether all are known to be finite.
 
-        This is all that is ever asked of the data: an accelerator is waited for once a group.
+        The fast way first; the sure way for the examples that it has a doubt about, and for no other: what it adds for
+        rounding is part of an example's factor, which must not change with the company that the example keeps. The
+        doubt is all that is ever asked of the data: an accelerator is waited for once a group.
         """
         if parts:
             norm_B = torch.stack([part.quick_norm2() for part in parts]).sum(0).sqrt()
@@ -248,10 +250,13 @@ class Book(Classifier):
         if self._recording is not None and self._recording.answer is not None:
             self._recording.note(norm_B, groups=len(self._division.groups))
             return norm_B, True
-        return norm_B, math.isfinite(norm_B.sum())
+        if math.isfinite(norm_B.sum()):
+            return norm_B, True
+        sure_B = torch.stack([part.norm2() for part in parts]).sum(0).sqrt()
+        return torch.where(torch.isfinite(norm_B), norm_B, sure_B), False
 
     def parameter_norms(self, *, sure: bool = False) -> dict[str, Tensor]:
-        """Per-example norms of each used parameter, name -> (B,), as training takes them; or without kernels, surely.
+        """Per-example norms of each used parameter, name -> (B,), as training takes them, or the sure way.
 
         For the self-check.
         """

@@ -7,7 +7,7 @@
     Tied     a Lookup plus an Outer of one table     tied embedding and head
 
     norm2          (B,)           |G_b|^2 in float64, never below the norm of what weighted_sum adds
-    quick_norm2    (B,)           the same as training takes it, by kernels and in float32 where that suffices
+    quick_norm2    (B,)           the same, or NaN where only norm2 is sure
     gram           (B, B)         <G_b, G_c>: the neural tangent kernel of this use
     inner(other)   (B,)           <G_b, H_b>, for two uses of one parameter
     per_example    (B, *shape)    G_b
@@ -67,7 +67,7 @@ class Form(abc.ABC):
         """Squared norms, shape (B,), float64."""
 
     def quick_norm2(self) -> Tensor:
-        """Squared norms as training takes them, (B,), float64."""
+        """Squared norms where a faster way is sure of them, NaN elsewhere."""
         return self.norm2()
 
     @abc.abstractmethod

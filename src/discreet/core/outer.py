@@ -24,7 +24,7 @@ from discreet.core.forms import (
     zero_rows,
 )
 from discreet.core.kernels import dispatch
-from discreet.core.kernels.results import NEARER, GramProducts
+from discreet.core.kernels.results import HARMLESS, NEARER, GramProducts
 from discreet.core.route import Choice, Cost, Route
 
 _LENGTH = 4096
@@ -94,7 +94,7 @@ class Outer(Form):
         return torch.cat([part._norm2(wide(part.input), wide(part.grad)) for part in parts])
 
     def norm2(self) -> Tensor:
-        """As `quick_norm2`, in float64 and without kernels."""
+        """As `quick_norm2`, in float64: squares of tiny gradients do not vanish beside huge inputs."""
         return torch.cat([part._norm2(part.input.double(), part.grad.double()) for part in self._parts()])
 
     def _norm2(self, input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
@@ -206,8 +206,8 @@ def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, s
     """Eq. 3, arXiv:2110.05679: ``<input input^T, grad grad^T>`` per example, rounded up; the lower half only.
 
     Two things differ from the paper. Where positions oppose each other the signed sum cancels, in the norm and again in
-    the weighted sum; a bound on its rounding error, ``4 eps (sum_s |input_s| |grad_s|)^2``, covers both. And a bound on
-    what squares that fell below the normal numbers would have added beside huge ones is added too.
+    the weighted sum; a bound on its rounding error, ``4 eps (sum_s |input_s| |grad_s|)^2``, covers both. And where a
+    square that fell below the normal numbers might have mattered beside a huge one, the result is NaN.
 
     Args:
         inputs_BKSI, grads_BKSO: the operands, in the precision to compute in. Several stand for all their pairs: the
@@ -292,7 +292,7 @@ class Sums:
 
 
 def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, sums: Sums) -> Tensor:
-    """A sum of Gram products with the bound on its rounding added; infinity where there is no such bound.
+    """A sum of Gram products with the bound on its rounding added; NaN or infinity where there is no such bound.
 
     Args:
         gram_B: the signed sum, float64.
@@ -303,14 +303,11 @@ def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, sums: Sums
     # Entries of a Gram matrix err with the length of their own sums: constant features of width 768 hid half a norm.
     slack = 4 * torch.finfo(sums.summed).eps + sums.lengths / 32 * torch.finfo(sums.taken).eps
     exact_B = gram_B.clamp(min=0) + slack * (input_BKS * grad_BKS).sum(2).square().sum(1)
-    return _within_reach(exact_B, input_BKS, grad_BKS, sums)
+    return _unless_hidden(exact_B, input_BKS, grad_BKS, sums)
 
 
-def _within_reach(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: Sums) -> Tensor:
-    """Squared norms with a bound on what vanished below the normal numbers; infinite for operands out of reach.
-
-    To take in float64 what may have vanished made a norm one of two: where positions oppose each other one example more
-    sent all others from one to the other.
+def _unless_hidden(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: Sums) -> Tensor:
+    """Squared norms; infinite for operands out of reach, and NaN where squares that vanished could add to one.
 
     Out of reach is an example one of whose operands is longer than 1.1e18 (float32): beside it, entries of the other
     that fell below the normal numbers, 1.2e-38, would be more than rounding. Within it they make 1e-15 at most. From
@@ -321,7 +318,8 @@ def _within_reach(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: Su
     left_B = ((far - torch.maximum(input2_B, grad2_B)) / (far * NEARER)).clamp(0.0, 1.0)
     input_B, grad_B = (value.flatten(1).sum(1).square() for value in (input_BKS, grad_BKS))
     hidden_B = torch.finfo(sums.taken).tiny * (sums.outputs * input_B + sums.inputs * grad_B)
-    return ((exact_B + hidden_B) / left_B.square()).masked_fill(left_B == 0, torch.inf)
+    sure_B = exact_B.masked_fill(hidden_B > 1e-7 * exact_B + HARMLESS, torch.nan)
+    return (sure_B / left_B.square()).masked_fill(left_B == 0, torch.inf)
 
 
 def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype) -> Tensor:
@@ -338,7 +336,7 @@ def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor],
     exact_B = (input2_BK * grad2_BK).sum(1)
     inputs, outputs = (max(value.shape[-1] for value in values) for values in (inputs_BKI, grads_BKO))
     sums = Sums(inputs, outputs, inputs + outputs, taken, summed)
-    return _within_reach(exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
+    return _unless_hidden(exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
 
 
 def _flat_and_scaled(left_BSO: Tensor, right_BSI: Tensor, factor_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The clipped sum of a microbatch, recorded once on an accelerator and replayed: Python is asked once, not every step.
 
-A CUDA graph holds every launch of forward, backward, norms, factors and sums. Nothing in them asks the data. Whether
-all norms are finite is written to the host's memory as soon as they are there, so that the host goes on while sums are
-made; if not, the microbatch is done again as it is written. Sizes are rounded up, so that Poisson batches need few
+A CUDA graph holds every launch of forward, backward, norms, factors and sums. Nothing in them asks the data. Whether a
+norm is in doubt is written to the host's memory as soon as all norms are there, so that the host goes on while sums are
+made; then the microbatch is done again as it is written. Sizes are rounded up, so that Poisson batches need few
 recordings; a row that stands in for an example has a factor of 0.
 
 What Python decided while it was recorded holds for every replay: a forward that draws random numbers in Python, counts
@@ -79,7 +79,7 @@ class _Recorded:
         batch: its input; rows from ``examples`` on stand in for none.
         form: of it.
         takes_part_B: which rows are examples.
-        answer: (1,), of the host: 0, or 1 where a norm is not finite, once that is known.
+        answer: (1,), of the host: 0 or 1 for a norm in doubt, once that is known.
         total: its result.
     """
 
@@ -101,8 +101,8 @@ class _Recorded:
         self.answer.fill_(_UNKNOWN)
         self.replay()
 
-    def is_finite(self) -> bool:
-        """Whether all norms are finite; waits for them, and not for the sums. Raises what made the accelerator stop."""
+    def is_sure(self) -> bool:
+        """Whether all norms are sure; waits for them, and not for the sums. Raises what made the accelerator stop."""
         answer = self.answer.numpy()
         while answer[0] == _UNKNOWN:
             if torch.cuda.current_stream(self.takes_part_B.device).query() and answer[0] == _UNKNOWN:
@@ -202,7 +202,7 @@ class Replay:
             recorded.start(batch, size)
             # Looked for while the accelerator is at work. What the recording reads is held, whatever the model has now.
             if _state_of(self._model) != self._state:
-                recorded.is_finite()
+                recorded.is_sure()
                 self._forget()
                 recorded = None
         if recorded is None:
@@ -210,8 +210,8 @@ class Replay:
             if recorded is None:
                 return self._sum(batch, size, at_most, None)
             recorded.start(batch, size)
-        if not recorded.is_finite():
-            # As many rows as were recorded: an example without a norm must not change what others are.
+        if not recorded.is_sure():
+            # As many rows as were recorded: an example with a norm in doubt must not change what others are.
             recording = Recording(recorded.takes_part_B, None)
             total = self._sum(recorded.batch, len(recorded.takes_part_B), at_most, recording)
             self._state = _state_of(self._model)

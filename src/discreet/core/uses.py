@@ -107,6 +107,10 @@ class Part(abc.ABC):
 
     @abc.abstractmethod
     def quick_norm2(self) -> Tensor:
+        """Squared norms where a faster way is sure of them, NaN elsewhere; shape (B,), float64."""
+
+    @abc.abstractmethod
+    def norm2(self) -> Tensor:
         """Squared norms, shape (B,), float64."""
 
     @abc.abstractmethod
@@ -208,7 +212,6 @@ class Uses(Summand):
         return self.norm2() if self.joined is None else self.joined.form.quick_norm2()
 
     def norm2(self) -> Tensor:
-        """The same without kernels, for the self-check."""
         if self.joined is not None:
             return self.joined.form.norm2()
         return torch.cat([total.norm2() for _, total in self._totals(None)])
@@ -275,6 +278,9 @@ class SmallUses(Summand):
     def quick_norm2(self) -> Tensor:
         return self._together.norm2()
 
+    def norm2(self) -> Tensor:
+        return self._together.norm2()
+
     def weighted_sums(self, factor_B: Tensor, bad_B: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         form = self._together if bad_B is None else self._together.without(bad_B)
         sums = form.weighted_sum(factor_B).split([grad[0].numel() for grad in self.grads])
@@ -293,6 +299,9 @@ class ProductUses(Part):
         inputs = [wide(outer.input.squeeze(2)) for outer in outers]
         grads = [wide(outer.grad.squeeze(2)) for outer in outers]
         return norm2_of_products(inputs, grads, summed=grads[0].dtype)
+
+    def norm2(self) -> Tensor:
+        return functools.reduce(torch.add, (use.norm2() for use in self.uses))
 
     def summands(self) -> Sequence[Summand]:
         return self.uses
@@ -318,13 +327,20 @@ class Crossed(Part):
         inputs, grads = self._operands()
         if dispatch.suit(*inputs, *grads):
             return dispatch.gram_norm2(inputs, grads)
+        return self._norm2(wide)
+
+    def norm2(self) -> Tensor:
+        return self._norm2(torch.Tensor.double)
+
+    def _norm2(self, convert: Callable[[Tensor], Tensor]) -> Tensor:
+        inputs, grads = self._operands()
         summed = wide_dtype(grads[0])
         examples, _, positions, _ = inputs[0].shape
         chunk = examples_at_a_time(2 * positions**2)
         parts = []
         for start in range(0, examples, chunk):
             some = slice(start, start + chunk)
-            operands = ([wide(value[some]) for value in values] for values in (inputs, grads))
+            operands = ([convert(value[some]) for value in values] for values in (inputs, grads))
             parts.append(gram_norm2(*operands, summed=summed))
         return torch.cat(parts)
 

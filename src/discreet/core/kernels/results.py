@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-NEARER = 0.75
-"""The share of the largest squared length over which norms grow until they are out of reach."""
+HARMLESS, NEARER = 1e-24, 0.75
+"""A squared norm that may be hidden below the normal numbers, whatever stands beside it; and the share of the largest
+squared length over which norms grow until they are out of reach."""
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from discreet.core.kernels.operands import on_device_of
-from discreet.core.kernels.results import NEARER, GramProducts, Squares
+from discreet.core.kernels.results import HARMLESS, NEARER, GramProducts, Squares
 
 _EPS = tl.constexpr(2.0**-23)
 _TINY = tl.constexpr(2.0**-126)
 _FAR = tl.constexpr((2 - 2.0**-23) * 2.0**119)
-_NEARER = tl.constexpr(NEARER)
+_HARMLESS, _NEARER = tl.constexpr(HARMLESS), tl.constexpr(NEARER)
 
 
 def gram_norm2(found: GramProducts, *, inputs: int, outputs: int) -> Tensor:
-    """Squared norms of Gram products, (B,), float64; infinite where nothing bounds their rounding.
+    """Squared norms of Gram products, (B,), float64; NaN or infinite where nothing bounds their rounding.
 
     Args:
         found: what the kernel of that name returned.
@@ -84,7 +84,8 @@ def _rounded_kernel(
     else:
         length = tl.sqrt(total) + errs * tl.sqrt(met2)
         exact = length * length + 4 * _EPS * met2
-    exact += _TINY * (input_sum * input_sum * outputs + grad_sum * grad_sum * inputs)
+    hidden = _TINY * (input_sum * input_sum * outputs + grad_sum * grad_sum * inputs)
+    exact = tl.where(hidden > 1e-7 * exact + _HARMLESS, float("nan"), exact)
     left = tl.where(input2 > grad2, _FAR - input2, _FAR - grad2) / (_FAR * _NEARER)
     exact = tl.where(left < 1.0, exact / (left * left), exact)
     tl.store(out + example, tl.where(left <= 0.0, float("inf"), exact))
