@@ -118,10 +118,10 @@ class FormContract(abc.ABC):
 
     def test_tiny_and_huge_are_never_taken_for_small(self):
         form = self.make(0, torch.float32)
-        for scale in (1e-18, 1e15, 1e25):
+        for scale in (1e-18, 1e13, 1e15, 1e25):
             found, wanted = self.scaled(form, scale).norm2().sqrt(), form.norm2().sqrt() * scale
             near = torch.isclose(found, wanted, rtol=1e-5, atol=0.0)
-            assert (near | (torch.isinf(found) & (wanted > 1e18))).all()
+            assert (near | ((found >= wanted) & (wanted > 1e16))).all()  # from there on they grow, and give nothing
 
     def scaled(self, form: Form, scale: float) -> Form:
         """The same form with its gradient multiplied."""

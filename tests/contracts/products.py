@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from discreet.core.kernels import dispatch
-from discreet.core.kernels.results import GramProducts, Squares
+from discreet.core.kernels.results import NEARER, GramProducts, Squares
 
 needs_triton = pytest.mark.skipif(
     not dispatch._found(), reason="no Triton of version 3.4 or newer: pip install 'discreet[gpu]' on Linux"
@@ -49,6 +49,14 @@ def met(input: Tensor, grad: Tensor, unseen: float = 0.0) -> Tensor:
     """
     lengths = [value.double().norm(dim=-1) + unseen * value.shape[3] ** 0.5 for value in (input, grad)]
     return (lengths[0] * lengths[1]).sum(2).norm(dim=1)
+
+
+def left(input: Tensor, grad: Tensor) -> Tensor:
+    """How much of the way is left to where lengths are out of reach, as a share of where norms begin to grow, (B,)."""
+    lengths2 = [value.double().square().flatten(1).sum(1) for value in (input, grad)]
+    longest = torch.stack([*lengths2, met(input, grad).square()]).amax(0) * (1 + 1e-3)
+    far = torch.finfo(torch.float32).max / 256
+    return ((far - longest) / (far * NEARER)).clamp(0.0, 1.0)
 
 
 def each(input: Tensor, grad: Tensor) -> Tensor:
@@ -193,7 +201,7 @@ class ProductContract(abc.ABC):
         assert sure.all() or max(map(abs, powers)) > 6
         assert (found >= exact * (1 - 1e-7) - 1e-24)[sure].all()
         rounding = (4 + spacings) * EPS * met(input, grad, unseen=1.1e-19).square() * (1 + 1e-3)
-        most = exact + rounding + self.gap(input, grad, spacings) * (1 + 1e-3)
+        most = (exact + rounding + self.gap(input, grad, spacings) * (1 + 1e-3)) / left(input, grad).square()
         assert (found <= most * (1 + 1e-5) + 1e-24)[sure].all()
 
 

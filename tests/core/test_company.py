@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from discreet.core.clipping import BELOW, ROUNDING_MARGIN, Clipping
-from discreet.core.forms import Dense, drop_vanishing
+from discreet.core.forms import Dense, Lookup, drop_vanishing
 from discreet.core.gradient import clipped_gradient
+from discreet.core.kernels import processor
+from discreet.core.outer import Outer, Tied
 from discreet.core.uses import _SMALL_TOGETHER, Derivation, Record, Uses
 
 RULES = {
@@ -88,6 +90,47 @@ def test_operands_that_leave_what_float32_can_square_do_not_take_all_shares_with
     assert max(abs(one - other) for one, other in itertools.pairwise(shares)) < 0.1
     if layer == "linear":  # others keep gradients, and know no operands
         assert shares[-1] == 0 < shares[0] + (kind == "global")
+
+
+def _opposed(scale_B: Tensor) -> Outer:
+    """Two positions that oppose each other, but for one output."""
+    grad = torch.stack([torch.ones(64), -torch.ones(64)])
+    grad[0, 0] += 2.0**-7
+    input = scale_B.reshape(-1, 1, 1, 1).expand(-1, 1, 2, 64).contiguous()
+    return Outer(input, (64 * grad).expand(len(scale_B), 1, 2, 64).contiguous(), torch.Size((64, 64)))
+
+
+def _tied(scale_B: Tensor) -> Tied:
+    """A head whose own embedding opposes it, but for one word."""
+    size, input = len(scale_B), 1e14 * torch.randn(16)
+    grad = 1e-14 * scale_B[:, None] * torch.tensor([0.0, 1.0, 1e-3, 0.0, 0.0])
+    rows = -input / 2 * grad[:, 1, None, None]
+    head = Outer(input.expand(size, 1, 1, 16), grad.reshape(size, 1, 1, 5), torch.Size((5, 16)))
+    return Tied(Lookup(torch.ones(size, 2, dtype=torch.long), rows.expand(-1, 2, 16), 5), head)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "PyTorch"])
+@pytest.mark.parametrize("form", [_opposed, _tied])
+@pytest.mark.parametrize("kind", RULES)
+def test_what_cancels_far_away_loses_no_share_at_once(kind, form, compiled, monkeypatch):
+    """A product of two squared lengths passed what float32 holds while the norm was far below: 8 times the bound for 65
+    examples in place of 64, and 9 times where a head and its embedding cancel."""
+    if not compiled:
+        monkeypatch.setattr(processor, "_is_there", lambda: False)
+    rule, edges = RULES[kind](1.0), (8.0, 22.0)
+    for _ in range(3):  # closer each time to where the share changes most
+        power_B = torch.linspace(*edges, 1001, dtype=torch.float64)
+        torch.manual_seed(0)
+        made = form((10.0**power_B).float())
+        norm_B = made.quick_norm2().sqrt()
+        norm_B = torch.where(norm_B.isfinite(), norm_B, made.norm2().sqrt())
+        share_B = (rule.factor(norm_B) * norm_B / rule.clip_bound).nan_to_num(0.0)
+        assert share_B.isfinite().all()
+        change_B = (share_B[:-1] - share_B[1:]).abs()
+        at = int(change_B.argmax())
+        edges = power_B[max(0, at - 1)].item(), power_B[min(1000, at + 2)].item()
+    # What is left is the rounding of each norm; the rule that drops what is far above its bound gives nothing here.
+    assert (0 < float(change_B.max()) < 0.03) or (kind == "global" and not share_B.any())
 
 
 @pytest.mark.parametrize("bound", [1e-9, 1e-3, 1.0, 1e12])

@@ -40,11 +40,6 @@ _COSINE = (
 )
 
 
-def is_compiled() -> bool:
-    """Whether draws are made by compiled code."""
-    return _compiled is not None
-
-
 def fill(words_W: np.ndarray, draws_N: np.ndarray) -> None:
     """Make draws of uniform 64-bit words, of which 52 bits are used each.
 

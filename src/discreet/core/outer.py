@@ -188,9 +188,8 @@ class Tied(Form):
         lookup_B = self.lookup.norm2()
         rounding = (4 + self.outer.input.shape[3] / 2) * torch.finfo(wide_dtype(self.outer.grad)).eps
         exact_B = (lookup_B + outer_B + 2 * self.outer.inner(self.lookup)).clamp(min=0)
-        overflown_B = ~torch.isfinite(exact_B) & ~torch.isnan(outer_B)
-        exact_B = exact_B.masked_fill(overflown_B, torch.inf)
-        return exact_B + rounding * (lookup_B.sqrt() + outer_B.sqrt()).square()
+        exact_B = exact_B + rounding * (lookup_B.sqrt() + outer_B.sqrt()).square()
+        return _grown(exact_B, torch.maximum(lookup_B, outer_B), wide_dtype(self.outer.grad))
 
     def per_example(self) -> Tensor:
         return self.lookup.per_example() + self.outer.per_example()
@@ -302,24 +301,29 @@ def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, sums: Sums
     input_BKS, grad_BKS = (value.clamp(min=0).to(torch.float64).sqrt() for value in (input2_BKS, grad2_BKS))
     # Entries of a Gram matrix err with the length of their own sums: constant features of width 768 hid half a norm.
     slack = 4 * torch.finfo(sums.summed).eps + sums.lengths / 32 * torch.finfo(sums.taken).eps
-    exact_B = gram_B.clamp(min=0) + slack * (input_BKS * grad_BKS).sum(2).square().sum(1)
-    return _unless_hidden(exact_B, input_BKS, grad_BKS, sums)
+    met2_B = (input_BKS * grad_BKS).sum(2).square().sum(1)
+    return _unless_hidden(gram_B.clamp(min=0) + slack * met2_B, met2_B, input_BKS, grad_BKS, sums)
 
 
-def _unless_hidden(exact_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: Sums) -> Tensor:
+def _unless_hidden(exact_B: Tensor, met2_B: Tensor, input_BKS: Tensor, grad_BKS: Tensor, sums: Sums) -> Tensor:
     """Squared norms; infinite for operands out of reach, and NaN where squares that vanished could add to one.
 
     Out of reach is an example one of whose operands is longer than 1.1e18 (float32): beside it, entries of the other
-    that fell below the normal numbers, 1.2e-38, would be more than rounding. Within it they make 1e-15 at most. From
-    half of that on norms grow without bound: no share jumps there.
+    that fell below the normal numbers, 1.2e-38, would be more than rounding. Within it they make 1e-15 at most. So is
+    one whose positions come to that, ``sum_s |input_s| |grad_s|``, though they may cancel: products overflow later.
     """
     input2_B, grad2_B = (value.square().flatten(1).sum(1) for value in (input_BKS, grad_BKS))
-    far = torch.finfo(sums.summed).max / 256
-    left_B = ((far - torch.maximum(input2_B, grad2_B)) / (far * NEARER)).clamp(0.0, 1.0)
     input_B, grad_B = (value.flatten(1).sum(1).square() for value in (input_BKS, grad_BKS))
     hidden_B = torch.finfo(sums.taken).tiny * (sums.outputs * input_B + sums.inputs * grad_B)
     sure_B = exact_B.masked_fill(hidden_B > 1e-7 * exact_B + HARMLESS, torch.nan)
-    return (sure_B / left_B.square()).masked_fill(left_B == 0, torch.inf)
+    return _grown(sure_B, torch.stack([input2_B, grad2_B, met2_B]).amax(0), sums.summed)
+
+
+def _grown(norm2_B: Tensor, length2_B: Tensor, summed: torch.dtype) -> Tensor:
+    """Squared norms that grow without bound while a squared length goes out of reach, so that no share jumps there."""
+    far = torch.finfo(summed).max / 256
+    left_B = ((far - length2_B) / (far * NEARER)).clamp(0.0, 1.0)
+    return (norm2_B / left_B.square()).masked_fill(left_B == 0, torch.inf)
 
 
 def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype) -> Tensor:
@@ -336,7 +340,7 @@ def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor],
     exact_B = (input2_BK * grad2_BK).sum(1)
     inputs, outputs = (max(value.shape[-1] for value in values) for values in (inputs_BKI, grads_BKO))
     sums = Sums(inputs, outputs, inputs + outputs, taken, summed)
-    return _unless_hidden(exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
+    return _unless_hidden(exact_B, exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
 
 
 def _flat_and_scaled(left_BSO: Tensor, right_BSI: Tensor, factor_B: Tensor) -> tuple[Tensor, Tensor]:

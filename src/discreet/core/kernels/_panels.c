@@ -496,7 +496,7 @@ static double rounded_up(double total, double error, const lengths *l, double in
     const double eps = 0x1p-23, tiny = 0x1p-126, most = (2 - 0x1p-23) * 0x1p127;
     double exact = (total < 0 ? 0 : total) + eps * error + sum * eps * l->met2;
     double hidden = tiny * (outputs * l->input_sum * l->input_sum + inputs * l->grad_sum * l->grad_sum);
-    double left = (most / 256 - fmax(l->input2, l->grad2)) / (most / 256 * 0.75);
+    double left = (most / 256 - fmax(fmax(l->input2, l->grad2), l->met2)) / (most / 256 * 0.75);
     if (left <= 0)
         return INFINITY;
     if (hidden > 1e-7 * exact + 1e-24)

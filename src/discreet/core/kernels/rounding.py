@@ -86,6 +86,6 @@ def _rounded_kernel(
         exact = length * length + 4 * _EPS * met2
     hidden = _TINY * (input_sum * input_sum * outputs + grad_sum * grad_sum * inputs)
     exact = tl.where(hidden > 1e-7 * exact + _HARMLESS, float("nan"), exact)
-    left = tl.where(input2 > grad2, _FAR - input2, _FAR - grad2) / (_FAR * _NEARER)
+    left = (_FAR - tl.maximum(tl.maximum(input2, grad2), met2)) / (_FAR * _NEARER)
     exact = tl.where(left < 1.0, exact / (left * left), exact)
     tl.store(out + example, tl.where(left <= 0.0, float("inf"), exact))
