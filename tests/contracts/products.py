@@ -51,7 +51,7 @@ def met(input: Tensor, grad: Tensor, unseen: float = 0.0) -> Tensor:
     return (lengths[0] * lengths[1]).sum(2).norm(dim=1)
 
 
-def left(input: Tensor, grad: Tensor) -> Tensor:
+def within_reach(input: Tensor, grad: Tensor) -> Tensor:
     """How much of the way is left to where lengths are out of reach, as a share of where norms begin to grow, (B,)."""
     lengths2 = [value.double().square().flatten(1).sum(1) for value in (input, grad)]
     longest = torch.stack([*lengths2, met(input, grad).square()]).amax(0) * (1 + 1e-3)
@@ -156,18 +156,24 @@ class ProductContract(abc.ABC):
         exact = each(input, grad).square().sum()
         assert float(self.norm2(input, grad)) >= float(exact)
 
-    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("which", ["input", "grad", "all positions together"])
     def test_norms_grow_as_an_operand_nears_what_float32_can_square(self, which):
         """Divided by what is left of its squared length, from half of 1.15e18 on, in every arithmetic."""
-        operands = pair((5, 1, 20, 24, 16), torch.float32)
+        input, grad = pair((5, 1, 20, 24, 16), torch.float32)
         edge = (torch.finfo(torch.float32).max / 256) ** 0.5
-        lengths = operands[which].flatten(1).norm(dim=1)
+        lengths = {"input": input.flatten(1).norm(dim=1), "grad": grad.flatten(1).norm(dim=1)}.get(
+            which, met(input, grad)
+        )
         far_below = None
         for share in (0.4, 0.51, 0.8, 0.97, 0.999, 1.001, 2.0):
-            scaled = list(operands)
-            scaled[which] = operands[which] * (share * edge / lengths).reshape(-1, 1, 1, 1)
-            scaled[1 - which] = operands[1 - which] * 1e-3
-            found, left = self.norm2(*scaled) / share**2, min(1.0, (1 - share**2) / 0.75)
+            times = (share * edge / lengths).reshape(-1, 1, 1, 1)
+            if which == "input":
+                found = self.norm2((input * times).float(), grad * 1e-3)
+            elif which == "grad":
+                found = self.norm2(input * 1e-3, (grad * times).float())
+            else:
+                found = self.norm2((input * times.sqrt()).float(), (grad * times.sqrt()).float())
+            found, left = found / share**2, min(1.0, (1 - share**2) / 0.75)
             far_below = found if far_below is None else far_below
             if share < 1:  # a length errs by more of what is left the less there is
                 torch.testing.assert_close(found, far_below / left**2, rtol=1e-5 / left, atol=0.0)
@@ -201,7 +207,7 @@ class ProductContract(abc.ABC):
         assert sure.all() or max(map(abs, powers)) > 6
         assert (found >= exact * (1 - 1e-7) - 1e-24)[sure].all()
         rounding = (4 + spacings) * EPS * met(input, grad, unseen=1.1e-19).square() * (1 + 1e-3)
-        most = (exact + rounding + self.gap(input, grad, spacings) * (1 + 1e-3)) / left(input, grad).square()
+        most = (exact + rounding + self.gap(input, grad, spacings) * (1 + 1e-3)) / within_reach(input, grad).square()
         assert (found <= most * (1 + 1e-5) + 1e-24)[sure].all()
 
 
