@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from contracts.products import EPS, ProductContract, draw, each, met, pair
 from discreet.core import team
+from discreet.core.clipping import Clipping
 from discreet.core.forms import wide
+from discreet.core.gradient import clipped_gradient
 from discreet.core.kernels import processor
 from discreet.core.kernels.processor import Spread
 from discreet.core.route import Route, forced
@@ -268,3 +274,23 @@ def test_windows_come_alone(by_pixel):
     with pytest.raises(ValueError, match="the only operand"):
         processor.products(rows, windows)
     assert processor.products(windows, rows)[0].shape == (2, 1, 5, 12)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, torch.tensor])
+def test_numbers_of_another_kind_do_not_overflow_where_windows_lie(kind):
+    """A stride of numpy's small integers led the compiled code past an image, and left its places to plain ones."""
+    model = nn.Conv2d(16, 4, 3)
+    images = torch.randn(3, 16, 8, 64)
+    twos = (kind(2), kind(2))
+
+    def summed(stride: Any, batch: Tensor) -> Tensor:
+        def losses(network: nn.Module, some: Tensor) -> Tensor:
+            return F.conv2d(some, network.weight, network.bias, stride=stride).square().flatten(1).sum(1)
+
+        return clipped_gradient(model, losses, batch, clipping=Clipping.none()).tensors["weight"]
+
+    found = summed(twos, images)
+    model.zero_grad()
+    F.conv2d(images, model.weight, model.bias, stride=2).square().sum().backward()
+    assert torch.allclose(found, model.weight.grad, rtol=1e-4, atol=1e-2)
+    assert torch.equal(summed((2, 2), images), found)

@@ -233,3 +233,22 @@ def test_what_the_kernel_brings_nothing_is_left_to_pytorch(case, monkeypatch):
         model, x = model.bfloat16(), x.bfloat16()
     clipped_gradient(model, lambda m, x: F.silu(m(x)).float().flatten(1).sum(1), x, clipping=Clipping.abadi(1.0))
     assert called == []
+
+
+@pytest.mark.parametrize("positions", [1, 40])
+def test_layer_norm_in_half_precision_keeps_its_own_kernels_and_its_digits(positions, monkeypatch):
+    """Scale and shift get gradients that are added up in float32: a sum in bfloat16 is off by a percent and more."""
+    monkeypatch.setattr("discreet.core.rules.normalisation._affine", None)
+    model = nn.LayerNorm(12).bfloat16()
+    nn.init.normal_(model.weight)
+    x, g = (torch.randn(3, positions, 12).bfloat16() for _ in range(2))
+
+    def met(m, batch):
+        return (m(batch["x"]) * batch["g"]).float().flatten(1).sum(1)
+
+    found = clipped_gradient(model, met, {"x": x, "g": g}, clipping=Clipping.abadi(1e6))
+    exact = F.layer_norm(x.double(), (12,))
+    wanted = {"weight": (exact * g.double()).sum((0, 1)), "bias": g.double().sum((0, 1))}
+    for name, value in wanted.items():
+        gap = float((found.tensors[name].double() - value).norm() / value.norm())
+        assert gap < (3e-3 if name == "weight" else 1e-3), name
