@@ -6,6 +6,7 @@ Each is held against float64, and against its own bound: what it says to err by 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from discreet.core.kernels import dispatch
-from discreet.core.kernels.results import NEARER, GramProducts, Squares
+from discreet.core.kernels.results import HARMLESS, NEARER, GramProducts, Squares
 
 needs_triton = pytest.mark.skipif(
     not dispatch._found(), reason="no Triton of version 3.4 or newer: pip install 'discreet[gpu]' on Linux"
@@ -89,7 +90,7 @@ class ProductContract(abc.ABC):
         """Squared norms before rounding is added, (B,), and the spacings that it errs by."""
 
     @abc.abstractmethod
-    def norm2(self, input: Tensor, grad: Tensor) -> Tensor:
+    def norm2(self, input: Tensor, grad: Tensor, *, harmless: float = HARMLESS) -> Tensor:
         """Squared norms with rounding added, (B,)."""
 
     def gap(self, input: Tensor, grad: Tensor, spacings: float) -> Tensor:
@@ -189,6 +190,17 @@ class ProductContract(abc.ABC):
             found, exact = self.norm2(input, grad), each(input, grad).square().flatten(1).sum(1)
             assert (torch.isnan(found) | (found >= exact * (1 - 1e-6) - 1e-24)).all()
 
+    def test_where_there_is_a_doubt_the_number_can_be_told_too(self):
+        """The same number as without one: norms taken from it do not jump where doubts begin."""
+        input, grad = torch.full((2, 1, 3, 40), 1e15), torch.full((2, 1, 3, 50), 1e-20)
+        input[:, :, :2], grad[:, :, :2] = 1.0, 1.0
+        grad[1, :, :2] = 0.01  # beside the norm of the other it is harmless
+        found, told = self.norm2(input, grad), self.norm2(input, grad, harmless=math.inf)
+        assert torch.isnan(found).tolist() == [False, True]
+        assert told[0] == found[0]
+        exact = each(input, grad).square().flatten(1).sum(1)
+        assert exact[1] <= told[1] <= exact[1] * (1 + 1e-4)
+
     @given(case=st.data())
     @settings(max_examples=25, suppress_health_check=[HealthCheck.differing_executors])  # inherited, by design
     def test_any_operands_at_all(self, case):
@@ -219,15 +231,15 @@ class GramContract(ProductContract):
         """The Gram product of several operands."""
 
     @abc.abstractmethod
-    def norm2_of(self, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    def norm2_of(self, inputs: Sequence[Tensor], grads: Sequence[Tensor], *, harmless: float = HARMLESS) -> Tensor:
         """Squared norms with rounding added."""
 
     def total(self, input: Tensor, grad: Tensor) -> tuple[Tensor, float]:
         found = self.products([input], [grad])
         return found.total_B, found.spacings + 4
 
-    def norm2(self, input: Tensor, grad: Tensor) -> Tensor:
-        return self.norm2_of([input], [grad])
+    def norm2(self, input: Tensor, grad: Tensor, *, harmless: float = HARMLESS) -> Tensor:
+        return self.norm2_of([input], [grad], harmless=harmless)
 
     @pytest.mark.parametrize("sizes", SHAPES, ids=str)
     def test_positions_get_their_own_norms(self, sizes):

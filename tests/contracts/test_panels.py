@@ -17,6 +17,7 @@ from discreet.core.forms import wide
 from discreet.core.gradient import clipped_gradient
 from discreet.core.kernels import processor
 from discreet.core.kernels.processor import Spread
+from discreet.core.kernels.results import HARMLESS
 from discreet.core.route import Route, forced
 from discreet.core.windows import Geometry, Windows
 
@@ -31,8 +32,9 @@ class TestGramPanels(ProductContract):
         found = processor.gram_norm2(*operands, rounded=False, narrow=self.narrow)
         return found, 4 + sum(values[0].places.spacings for values in operands)
 
-    def norm2(self, input, grad):
-        return processor.gram_norm2([Spread(wide(input))], [Spread(wide(grad))], narrow=self.narrow)
+    def norm2(self, input, grad, *, harmless=HARMLESS):
+        operands = [Spread(wide(input))], [Spread(wide(grad))]
+        return processor.gram_norm2(*operands, harmless=harmless, narrow=self.narrow)
 
     @pytest.mark.parametrize("positions", [1, 5, 16, 50, 97])
     def test_several_operands_stand_for_all_their_pairs(self, positions):
@@ -213,7 +215,7 @@ def test_the_defaults_of_a_program_are_not_its_results(dtype):
 
 def test_operands_without_number_are_refused():
     with pytest.raises(ValueError, match="operands: a tuple of 1 to 16"):
-        processor._compiled.gram_norm2((), (), 1, 1, (0.0, 0.0, 0.0), 0, 0, False, 0, 0, 1, 0)
+        processor._compiled.gram_norm2((), (), 1, 1, (0.0, 0.0, 0.0, 0.0), 0, 0, False, 0, 0, 1, 0)
 
 
 def test_operands_of_other_sizes_are_not_read():

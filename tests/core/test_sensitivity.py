@@ -194,7 +194,7 @@ def test_the_measure_sees_a_norm_that_is_too_small(monkeypatch):
 
     for name in ("norm2", "quick_norm2"):
         honest = getattr(uses.Uses, name)
-        monkeypatch.setattr(uses.Uses, name, lambda self, honest=honest: honest(self) * 0.998)
+        monkeypatch.setattr(uses.Uses, name, lambda self, honest=honest, **told: honest(self, **told) * 0.998)
     with pytest.raises(AssertionError, match="of the bound"):
         test_no_example_moves_the_sum_by_more_than_the_bound("one layer")
 

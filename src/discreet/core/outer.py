@@ -85,22 +85,24 @@ class Outer(Form):
             self, input=torch.cat([self.input, other.input], dim=2), grad=torch.cat([self.grad, other.grad], dim=2)
         )
 
-    def quick_norm2(self) -> Tensor:
+    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
         if self.input.shape[2] > 1 and self._suits_kernels:
             if self.choice.route is Route.DIRECT:
-                return fused_direct_norm2(self.input, self.grad)
-            return dispatch.gram_norm2([self.input], [self.grad])
+                return fused_direct_norm2(self.input, self.grad, harmless=harmless)
+            return dispatch.gram_norm2([self.input], [self.grad], harmless=harmless)
         parts = self._parts() if self.input.shape[2] > 1 else [self]
-        return torch.cat([part._norm2(wide(part.input), wide(part.grad)) for part in parts])
+        return torch.cat([part._norm2(wide(part.input), wide(part.grad), harmless) for part in parts])
 
     def norm2(self) -> Tensor:
         """As `quick_norm2`, in float64: squares of tiny gradients do not vanish beside huge inputs."""
-        return torch.cat([part._norm2(part.input.double(), part.grad.double()) for part in self._parts()])
+        return torch.cat([part._norm2(part.input.double(), part.grad.double(), HARMLESS) for part in self._parts()])
 
-    def _norm2(self, input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
+    def _norm2(self, input_BKSI: Tensor, grad_BKSO: Tensor, harmless: float) -> Tensor:
+        summed = wide_dtype(self.grad)
         if self.input.shape[2] == 1:
-            return norm2_of_products([input_BKSI.squeeze(2)], [grad_BKSO.squeeze(2)], summed=wide_dtype(self.grad))
-        return gram_norm2([input_BKSI], [grad_BKSO], summed=wide_dtype(self.grad))
+            operands = [input_BKSI.squeeze(2)], [grad_BKSO.squeeze(2)]
+            return norm2_of_products(*operands, summed=summed, harmless=harmless)
+        return gram_norm2([input_BKSI], [grad_BKSO], summed=summed, harmless=harmless)
 
     def _parts(self) -> list[Outer]:
         """A few examples at a time, so that Gram matrices stay small."""
@@ -181,8 +183,8 @@ class Tied(Form):
     def norm2(self) -> Tensor:
         return self._with_cross_term(self.outer.norm2())
 
-    def quick_norm2(self) -> Tensor:
-        return self._with_cross_term(self.outer.quick_norm2())
+    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+        return self._with_cross_term(self.outer.quick_norm2(harmless=harmless))
 
     def _with_cross_term(self, outer_B: Tensor) -> Tensor:
         lookup_B = self.lookup.norm2()
@@ -201,7 +203,9 @@ class Tied(Form):
         return Tied(self.lookup.reduced(), self.outer)
 
 
-def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, summed: torch.dtype) -> Tensor:
+def gram_norm2(
+    inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, summed: torch.dtype, harmless: float = HARMLESS
+) -> Tensor:
     """Eq. 3, arXiv:2110.05679: ``<input input^T, grad grad^T>`` per example, rounded up; the lower half only.
 
     Two things differ from the paper. Where positions oppose each other the signed sum cancels, in the norm and again in
@@ -212,14 +216,15 @@ def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, s
         inputs_BKSI, grads_BKSO: the operands, in the precision to compute in. Several stand for all their pairs: the
             result is the sum of the pairs' squared norms.
         summed: the dtype that the weighted sum is computed in.
+        harmless: what squares that vanished may come to, before the result is NaN.
     """
     found = gram_products(inputs_BKSI, grads_BKSO)
     inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
-    sums = Sums(inputs, outputs, 32 * found.spacings, inputs_BKSI[0].dtype, summed)
+    sums = Sums(inputs, outputs, 32 * found.spacings, inputs_BKSI[0].dtype, summed, harmless)
     return rounded_up(found.total_B, found.input2_BKS, found.grad2_BKS, sums)
 
 
-def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
+def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor, *, harmless: float = HARMLESS) -> Tensor:
     """Squared lengths of ``grad^T input`` by the kernel, rounded up as a Gram norm is.
 
     Entries err with ``sum_s |input_s| |grad_s|``. The weighted sum cancels as it does after a Gram norm, so the same
@@ -227,7 +232,8 @@ def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:
     """
     found = dispatch.product_squares(input_BKSI, grad_BKSO)
     lengths = (torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32) for value in (input_BKSI, grad_BKSO))
-    return dispatch.rounded_direct(found, *lengths, inputs=input_BKSI.shape[3], outputs=grad_BKSO.shape[3])
+    sizes = {"inputs": input_BKSI.shape[3], "outputs": grad_BKSO.shape[3]}
+    return dispatch.rounded_direct(found, *lengths, **sizes, harmless=harmless)
 
 
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
@@ -281,6 +287,7 @@ class Sums:
             each spacing that the entries err by.
         taken: the dtype that they were added up in.
         summed: the dtype that the weighted sum is computed in.
+        harmless: what squares that vanished may come to, before there is a doubt.
     """
 
     inputs: int
@@ -288,6 +295,7 @@ class Sums:
     lengths: float
     taken: torch.dtype
     summed: torch.dtype
+    harmless: float = HARMLESS
 
 
 def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, sums: Sums) -> Tensor:
@@ -315,7 +323,7 @@ def _unless_hidden(exact_B: Tensor, met2_B: Tensor, input_BKS: Tensor, grad_BKS:
     input2_B, grad2_B = (value.square().flatten(1).sum(1) for value in (input_BKS, grad_BKS))
     input_B, grad_B = (value.flatten(1).sum(1).square() for value in (input_BKS, grad_BKS))
     hidden_B = torch.finfo(sums.taken).tiny * (sums.outputs * input_B + sums.inputs * grad_B)
-    sure_B = exact_B.masked_fill(hidden_B > 1e-7 * exact_B + HARMLESS, torch.nan)
+    sure_B = exact_B.masked_fill(hidden_B > 1e-7 * exact_B + sums.harmless, torch.nan)
     return _grown(sure_B, torch.stack([input2_B, grad2_B, met2_B]).amax(0), sums.summed)
 
 
@@ -326,12 +334,15 @@ def _grown(norm2_B: Tensor, length2_B: Tensor, summed: torch.dtype) -> Tensor:
     return (norm2_B / left_B.square()).masked_fill(left_B == 0, torch.inf)
 
 
-def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype) -> Tensor:
+def norm2_of_products(
+    inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype, harmless: float = HARMLESS
+) -> Tensor:
     """One position: ``sum_k |input_k|^2 |grad_k|^2``, added up over pairs of operands.
 
     Args:
         inputs_BKI, grads_BKO: pairs, in the precision to compute in.
         summed: the dtype that the weighted sums are computed in.
+        harmless: what squares that vanished may come to, before the result is NaN.
     """
     taken = inputs_BKI[0].dtype
     input2_BK, grad2_BK = (
@@ -339,7 +350,7 @@ def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor],
     )
     exact_B = (input2_BK * grad2_BK).sum(1)
     inputs, outputs = (max(value.shape[-1] for value in values) for values in (inputs_BKI, grads_BKO))
-    sums = Sums(inputs, outputs, inputs + outputs, taken, summed)
+    sums = Sums(inputs, outputs, inputs + outputs, taken, summed, harmless)
     return _unless_hidden(exact_B, exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
 
 

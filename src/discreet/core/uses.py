@@ -22,6 +22,7 @@ from torch import Tensor
 
 from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide, wide_dtype
 from discreet.core.kernels import dispatch
+from discreet.core.kernels.results import HARMLESS
 from discreet.core.outer import Outer, Tied, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
 
@@ -106,8 +107,8 @@ class Part(abc.ABC):
     """One or more parameters whose norms are taken together."""
 
     @abc.abstractmethod
-    def quick_norm2(self) -> Tensor:
-        """Squared norms where a faster way is sure of them, NaN elsewhere; shape (B,), float64."""
+    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+        """Squared norms where a faster way is sure of them, NaN elsewhere; shape (B,), float64. As of a `Form`."""
 
     @abc.abstractmethod
     def norm2(self) -> Tensor:
@@ -208,8 +209,8 @@ class Uses(Summand):
             return None
         return joined.form
 
-    def quick_norm2(self) -> Tensor:
-        return self.norm2() if self.joined is None else self.joined.form.quick_norm2()
+    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+        return self.norm2() if self.joined is None else self.joined.form.quick_norm2(harmless=harmless)
 
     def norm2(self) -> Tensor:
         if self.joined is not None:
@@ -275,7 +276,7 @@ class SmallUses(Summand):
     def _together(self) -> Dense:
         return Dense(torch.cat([wide(grad).reshape(grad.shape[0], -1) for grad in self.grads], 1))
 
-    def quick_norm2(self) -> Tensor:
+    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
         return self._together.norm2()
 
     def norm2(self) -> Tensor:
@@ -294,11 +295,11 @@ class ProductUses(Part):
 
     uses: tuple[Uses, ...]
 
-    def quick_norm2(self) -> Tensor:
+    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
         outers = [outer for use in self.uses if (outer := use.by_product) is not None]
         inputs = [wide(outer.input.squeeze(2)) for outer in outers]
         grads = [wide(outer.grad.squeeze(2)) for outer in outers]
-        return norm2_of_products(inputs, grads, summed=grads[0].dtype)
+        return norm2_of_products(inputs, grads, summed=grads[0].dtype, harmless=harmless)
 
     def norm2(self) -> Tensor:
         return functools.reduce(torch.add, (use.norm2() for use in self.uses))
@@ -323,16 +324,16 @@ class Crossed(Part):
         assert len({identity_of(outer.grad) for outer in outers}) == 1
         return [outer.input for outer in outers], [outers[0].grad]
 
-    def quick_norm2(self) -> Tensor:
+    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
         inputs, grads = self._operands()
         if dispatch.suit(*inputs, *grads):
-            return dispatch.gram_norm2(inputs, grads)
-        return self._norm2(wide)
+            return dispatch.gram_norm2(inputs, grads, harmless=harmless)
+        return self._norm2(wide, harmless)
 
     def norm2(self) -> Tensor:
-        return self._norm2(torch.Tensor.double)
+        return self._norm2(torch.Tensor.double, HARMLESS)
 
-    def _norm2(self, convert: Callable[[Tensor], Tensor]) -> Tensor:
+    def _norm2(self, convert: Callable[[Tensor], Tensor], harmless: float) -> Tensor:
         inputs, grads = self._operands()
         summed = wide_dtype(grads[0])
         examples, _, positions, _ = inputs[0].shape
@@ -341,7 +342,7 @@ class Crossed(Part):
         for start in range(0, examples, chunk):
             some = slice(start, start + chunk)
             operands = ([convert(value[some]) for value in values] for values in (inputs, grads))
-            parts.append(gram_norm2(*operands, summed=summed))
+            parts.append(gram_norm2(*operands, summed=summed, harmless=harmless))
         return torch.cat(parts)
 
     def summands(self) -> Sequence[Summand]:

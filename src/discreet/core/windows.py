@@ -21,6 +21,7 @@ from torch import Tensor
 from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
 from discreet.core.kernels import dispatch, processor
 from discreet.core.kernels.processor import Spread
+from discreet.core.kernels.results import HARMLESS
 from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
 from discreet.core.route import Choice, Route, WindowCost
 
@@ -115,20 +116,22 @@ class Windows(Form):
             return Dense(self.per_example()).norm2()
         return self.unfolded().norm2()
 
-    def quick_norm2(self) -> Tensor:
+    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
         route = self.choice.route
         if route is Route.KEEP:
             return self.norm2()
         if route is Route.PRODUCT:
-            return self.unfolded().quick_norm2()
+            return self.unfolded().quick_norm2(harmless=harmless)
         rows = max(self._positions, self._pixels if route is Route.PIXELS else 0)
         if self._suits_kernels and dispatch.suit_positions(rows):
             windows, grads = self._spread(by_pixel=route is Route.PIXELS)
-            return processor.gram_norm2([windows], [grads])
-        return torch.cat([part._gram_norm2(route) for part in self._parts()])
+            return processor.gram_norm2([windows], [grads], harmless=harmless)
+        return torch.cat([part._gram_norm2(route, harmless) for part in self._parts()])
 
-    def _gram_norm2(self, route: Route) -> Tensor:
-        return self.unfolded().quick_norm2() if route is Route.WINDOWS else self._norm2_by_pixels()
+    def _gram_norm2(self, route: Route, harmless: float = HARMLESS) -> Tensor:
+        if route is Route.WINDOWS:
+            return self.unfolded().quick_norm2(harmless=harmless)
+        return self._norm2_by_pixels(harmless)
 
     def _parts(self, *, grams: int = 2) -> list[Windows]:
         """A few examples at a time, so that unfolded windows and so many Gram matrices stay small."""
@@ -137,7 +140,7 @@ class Windows(Form):
         chunk = examples_at_a_time(self.geometry.groups * (grams * rows**2 + unfolded) + self.value_shape[0])
         return [self.rows(start, start + chunk) for start in range(0, self.examples, chunk)]
 
-    def _norm2_by_pixels(self) -> Tensor:
+    def _norm2_by_pixels(self, harmless: float) -> Tensor:
         """``<windows windows^T, grad grad^T>`` without unfolding.
 
         Two windows' inner product is the sum over taps of the inner products of the pixels under that tap. So pixels
@@ -164,7 +167,7 @@ class Windows(Form):
             sum_of_products(windows_BKSS, grads_BKSS),
             windows_BKSS.diagonal(dim1=2, dim2=3),
             grads_BKSS.diagonal(dim1=2, dim2=3),
-            Sums(inputs, outputs, inputs + outputs, taken=windows_BKSS.dtype, summed=windows_BKSS.dtype),
+            Sums(inputs, outputs, inputs + outputs, windows_BKSS.dtype, windows_BKSS.dtype, harmless),
         )
 
     def _padded(self, input: Tensor) -> Tensor:

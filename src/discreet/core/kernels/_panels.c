@@ -481,25 +481,26 @@ static void gram(const instructions *use, const operand *operands, int count, Py
     }
 }
 
-/* How many spacings of float32 an entry of each Gram matrix errs by, and how many the weighted sum. */
+/* How many spacings of float32 an entry of each Gram matrix errs by, and how many the weighted sum; and what squares that
+ * vanished may come to before there is a doubt. */
 typedef struct {
-    double input, grad, sum;
-} spacings;
+    double input, grad, sum, harmless;
+} bounds;
 
 typedef struct {
     double met2, input2, grad2, input_sum, grad_sum;
 } lengths;
 
 /* What outer.py's rounded_up does, with a closer bound on the error of the total. */
-static double rounded_up(double total, double error, const lengths *l, double inputs, double outputs, double sum)
+static double rounded_up(double total, double error, const lengths *l, double inputs, double outputs, const bounds *errs)
 {
     const double eps = 0x1p-23, tiny = 0x1p-126, most = (2 - 0x1p-23) * 0x1p127;
-    double exact = (total < 0 ? 0 : total) + eps * error + sum * eps * l->met2;
+    double exact = (total < 0 ? 0 : total) + eps * error + errs->sum * eps * l->met2;
     double hidden = tiny * (outputs * l->input_sum * l->input_sum + inputs * l->grad_sum * l->grad_sum);
     double left = (most / 256 - fmax(fmax(l->input2, l->grad2), l->met2)) / (most / 256 * 0.75);
     if (left <= 0)
         return INFINITY;
-    if (hidden > 1e-7 * exact + 1e-24)
+    if (hidden > 1e-7 * exact + errs->harmless)
         return NAN;
     return left < 1 ? exact / (left * left) : exact;
 }
@@ -532,7 +533,7 @@ typedef struct {
     operand inputs[MOST_OPERANDS], grads[MOST_OPERANDS];
     int input_count, grad_count, squared, failed;
     Py_ssize_t stop, groups, positions;
-    spacings errs;
+    bounds errs;
     float *out;
     double *norm2;
     ALIGNED Py_ssize_t next;
@@ -581,7 +582,7 @@ static int gram_norm2(problem *all)
                                   grad_length + q * LANES, met);
         }
         double error = all->errs.input * met[1] + all->errs.grad * met[2];
-        all->norm2[example] = rounded_up(met[0], error, &l, inputs, outputs, all->errs.sum);
+        all->norm2[example] = rounded_up(met[0], error, &l, inputs, outputs, &all->errs);
     }
     free(panels), free(pixels), free(copy), free(input);
     return fits;
@@ -708,8 +709,9 @@ static PyObject *call(PyObject *arguments, int squared)
     problem all = {.squared = squared};
     Py_ssize_t out, norm2, threads, enter;
     int narrow;
-    if (!PyArg_ParseTuple(arguments, "OOnn(ddd)nnpnnnn", &inputs, &grads, &all.groups, &all.positions, &all.errs.input,
-                          &all.errs.grad, &all.errs.sum, &out, &norm2, &narrow, &all.next, &all.stop, &threads, &enter)
+    if (!PyArg_ParseTuple(arguments, "OOnn(dddd)nnpnnnn", &inputs, &grads, &all.groups, &all.positions, &all.errs.input,
+                          &all.errs.grad, &all.errs.sum, &all.errs.harmless, &out, &norm2, &narrow, &all.next, &all.stop,
+                          &threads, &enter)
         || !read_problem(inputs, grads, narrow, &all))
         return NULL;
     all.out = (float *)out, all.norm2 = (double *)norm2;

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from discreet.core.kernels import processor, scales
 from discreet.core.kernels.processor import Spread
-from discreet.core.kernels.results import GramProducts, Squares
+from discreet.core.kernels.results import HARMLESS, GramProducts, Squares
 from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, PANELS_OF_WINDOWS, TENSOR_CORES, Prices
 
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
@@ -103,18 +103,19 @@ def digests(values: Sequence[Tensor], key: bytes) -> Tensor:
     return digest.digests(values, key)
 
 
-def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> Tensor:
+def gram_norm2(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor], *, harmless: float = HARMLESS) -> Tensor:
     """`discreet.core.outer.gram_norm2` by a kernel, of operands as they are stored; (B,), float64.
 
     Subnormal entries, which a tensor core may take for zero, are less than the squares that are looked for there.
     """
     if not _on_accelerator(inputs_BKSI[0]):
-        return processor.gram_norm2(*([Spread(value) for value in values] for values in (inputs_BKSI, grads_BKSO)))
+        operands = ([Spread(value) for value in values] for values in (inputs_BKSI, grads_BKSO))
+        return processor.gram_norm2(*operands, harmless=harmless)
     from discreet.core.kernels import rounding
 
     found = gram_products(inputs_BKSI, grads_BKSO)
     inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
-    return rounding.gram_norm2(found, inputs=inputs, outputs=outputs)
+    return rounding.gram_norm2(found, inputs=inputs, outputs=outputs, harmless=harmless)
 
 
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
@@ -131,11 +132,13 @@ def product_squares(input_BKSI: Tensor, grad_BKSO: Tensor) -> Squares:
     return direct.product_squares(input_BKSI, grad_BKSO)
 
 
-def rounded_direct(found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, inputs: int, outputs: int) -> Tensor:
+def rounded_direct(
+    found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, inputs: int, outputs: int, harmless: float = HARMLESS
+) -> Tensor:
     """What `product_squares` found, with the bound on its rounding added; (B,), float64."""
     from discreet.core.kernels import rounding
 
-    return rounding.direct_norm2(found, input_BKS, grad_BKS, inputs=inputs, outputs=outputs)
+    return rounding.direct_norm2(found, input_BKS, grad_BKS, inputs=inputs, outputs=outputs, harmless=harmless)
 
 
 def products(input_BKSI: Tensor, grad_BKSO: Tensor) -> Tensor:

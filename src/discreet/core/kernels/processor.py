@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from discreet.core import team
+from discreet.core.kernels.results import HARMLESS
 
 try:
     from discreet.core.kernels import _panels as _compiled
@@ -193,7 +194,12 @@ def _is_there() -> bool:
 
 
 def gram_norm2(
-    inputs: Sequence[Spread], grads: Sequence[Spread], *, rounded: bool = True, narrow: bool = False
+    inputs: Sequence[Spread],
+    grads: Sequence[Spread],
+    *,
+    harmless: float = HARMLESS,
+    rounded: bool = True,
+    narrow: bool = False,
 ) -> Tensor:
     """``<input input^T, grad grad^T>`` per example, (B,), float64, never below what the weighted sum adds.
 
@@ -202,6 +208,7 @@ def gram_norm2(
 
     Args:
         inputs, grads: operands of one (B, K, S); several stand for all their pairs.
+        harmless: what squares that vanished may come to, before the result is NaN.
         rounded: whether bounds on rounding are added.
         narrow: use AVX2 where AVX-512 may be had.
     """
@@ -210,8 +217,8 @@ def gram_norm2(
     work = first.groups * first.positions**2 * sum(operand.places.width for operand in (*inputs, *grads)) // 2
     # Of several operands, whose lengths add up as squares do, the spacings of the worst.
     errs = [max(operand.places.spacings for operand in operands) for operands in (inputs, grads)]
-    spacings = (*errs, 4.0) if rounded else (0.0, 0.0, 0.0)
-    _shared_out(_compiled.gram_norm2, inputs, grads, None, norm2_B, work=work, spacings=spacings, narrow=narrow)
+    bounds = (*errs, 4.0, harmless) if rounded else (0.0, 0.0, 0.0, harmless)
+    _shared_out(_compiled.gram_norm2, inputs, grads, None, norm2_B, work=work, bounds=bounds, narrow=narrow)
     return norm2_B
 
 
@@ -226,7 +233,7 @@ def products(input: Spread, grad: Spread, *, narrow: bool = False) -> tuple[Tens
     out = torch.empty((examples, groups, outputs, width * taps), dtype=torch.float32, device="cpu")
     norm2_B = torch.empty(examples, dtype=torch.float64, device="cpu")
     work = groups * positions * outputs * width * taps
-    _shared_out(_compiled.products, [input], [grad], out, norm2_B, work=work, spacings=(0.0, 0.0, 0.0), narrow=narrow)
+    _shared_out(_compiled.products, [input], [grad], out, norm2_B, work=work, narrow=narrow)
     return out, norm2_B
 
 
@@ -243,8 +250,8 @@ def _shared_out(
     norm2_B: Tensor,
     *,
     work: int,
-    spacings: tuple[float, float, float],
     narrow: bool,
+    bounds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
 ) -> None:
     """Run a kernel; work is multiply-adds of one example.
 
@@ -259,5 +266,5 @@ def _shared_out(
     threads = max(1, min(torch.get_num_threads(), examples, examples * work // _ALONE))
     described = [tuple([operand.described() for operand in operands]) for operands in (inputs, grads)]
     to = (0 if out is None else out.data_ptr()), norm2_B.data_ptr()
-    run = functools.partial(kernel, *described, groups, positions, spacings, *to, narrow)
+    run = functools.partial(kernel, *described, groups, positions, bounds, *to, narrow)
     team.for_rows(run, examples, threads)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 HARMLESS, NEARER = 1e-24, 0.75
-"""A squared norm that may be hidden below the normal numbers, whatever stands beside it; and the share of the largest
-squared length over which norms grow until they are out of reach."""
+"""What squares that vanished below the normal numbers may come to, whatever stands beside them; and the share of the
+largest squared length over which norms grow until they are out of reach."""
 
 
 @dataclass(frozen=True)

@@ -19,33 +19,37 @@ from discreet.core.kernels.results import HARMLESS, NEARER, GramProducts, Square
 _EPS = tl.constexpr(2.0**-23)
 _TINY = tl.constexpr(2.0**-126)
 _FAR = tl.constexpr((2 - 2.0**-23) * 2.0**119)
-_HARMLESS, _NEARER = tl.constexpr(HARMLESS), tl.constexpr(NEARER)
+_NEARER = tl.constexpr(NEARER)
 
 
-def gram_norm2(found: GramProducts, *, inputs: int, outputs: int) -> Tensor:
+def gram_norm2(found: GramProducts, *, inputs: int, outputs: int, harmless: float = HARMLESS) -> Tensor:
     """Squared norms of Gram products, (B,), float64; NaN or infinite where nothing bounds their rounding.
 
     Args:
         found: what the kernel of that name returned.
         inputs, outputs: I and O.
+        harmless: what squares that vanished may come to, before the result is NaN.
     """
-    return _launch(found, found.input2_BKS, found.grad2_BKS, inputs=inputs, outputs=outputs, gram=True)
+    sizes = inputs, outputs, harmless
+    return _launch(found, found.input2_BKS, found.grad2_BKS, sizes, gram=True)
 
 
-def direct_norm2(found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, inputs: int, outputs: int) -> Tensor:
+def direct_norm2(
+    found: Squares, input_BKS: Tensor, grad_BKS: Tensor, *, inputs: int, outputs: int, harmless: float = HARMLESS
+) -> Tensor:
     """The same for sums of squared products, from the lengths of the positions, float32."""
-    return _launch(found, input_BKS, grad_BKS, inputs=inputs, outputs=outputs, gram=False)
+    return _launch(found, input_BKS, grad_BKS, (inputs, outputs, harmless), gram=False)
 
 
 def _launch(
-    found: GramProducts | Squares, input_BKS: Tensor, grad_BKS: Tensor, *, inputs: int, outputs: int, gram: bool
+    found: GramProducts | Squares, input_BKS: Tensor, grad_BKS: Tensor, sizes: tuple[int, int, float], *, gram: bool
 ) -> Tensor:
     examples, groups, positions = input_BKS.shape
     norm2_B = torch.empty(examples, dtype=torch.float64, device=input_BKS.device)
     with on_device_of(input_BKS):
         _rounded_kernel[(examples,)](
             *(found.total_B, input_BKS.contiguous(), grad_BKS.contiguous(), norm2_B),
-            *(groups, positions, inputs, outputs, float(found.spacings)),
+            *(groups, positions, *sizes, float(found.spacings)),
             GRAM=gram,
             BLOCK=min(1024, max(32, triton.next_power_of_2(positions))),
         )
@@ -54,7 +58,7 @@ def _launch(
 
 @triton.jit
 def _rounded_kernel(
-    totals, input_lengths, grad_lengths, out, groups, positions, inputs, outputs, spacings,
+    totals, input_lengths, grad_lengths, out, groups, positions, inputs, outputs, harmless, spacings,
     GRAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     example = tl.program_id(0).to(tl.int64)
@@ -85,7 +89,7 @@ def _rounded_kernel(
         length = tl.sqrt(total) + errs * tl.sqrt(met2)
         exact = length * length + 4 * _EPS * met2
     hidden = _TINY * (input_sum * input_sum * outputs + grad_sum * grad_sum * inputs)
-    exact = tl.where(hidden > 1e-7 * exact + _HARMLESS, float("nan"), exact)
+    exact = tl.where(hidden > 1e-7 * exact + harmless, float("nan"), exact)
     left = (_FAR - tl.maximum(tl.maximum(input2, grad2), met2)) / (_FAR * _NEARER)
     exact = tl.where(left < 1.0, exact / (left * left), exact)
     tl.store(out + example, tl.where(left <= 0.0, float("inf"), exact))
