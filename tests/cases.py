@@ -163,6 +163,9 @@ CASES: dict[str, Case] = {
     "conv3d, groups and dilation": _conv(nn.Conv3d, 3, groups=2, dilation=2, padding=2),
     "conv2d, circular": _conv(nn.Conv2d, 2, padding=1, padding_mode="circular"),
     "conv1d, reflect": _conv(nn.Conv1d, 1, padding=2, padding_mode="reflect"),
+    "conv2d, every other pixel": Case(
+        lambda: Seq(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 1, stride=(2, 3))), features(3, 8, 9)
+    ),
     "conv2d, patches": _conv(nn.Conv2d, 2, kernel=2, stride=2),
     "conv2d, frozen weight": Case(lambda: frozen(Seq(nn.Conv2d(3, 4, 3), nn.Tanh()), "0.weight"), features(3, 5, 5)),
     "conv2d, scaled weight": Case(

@@ -1,10 +1,11 @@
-"""Sums of convolutions with few rows for each output: one product of unfolded windows in place of the library's own."""
+"""Convolutions where one product takes the place of the library's own way: of few rows, and of single pixels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from discreet.core.rules.convolution import Convolution
 from discreet.core.windows import Geometry, Windows
 
 CASES = {
@@ -46,3 +47,24 @@ def test_an_example_that_is_no_number_is_left_out_exactly():
     spoilt.grad[1] = float("inf")
     bad_B, factor_B = torch.tensor([False, True, False]), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
     assert torch.equal(spoilt.without(bad_B).weighted_sum(factor_B), form.without(bad_B).weighted_sum(factor_B))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [(2,), (3, 2), (1, 2), (1, 3, 2)], ids=str)
+def test_what_single_pixels_send_back_is_the_librarys_gradient(stride, dtype):
+    generator = torch.Generator().manual_seed(1)
+    image = (9, 8, 7)[: len(stride)]
+    input = torch.randn(3, 5, *image, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(4, 5, *[1] * len(stride), generator=generator, dtype=torch.float64).to(dtype)
+    geometry = Geometry(stride, (0,) * len(stride), (1,) * len(stride), 1)
+    output = Convolution(geometry).forward(input, weight, None)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype).transpose(0, 1).contiguous()
+    grad = grad.transpose(0, 1)  # as some layers leave it
+    found = Convolution(geometry).input_grad(grad, input, weight)
+    wanted = torch.ops.aten.convolution_backward(
+        *(grad, input, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, geometry.padding, 1),
+        [True, False, False],
+    )[0]
+    assert found.dtype is dtype
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, wanted)

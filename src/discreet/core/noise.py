@@ -90,11 +90,14 @@ def release(
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`."""
+    """Entries of one tensor from ``start`` on, in one row; ``start`` is a multiple of `PIECE`.
+
+    numpy's, not torch's: inside a worker each of torch's operations would call up another team of threads.
+    """
 
     name: str
-    value: Tensor
-    target: Tensor
+    value: np.ndarray
+    target: np.ndarray
     start: int
 
 
@@ -109,7 +112,7 @@ def _shares(values: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, thre
     total, taken = sum(sizes.values()) + _KEY * len(sizes), 0
     shares: list[list[_Stretch]] = [[] for _ in range(count)]
     for name, size in sizes.items():
-        value, target, start = values[name].reshape(-1), targets[name].view(-1), 0
+        value, target, start = values[name].numpy().reshape(-1), targets[name].numpy().reshape(-1), 0
         while start < size:
             number = taken * count // total
             pieces = -(-((number + 1) * total // count - taken) // PIECE)  # that this share still wants
@@ -138,11 +141,9 @@ def _add_noise(
     with source.scratch() as scratch:
         for stretch in stretches:
             scale = scales[stretch.name]
-            if stretch.value.dtype is stretch.target.dtype is torch.float32:
-                # numpy, not torch: inside a worker each of torch's operations would call up another team of threads.
-                value, target = stretch.value.numpy(), stretch.target.numpy()
+            if stretch.value.dtype == stretch.target.dtype == np.float32:
                 where = {"position": position, "name": stretch.name, "start": stretch.start}
-                source.add(value, target, scratch, **where, scale=scale, share=share)
+                source.add(stretch.value, stretch.target, scratch, **where, scale=scale, share=share)
             else:
                 _add_by_pieces(stretch, scratch, source=source, position=position, scale=scale, share=share)
 
@@ -155,12 +156,12 @@ def _add_by_pieces(
         value, target = stretch.value[start : start + PIECE], stretch.target[start : start + PIECE]
         where = {"position": position, "name": stretch.name, "start": stretch.start + start}
         noise = source.piece(len(value), scratch, **where)
-        if target.dtype is torch.float64:
+        if target.dtype == np.float64:
             first = noise.copy()
             noise = source.piece(len(value), scratch, **where, layer=1)
             np.multiply(np.add(noise, first, out=noise), math.sqrt(0.5), out=noise)
         np.multiply(noise, scale, out=noise)
-        np.add(noise, np.multiply(value.numpy(), share), out=target.numpy(), casting="same_kind")
+        np.add(noise, np.multiply(value, share), out=target, casting="same_kind")
 
 
 def _on_host(value: Tensor) -> bool:

@@ -182,7 +182,9 @@ class _GroupNorm(torch.autograd.Function):
         ctx.booking.record(
             *(None if value is None else value.reshape(rows, channels) for value in (weight_grad, bias_grad))
         )
-        return None, None if input_grad is None else input_grad.view_as(input), None, None, None, None, None
+        if input_grad is not None:  # a view of another gradient may not be added to in place, where paths meet
+            input_grad = torch.ops.aten._unsafe_view(input_grad, input.shape)
+        return None, input_grad, None, None, None, None, None
 
 
 def _need_batch(use: Use, input: Tensor) -> None:
