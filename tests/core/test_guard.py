@@ -40,6 +40,33 @@ def test_a_model_is_guarded_once_at_a_time():
         clipped_gradient(model, loss, batch, clipping=CLIP)
 
 
+class _Watched(dict):
+    """A book's parameters; whoever looks at them calls ``seen`` first."""
+
+    def items(self):
+        self.seen()
+        return super().items()
+
+
+def test_a_model_is_taken_before_anything_is_asked_of_it():
+    """While hooks were looked for, another thread guarded a model too, and the first to end left the other's open."""
+    model, _ = CASES["linear 2-D"].build()
+    other, _ = CASES["linear 3-D"].build()
+    book, refused = open_book(model, examples=B), []
+
+    def meanwhile():
+        with pytest.raises(ConfigError, match="guarded already"), guard(open_book(other, examples=B)):
+            pass
+        refused.append(True)
+
+    book.parameters = _Watched(book.parameters)
+    book.parameters.seen = meanwhile
+    with guard(book):
+        assert refused
+    assert is_unguarded(model)
+    assert is_unguarded(other)
+
+
 def test_a_model_is_taken_before_its_parameters_are(monkeypatch):
     """Another thread that began meanwhile guarded a model too, and the first one's uses met its book."""
     model, _ = CASES["linear 2-D"].build()

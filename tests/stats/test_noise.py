@@ -296,10 +296,13 @@ def test_no_noise_is_marked_not_private():
     assert not any(value.any() for value in released.tensors.values())
 
 
-def test_noise_on_an_unbounded_sum_is_refused():
-    unbounded = ClippedSum({"w": torch.zeros(3)}, sensitivity=math.inf)
+@pytest.mark.parametrize("sensitivity", [math.inf, 0.0, -1.0, math.nan])
+def test_noise_on_a_sum_whose_bound_is_none_is_refused(sensitivity):
+    """At 0 the bare sum came back, and was said to be private."""
+    source = NoiseSource.system()
     with pytest.raises(ConfigError, match="sensitivity"):
-        release(unbounded, noise_multiplier=1.0, source=NoiseSource.system())
+        release(ClippedSum({"w": torch.ones(3)}, sensitivity=sensitivity), noise_multiplier=1.0, source=source)
+    assert source.claim() == 0  # refused before a position is taken
 
 
 def test_a_float64_sum_released_as_float32_is_rounded_once_and_takes_one_draw():

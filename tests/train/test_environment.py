@@ -99,6 +99,34 @@ def test_what_a_loss_is_bound_to_is_told_by_its_type_alone() -> None:
     assert _describe(loss=losses[0]) == _describe(loss=losses[1])
 
 
+class _Bound(nn.Module):
+    """Says which function it calls, as many layers do: where that lies changes from process to process."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = toys.model(), function
+
+    def extra_repr(self) -> str:
+        return f"function={self.function}"
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.function(self.layer(rows))
+
+
+def test_where_a_function_lies_is_no_part_of_a_model() -> None:
+    """A run that was resumed took another key, and lost the updates that were charged ahead."""
+
+    def made(number: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        def scaled(value: torch.Tensor) -> torch.Tensor:
+            return value * number
+
+        return scaled
+
+    one, other = made(2.0), made(2.0)
+    assert repr(one) != repr(other)
+    assert _describe(model=_Bound(one)) == _describe(model=_Bound(other))
+
+
 def test_threads_are_part_of_it() -> None:
     base = _describe()
     torch.set_num_threads(2)

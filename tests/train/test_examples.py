@@ -8,7 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from discreet.core.seeded import seeded
 from discreet.errors import ConfigError
@@ -149,6 +158,56 @@ def test_seeding_gives_the_callers_generators_back() -> None:
 def test_collate_of_a_loader_is_used() -> None:
     loader = DataLoader(_Rows(), collate_fn=lambda rows: torch.stack([row["x"] for row in rows]))
     assert Examples(loader).fetch(np.array([1, 2]), device=CPU).shape == (2, 6)
+
+
+class _Hundredfold(TensorDataset):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        rows, targets = super().__getitem__(index)
+        return 100 * rows, targets
+
+
+def test_what_a_class_of_ones_own_makes_of_its_tensors_is_used() -> None:
+    """Its tensors were taken as they are, past its ``__getitem__``, and no check could see it."""
+    plain, own = toys.data(), _Hundredfold(*toys.data().tensors)
+    for source in (own, DataLoader(own, batch_size=5)):
+        rows, targets = Examples(source).fetch(np.array([3, 11]), device=CPU)
+        assert torch.equal(rows, 100 * plain.tensors[0][[3, 11]])
+        assert torch.equal(targets, plain.tensors[1][[3, 11]])
+
+
+class _LongestFirst(SubsetRandomSampler):
+    pass
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sampler": SubsetRandomSampler(range(90))},
+        {"sampler": WeightedRandomSampler(torch.ones(120), 120)},
+        {"sampler": _LongestFirst(range(120))},
+        {"sampler": list(range(90))},
+        {"batch_sampler": BatchSampler(SubsetRandomSampler(range(90)), 8, drop_last=False)},
+        {"batch_sampler": [[0, 1], [2, 3]]},
+    ],
+    ids=["subset", "weighted", "of one's own", "a list", "subset in batches", "batches"],
+)
+def test_a_sampler_that_may_leave_rows_out_is_refused(given: dict[str, object]) -> None:
+    """It was passed over: of a data set that is cut in two by samplers, the validation rows were trained on."""
+    with pytest.raises(ConfigError, match="Subset"):
+        Examples(DataLoader(toys.data(), **given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"shuffle": True, "drop_last": True},
+        {"sampler": SequentialSampler(toys.data())},
+        {"batch_sampler": BatchSampler(RandomSampler(toys.data()), 8, drop_last=True)},
+    ],
+    ids=["shuffled", "in order", "in batches"],
+)
+def test_a_sampler_of_every_row_is_not_needed(given: dict[str, object]) -> None:
+    assert Examples(DataLoader(toys.data(), **given)).count == toys.EXAMPLES
 
 
 def test_empty_is_refused() -> None:

@@ -141,23 +141,6 @@ def test_probes_leave_weights_optimizer_and_gradients_alone(tmp_path):
     private.close()
 
 
-def test_sums_of_all_ranks_are_added_before_the_noise(tmp_path, monkeypatch):
-    """F10: a probe's sum goes through the same sum over ranks as a gradient."""
-    order: list[str] = []
-    true_sum, true_release = releases_module.world_sum, releases_module.release
-    monkeypatch.setattr(releases_module, "world_sum", lambda total: (order.append("sum"), true_sum(total))[1])
-
-    def spy(total: Any, **settings: Any) -> Any:
-        order.append("release")
-        return true_release(total, **settings)
-
-    monkeypatch.setattr(releases_module, "release", spy)
-    private = _private(tmp_path)
-    next(iter(private))
-    assert order == ["sum", "release"] * (len(order) // 2)
-    private.close()
-
-
 def test_every_decision_is_in_the_log_and_in_the_step(tmp_path):
     steps = list(_private(tmp_path))
     probes = [record for record in _metrics(tmp_path) if "probe_rise" in record]

@@ -11,7 +11,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from discreet.core.clipping import Clipping
 from discreet.errors import CheckFailed, ConfigError, LedgerError, UnsupportedUse
+from discreet.train import releases
 from discreet.train.make_private import make_private
+from discreet.train.run import Run
 from train import toys
 from train.short_run import short_run
 
@@ -41,6 +43,36 @@ def test_foreign_parameter_in_the_optimizer(tmp_path: Path) -> None:
     extra = nn.Parameter(torch.zeros(1))
     with pytest.raises(ConfigError, match="not in the model"):
         short_run(tmp_path / "run", model=network, optimizer=torch.optim.SGD([*network.parameters(), extra], lr=0.1))
+
+
+def test_noise_on_what_no_rule_bounds(tmp_path: Path) -> None:
+    """It was charged for the first updates, and failed at the first release."""
+    with pytest.raises(ConfigError, match="without a bound"):
+        short_run(tmp_path / "run", clipping=Clipping.none())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_seed_beside_a_run_that_has_its_key(tmp_path: Path) -> None:
+    """It was passed over: a run that was to be a reproducible test was a private one."""
+    first = short_run(tmp_path / "first")
+    first.close()
+    with Run.create(tmp_path / "run", plan=first.plan) as run:
+        for given in ({"seed": 3}, {"seed": None, "resume": True}):
+            with pytest.raises(ConfigError, match="beside a Run"):
+                short_run(run, noise_multiplier=None, batch_size=None, steps=None, **given)
+
+
+def test_ranks_that_meet_after_a_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums were added up, of the same examples: one moved what was released by a share for each rank."""
+    private = short_run(tmp_path / "run")
+    updates = iter(private)
+    next(updates)
+    monkeypatch.setattr(releases, "world_size", lambda: 2)
+    charged = private.epsilon()
+    with pytest.raises(ConfigError, match="2 ranks"):
+        next(updates)
+    assert (private.done, private.epsilon()) == (1, charged)
+    private.close()
 
 
 class _Wrapper(torch.optim.Optimizer):

@@ -218,7 +218,9 @@ def _add_training(command: _Parser) -> None:
     command.add_argument(
         "--public-temperature", type=Path, metavar="DATA", help="PUBLIC rows of the same form for an exact temperature"
     )
-    command.add_argument("--microbatch", type=int, metavar="M", help="examples at a time; never changes the result")
+    command.add_argument(
+        "--microbatch", type=int, metavar="M", help="examples at a time; changes the result by rounding alone"
+    )
     command.add_argument("--out", type=Path, metavar="RUN", help="run directory; default: a new one below runs/")
     command.add_argument("--resume", action="store_true", help="continue the run in --out")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")

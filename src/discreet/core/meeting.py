@@ -21,6 +21,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from discreet.core.axes import Axis
 from discreet.core.book import Book
@@ -62,16 +63,16 @@ def guard(book: Book) -> Iterator[None]:
     global _active
     if _active is not None:
         raise ConfigError("a model is guarded already: finish that microbatch before the next one begins.")
-    waiting = [n for n, p in book.parameters.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
-    if waiting:
-        raise UnsupportedUse(
-            f"{', '.join(waiting)}: a hook waits for a gradient that is never made (sums are clipped before they are "
-            "added up), and would be passed over in silence; remove it, and change p.grad once it is written."
-        )
-    classes = {}
-    hooks = []
+    _active = book  # before all else: another thread may want to guard a model now
+    classes: dict[str, type] = {}
+    hooks: list[RemovableHandle] = []
     try:
-        _active = book  # before all else: another thread may want to guard a model now
+        waiting = [n for n, p in book.parameters.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
+        if waiting:
+            raise UnsupportedUse(
+                f"{', '.join(waiting)}: a hook waits for a gradient that is never made (sums are clipped before they "
+                "are added up), and would be passed over in silence; remove it, and change p.grad once it is written."
+            )
         for name, parameter in book.parameters.items():
             book.derivation_of(parameter)  # known before it is met: here everything is still at hand
             classes[name] = type(parameter)

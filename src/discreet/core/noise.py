@@ -66,11 +66,13 @@ def release(
         raise ConfigError(f"noise_multiplier={noise_multiplier}: must be finite and >= 0; solve it with Plan.solve().")
     if not (0 < divisor < math.inf):
         raise ConfigError(f"divisor={divisor}: must be finite and above 0; pass the expected batch size.")
-    position = source.claim()
     if noise_multiplier and not math.isfinite(total.sensitivity):
         raise ConfigError("an unclipped sum has no finite sensitivity: no noise protects it; use Clipping.automatic().")
+    if not total.sensitivity > 0:
+        raise ConfigError(f"sensitivity {total.sensitivity}: must be above 0, or the noise would be none.")
     if not all(0 < weight < math.inf for weight in total.noise_weights.values()):
         raise ConfigError(f"noise weights {dict(total.noise_weights)}: must be finite and above 0.")
+    position = source.claim()
     targets = {name: _target(value, (into or {}).get(name)) for name, value in total.tensors.items()}
     if noise_multiplier == 0:
         for name, value in total.tensors.items():

@@ -56,7 +56,7 @@ def reasons(choice: Choice) -> Mapping[str, str]:
     }
     if choice.microbatch is not None:
         found["microbatch"] = (
-            "as many examples at a time as are fast and fit into memory; it never changes the result."
+            "as many examples at a time as are fast and fit into memory; it changes the result by rounding alone."
             if choice.microbatch < plan.batch_size
             else "the whole batch at once."
         )

@@ -24,7 +24,7 @@ from discreet.privacy.plan import Plan
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.auto_lr import RateControl
 from discreet.train.check import CheckReport
-from discreet.train.environment import describe_environment, digest, source_of, weights_digest
+from discreet.train.environment import describe_environment, digest, source_of, weights_digest, without_addresses
 from discreet.train.examples import Examples
 from discreet.train.self_check import self_check
 from discreet.train.setup import clipping_of
@@ -214,7 +214,7 @@ class Contest:
             examples=self._examples,
         )
         settings = [
-            f"{choice.name}|{choice.recipe!r}|{model!r}|{weights_digest(model)}"
+            f"{choice.name}|{choice.recipe!r}|{without_addresses(repr(model))}|{weights_digest(model)}"
             for choice, model in zip(self.choices, models, strict=True)
         ]
         reads = self._score.data if isinstance(self._score, PublicScore) else "the private examples"

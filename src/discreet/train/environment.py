@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import platform
+import re
 import types
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def describe_environment(
     fixed = [f"{name}:{_values(value)}" for name, value in model.named_buffers() if name not in state]
     return {
         "data": examples.fingerprint(),
-        "model": digest(repr(model), modes, *shapes, *fixed, *sources),
+        "model": digest(without_addresses(repr(model)), modes, *shapes, *fixed, *sources),
         "loss": digest(source_of(loss)),
         "optimizer": type(optimizer).__qualname__,
         "learning rate": rates.describe(),
@@ -88,6 +89,11 @@ def _values(tensor: Tensor) -> str:
 def digest(*parts: str) -> str:
     """SHA-256 of lines of text, in hex."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def without_addresses(text: str) -> str:
+    """What Python writes of functions and objects, without where they lie: that is another place in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def source_of(thing: object) -> str:

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from discreet.core.seeded import seeded
 from discreet.errors import ConfigError
@@ -43,14 +52,17 @@ class Examples:
     """A map-style data set (or the one inside a DataLoader) with its way to collate.
 
     Only the data set and ``collate_fn`` of a DataLoader are used: which examples form a batch is the plan's business,
-    and a sampler or batch size of the loader would contradict it.
+    and a batch size of the loader would contradict it.
 
     Raises:
-        ConfigError: the data set is iterable-style, a tuple of tensors, or empty.
+        ConfigError: the data set is iterable-style, a tuple of tensors, or empty; or the loader's sampler may leave
+            examples out, or prefer some.
     """
 
     def __init__(self, source: Data) -> None:
         dataset = source.dataset if isinstance(source, DataLoader) else source
+        if isinstance(source, DataLoader):
+            _refuse_choice(source)
         self._collate: Callable[[list[Any]], Any] = default_collate
         if isinstance(source, DataLoader) and source.collate_fn is not None:
             self._collate = source.collate_fn
@@ -63,6 +75,8 @@ class Examples:
             )
         self._dataset: Any = dataset
         self._batched = _gives_batches(dataset)
+        # A class of one's own may make something else of the tensors.
+        self._of_tensors = getattr(type(dataset), "__getitem__", None) is TensorDataset.__getitem__
         self.count = len(self._dataset)
         if self.count < 1:
             raise ConfigError("an empty data set: there is nothing to train on; pass at least one example.")
@@ -81,7 +95,7 @@ class Examples:
     def _batch(self, indices: np.ndarray) -> Any:
         if self._collate is not default_collate:
             return self._collate([self._dataset[int(index)] for index in indices])
-        if isinstance(self._dataset, TensorDataset):
+        if self._of_tensors:
             rows = torch.from_numpy(indices)
             return tuple(tensor[rows] for tensor in self._dataset.tensors)
         if self._batched:
@@ -100,6 +114,19 @@ class Examples:
                 indices = np.arange(start, min(start + _FINGERPRINT_BLOCK, self.count))
                 _absorb(digest, self._batch(indices))
         return digest.hexdigest()
+
+
+def _refuse_choice(loader: DataLoader[Any]) -> None:
+    """Refuse a sampler that does not mean every example, once: those that it leaves out would be trained on."""
+    batches = loader.batch_sampler
+    sampler = loader.sampler if batches is None else getattr(batches, "sampler", batches)
+    own = batches is not None and type(batches) is not BatchSampler
+    if own or not isinstance(sampler, (SequentialSampler, RandomSampler)):
+        raise ConfigError(
+            f"a DataLoader with a {type(batches if own else sampler).__name__}: batches are Poisson samples of the "
+            "whole data set, so it would not be asked; pass loader.dataset, or Subset(dataset, indices) of "
+            "torch.utils.data."
+        )
 
 
 def _open(batch: Any) -> None:

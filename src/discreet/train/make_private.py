@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,8 @@ def make_private(
         clipping: None: automatic, or for a `Tempered` model the rule that keeps its probabilities right.
         learning_rate: "auto" or an `AutoLR`: found by a few private probes, which are updates of the plan; a peak rate
             with linear decay; a torch scheduler; or None for the optimizer's own.
-        microbatch: examples at a time; None: a default, halved when memory runs out. Never changes the result.
+        microbatch: examples at a time; None: a default, halved when memory runs out. Changes the
+            result by rounding alone, and by what is taken off each share for that: ``(256 + size) 2^-23`` of it.
         replay: record a microbatch's launches once and replay them (CUDA graphs), where steps wait for Python. What a
             forward decides in Python is then decided once: not for random numbers of Python, counters, schedules.
         run_dir: where ledger, checkpoints and release go; None: a new directory below ``runs/``.
@@ -196,6 +198,11 @@ def make_private(
         check_tempered(model, rule)
         division = rule.divide(parameters)
         even = parameters.keys().isdisjoint(division.noise_weights)
+        if the_plan.noise_multiplier > 0 and division.sensitivity == math.inf:
+            raise ConfigError(
+                f"clipping {rule.kind.value!r} with noise multiplier {the_plan.noise_multiplier:.4g}: a sum without a "
+                "bound is protected by no noise; use Clipping.automatic()."
+            )
         noise = GradientNoise(the_plan.noise_multiplier, the_plan.batch_size, division.sensitivity, even)
         rates = RateControl(optimizer, learning_rate, steps=the_plan.steps, noise=noise)
         most = whole_batch(the_plan.batch_size)

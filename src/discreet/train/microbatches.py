@@ -114,7 +114,8 @@ class MicrobatchLoader:
         if self._total is None or self._book is not None:
             raise ConfigError(
                 "optimizer.step() without a clipped gradient: iterate private.loader and call private.backward(losses) "
-                "first, or iterate `private` itself, which steps on its own."
+                "first, or iterate `private` itself, which steps on its own; a run that has ended moves nothing: make "
+                "another optimizer to go on without privacy."
             )
         if not self._is_last:
             return None

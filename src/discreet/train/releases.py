@@ -14,7 +14,7 @@ from torch import nn
 from discreet.core.clipping import ClippedSum
 from discreet.core.gradient import trainable
 from discreet.core.noise import Released, release
-from discreet.core.world import world_sum
+from discreet.core.world import world_size
 from discreet.errors import BudgetExceeded, ConfigError, LedgerError
 from discreet.train.horizon import Charges, replaced_because, steps_charged, steps_released, updates_allowed
 from discreet.train.run import Run, Stage
@@ -133,7 +133,6 @@ class Releases:
                 f"a batch drawn for update {index}, at update {self.done}: each batch is released once; iterate either "
                 "`private` or `private.loader`, and only once at a time."
             )
-        total = world_sum(total)
         if not self._sums.admits(index, total):
             self._renew_key("the sum of a repeated step")
             return None
@@ -147,7 +146,12 @@ class Releases:
         )
 
     def check_hold(self) -> None:
-        """Refuse to go on with a run that another process may be continuing."""
+        """Refuse to go on with a run that another process may be continuing, or that others take part in."""
+        if world_size() > 1:
+            raise ConfigError(
+                f"{world_size()} ranks, since the run began: each would train on the same examples with noise of its "
+                "own; train in one process, or set up the group after the run."
+            )
         if self.run.closed:
             raise ConfigError(f"{self.run.path}: the run was closed; continue it with resume=True (--resume).")
         if os.getpid() != self._process:

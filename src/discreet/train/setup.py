@@ -200,6 +200,11 @@ def replay_of(model: nn.Module, loss: LossFunction, clipping: Clipping, report: 
 def existing_run(run_dir: str | Path | Run | None, *, resume: bool, seed: int | None) -> Run | None:
     """The run that the caller holds or wants to resume; None when a new one is to be made."""
     if isinstance(run_dir, Run):
+        if seed is not None or resume:
+            raise ConfigError(
+                f"{'seed' if seed is not None else 'resume'} beside a Run: it has its key and its past already; give "
+                "them to Run.create or Run.resume."
+            )
         return run_dir
     if not resume:
         return None

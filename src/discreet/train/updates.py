@@ -52,7 +52,10 @@ class Step:
 
     @cached_property
     def epsilon(self) -> float:
-        """An upper bound on what is spent after this update, preprocessing and replaced keys included."""
+        """An upper bound on what updates up to this one spend, preprocessing and replaced keys included.
+
+        The ledger charges up to 16 ahead: what a run that ends here certifies is `Private.epsilon`.
+        """
         return self.plan.charged_at_most(self.charges.steps(self.index), besides=self.charges.besides)
 
 

@@ -64,8 +64,11 @@ class Grouped(Operation):
         raise AssertionError("a grouped product has no bias")
 
 
-@rule(torch._grouped_mm)
-@routed_rule(torch._grouped_mm)
+_GROUPED = (torch._grouped_mm,) if hasattr(torch, "_grouped_mm") else ()  # older releases have none
+
+
+@rule(*_GROUPED)
+@routed_rule(*_GROUPED)
 def grouped_mm(
     use: Use,
     input: Tensor,
