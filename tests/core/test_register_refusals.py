@@ -16,6 +16,7 @@ from discreet.core.gradient import clipped_gradient
 from discreet.core.register import register_rule
 from discreet.core.rulecheck import check_rule
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
+from discreet.train.check import check
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -180,3 +181,19 @@ def test_a_check_needs_a_parameter_and_two_examples():
     for arguments in ((torch.randn(4, D), torch.randn(3, D)), (weight, weight), (torch.randn(1, D), weight)):
         with pytest.raises(ConfigError, match="at least 2 examples"):
             check_rule(F.linear, arguments)
+
+
+def test_a_function_that_autograd_runs_past_every_rule_is_refused():
+    """It was taken, and never met."""
+    with pytest.raises(ConfigError, match="wrap_torch_function"):
+        register_rule(Fused.apply)
+
+
+def test_the_check_says_that_a_rule_of_ones_own_is_wrong():
+    """It said that the fault was to be reported."""
+    fused = wrapped_fused()
+    register_rule(fused, per_example=WRONG["of the first position"])
+    model = Fn(lambda s, x: fused(x, s.w), w=par(D)).double()
+    report = check(model, loss, drawn(T, D))
+    assert not report.passed
+    assert "correct the rule of" in str(report)

@@ -80,7 +80,7 @@ def test_a_run_keeps_its_clipping_style(tmp_path: Path, style: discreet.Style) -
     assert torch.equal(grouped, _finish(short_run(tmp_path / "d", resume=True, checkpoint_steps=4)))
 
 
-def test_unchanged_loop_equals_the_iterator(tmp_path: Path) -> None:
+def test_unchanged_loop_equals_the_iterator(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     by_iterator = _finish(short_run(tmp_path / "a", microbatch=8))
     network = toys.model()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
@@ -93,6 +93,9 @@ def test_unchanged_loop_equals_the_iterator(tmp_path: Path) -> None:
         optimizer.zero_grad()
     assert microbatches > 12
     assert private.done == 12
+    with caplog.at_level("WARNING", logger="discreet"):
+        assert list(private.loader) == []
+    assert "has no epochs" in caplog.text
     assert torch.equal(toys.weights(network), by_iterator)
     assert discreet.verify(tmp_path / "b").steps == 12
 

@@ -101,8 +101,18 @@ def test_a_closed_run_takes_no_step(tmp_path: Path) -> None:
     steps = iter(private)
     next(steps)
     private.close()
-    with pytest.raises(ConfigError, match="was closed"):
+    with pytest.raises(ConfigError, match="was closed; resume it"):
         next(steps)
+
+
+def test_a_with_statement_lets_go_of_a_run_that_failed(tmp_path: Path) -> None:
+    """Its variable was out of reach, its lock was not: only a new process could resume it."""
+    with pytest.raises(ZeroDivisionError), charged_run(tmp_path) as private:
+        next(iter(private)).index / 0
+    resumed = charged_run(tmp_path, resume=True)
+    assert sum(1 for _ in resumed) > 0
+    with pytest.raises(ConfigError, match="has ended"):
+        resumed._updates.releases.check_hold()
 
 
 def test_a_run_that_is_finished_early_certifies_what_it_spent(tmp_path: Path) -> None:

@@ -271,7 +271,8 @@ def refuser(name: str) -> Callable[[Tensor], None]:
     def refuse(gradient: Tensor) -> None:
         raise UnsupportedUse(
             f"{name}: a gradient reached it past every rule (a custom autograd.Function or a scripted module uses it); "
-            "write that part with ordinary torch functions."
+            "write that part with ordinary torch functions, or make it one function that is registered "
+            "(torch.overrides.wrap_torch_function, discreet.register_rule)."
         )
 
     return refuse

@@ -38,6 +38,8 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 assert rules.__all__
 
+_own: set[str] = set()
+
 
 def register_rule(
     function: Function, *, decomposition: Function | None = None, per_example: PerExample | None = None
@@ -71,11 +73,17 @@ def register_rule(
                 f"{function_name(target)} has a rule already, and no rule is ever replaced; wrap it in a function of "
                 "your own (torch.overrides.wrap_torch_function), and register that."
             )
+    _own.update(map(function_name, targets))
     if decomposition is not None:
         parameter.decomposition(*targets)(decomposition)
     else:
         order = inspect.signature(per_example).parameters if per_example is not None else ()
         parameter.rule(*targets)(functools.partial(_meet, per_example, tuple(order)))
+
+
+def is_own(name: str) -> bool:
+    """Whether the function of this name was given a rule here."""
+    return name in _own
 
 
 def targets_of(function: Any) -> tuple[Function, ...]:
@@ -88,6 +96,12 @@ def targets_of(function: Any) -> tuple[Function, ...]:
         return (function, *(getattr(function, overload) for overload in function.overloads()))
     if not callable(function) or isinstance(function, type):
         raise ConfigError(f"{function!r} is no function; pass what the model calls.")
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        raise ConfigError(
+            f"{owner.__name__}.apply: autograd runs it past every rule; call it in a function of your own, under "
+            "torch.overrides.wrap_torch_function, and register that."
+        )
     return (function,)
 
 

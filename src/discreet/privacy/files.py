@@ -192,7 +192,7 @@ class AppendOnlyFile:
         except BlockingIOError:
             raise LedgerError(
                 f"{self.path}: another process is writing it, or a run of this one that was not closed; wait for it, "
-                "stop it, or call close() on what make_private returned."
+                "stop it, or call close() on what make_private returned (`with` does it); a new process holds none."
             ) from None
 
     def _read(self) -> bytes:

@@ -20,6 +20,7 @@ from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, batch_size_of
 from discreet.core.isolation import IsolationVerdict, examine_isolation, first_losses_agree
 from discreet.core.layout import frozen_state, take
+from discreet.core.register import is_own
 from discreet.core.selftest import NormVerdict, compare_with_brute_force
 from discreet.errors import CheckFailed, ConfigError, UnsupportedUse
 from discreet.train.elsewhere import elsewhere
@@ -303,9 +304,9 @@ def _norm_rows(verdict: NormVerdict) -> tuple[CheckRow, ...]:
             how = "".join(f"; {route}" for route in parameter.routes)
             rows.append(CheckRow(name, shape, Status.PASSED, f"norms agree; {met}{how}", own=True))
             continue
-        detail = (
-            f"met by {met}; norms differ from autograd by more than {verdict.tolerance:g}: do not train; report it."
-        )
+        own = [name for name in parameter.functions if is_own(name)]
+        remedy = f"correct the rule of {', '.join(own)} (discreet.check_rule)" if own else "report it"
+        detail = f"met by {met}; norms differ from autograd by more than {verdict.tolerance:g}: do not train; {remedy}."
         rows.append(CheckRow(name, shape, Status.FAILED, detail, own=True))
     detail = f"differs from brute force by more than {verdict.tolerance:g}: do not train; report it."
     rows.append(_verdict_row("clipped sum", "against one example at a time", verdict.sum_agrees, detail))

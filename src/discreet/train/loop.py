@@ -24,6 +24,8 @@ from discreet.train.updates import Step, Updates
 class Private:
     """A model in private training. Iterate it, or use `loader` and `backward` in an unchanged loop; not both.
 
+    In a ``with`` statement the run is let go of at the end, whatever happens inside, so that it can be resumed.
+
     Attributes:
         model: trained in place.
         plan: every number that determines the guarantee.
@@ -79,6 +81,12 @@ class Private:
     def report(self) -> str:
         """The guarantee in plain words, verified against the ledger. For a finished run."""
         return verify(self._run.path).statement
+
+    def __enter__(self) -> Private:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __iter__(self) -> Iterator[Step]:
         """One private update per iteration, until the plan's last; then the run is finished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -20,6 +21,8 @@ from discreet.train.recheck import HandedOut
 from discreet.train.step import gradients_kept
 from discreet.train.stillness import Moving
 from discreet.train.updates import Updates
+
+_log = logging.getLogger("discreet")
 
 
 class MicrobatchLoader:
@@ -50,6 +53,11 @@ class MicrobatchLoader:
         if updates.step.replay is not None:
             raise ConfigError("replay=True with private.loader: the forward of your loop is Python; iterate `private`.")
         self._turn = turn = self._turn + 1
+        if updates.finished:
+            _log.warning(
+                "discreet: all %d updates are made: private.loader gives out the whole run once, and has no epochs",
+                updates.releases.last,
+            )
         while not updates.finished:
             find_rate(updates)
             if updates.finished:

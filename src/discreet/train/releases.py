@@ -153,7 +153,8 @@ class Releases:
                 "own; train in one process, or set up the group after the run."
             )
         if self.run.closed:
-            raise ConfigError(f"{self.run.path}: the run was closed; continue it with resume=True (--resume).")
+            what = "has ended; start a new one" if self.run.ledger.finished else "was closed; resume it (resume=True)"
+            raise ConfigError(f"{self.run.path}: the run {what}.")
         if os.getpid() != self._process:
             raise ConfigError(
                 "the run was begun by another process (fork): its noise would be used twice; begin it there."

@@ -64,7 +64,8 @@ class Grouped(Operation):
         raise AssertionError("a grouped product has no bias")
 
 
-_GROUPED = (torch._grouped_mm,) if hasattr(torch, "_grouped_mm") else ()  # older releases have none
+_grouped = getattr(torch, "_grouped_mm", None)
+_GROUPED = () if _grouped is None else (_grouped,)  # older releases have none
 
 
 @rule(*_GROUPED)
