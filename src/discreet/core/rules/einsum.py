@@ -138,11 +138,11 @@ def _matmul_terms(one: int, two: int) -> tuple[tuple[str, str], str]:
     return (first, second), stack + "R" * (one > 1) + "C" * (two > 1)
 
 
-@rule(torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm)
-def stacked(use: Use, *operands: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+@rule(torch.bmm, Tensor.bmm)
+def stacked(use: Use, input: Tensor, mat2: Tensor) -> Tensor:
     """``bmm`` pairs dimension 0 of both operands: a parameter cannot stand there, but what lies along the batch can."""
-    rows = operands[0].shape[0]
-    if len(operands) == 2 and all(lies_along(one, rows) for one in operands if isinstance(one, Guarded)):
+    operands, rows = (input, mat2), input.shape[0]
+    if all(lies_along(one, rows) for one in operands if isinstance(one, Guarded)):
         return torch.bmm(*(by_row(use, one) if isinstance(one, Guarded) else one for one in operands))
     raise use.refuse(f"operands of shapes {[tuple(operand.shape) for operand in operands]} share axis 0", _REMEDY)
 
