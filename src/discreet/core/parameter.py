@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from discreet.core.axes import Axis
 from discreet.core.book import Book
-from discreet.core.forms import Dense, Form
+from discreet.core.forms import Dense
 from discreet.core.routing import Picking
 from discreet.core.uses import Derivation
 from discreet.errors import UnsupportedUse
@@ -147,10 +147,6 @@ class Use:
             return None, value
         derivation = self.derivation(value)
         return derivation, derivation.sources[0] if type(value) is PrivateParameter else plain(value)
-
-    def record(self, guarded_derivation: Derivation, form: Form) -> None:
-        """Book the per-example gradients of a guarded value; called from the backward."""
-        self.book.record(guarded_derivation, form)
 
     def expand(self, guarded: Tensor) -> Tensor:
         """One copy per example, shape (B, *shape), as an ordinary activation whose gradient is booked as it stands."""

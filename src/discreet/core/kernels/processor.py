@@ -59,16 +59,16 @@ class _Places(NamedTuple):
 
 
 class Spread:
-    """An operand whose positions or features lie along several axes.
+    """An operand whose features may lie along several axes.
 
     Attributes:
-        value: float32, (B, K, axes of positions, axes of features), with any strides.
+        value: float32, (B, K, S, axes of features), with any strides.
         places: where its numbers lie, found once for each shape.
     """
 
-    def __init__(self, value: Tensor, position_axes: int = 1) -> None:
+    def __init__(self, value: Tensor) -> None:
         self.value = value
-        self.places = _places(value.shape[1:], value.stride()[1:], position_axes)
+        self.places = _places(value.shape[1:], value.stride()[1:])
 
     def described(self) -> tuple[int, ...]:
         """What the compiled code reads; valid while this lives.
@@ -103,10 +103,9 @@ class Windows(Spread):
 
 
 @functools.lru_cache(maxsize=256)
-def _places(shape: Sizes, strides: Sizes, position_axes: int) -> _Places:
-    axes = list(zip(shape, strides, strict=True))
-    rows, columns = _along(axes[1 : 1 + position_axes]), _along(axes[1 + position_axes :])
-    return _told(shape[0], strides[0], len(rows), (0, 0, 0, 0), rows, columns)
+def _places(shape: Sizes, strides: Sizes) -> _Places:
+    _, rows, *columns = zip(shape, strides, strict=True)
+    return _told(shape[0], strides[0], shape[1], (0, 0, 0, 0), _along([rows]), _along(columns))
 
 
 @functools.lru_cache(maxsize=256)

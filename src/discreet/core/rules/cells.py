@@ -113,7 +113,7 @@ class Lstm(Cell):
             layer.backward(grad, state, memory, gate_grad, projected)
         else:
             gate_grad = _factors(gate, cell[:-1], squashed)
-            _lstm_steps_back(gate, cell, squashed, grad, state, memory, gate_grad, projected, weights)
+            _lstm_steps_back(gate, squashed, grad, state, memory, gate_grad, projected, weights)
         by_row = gate_grad.transpose(0, 1)
         put_out = None if projected is None else (wide.transpose(0, 1), projected.transpose(0, 1))
         return Gradients(by_row, by_row, state, memory, put_out)
@@ -152,7 +152,7 @@ def _factors(gate_TNG: Tensor, before_TNH: Tensor, squashed_TNH: Tensor) -> Tens
 
 
 def _lstm_steps_back(
-    gate_TNG: Tensor, cell: Tensor, squashed_TNH: Tensor, grad_TNP: Tensor, state_NP: Tensor, memory_NH: Tensor,
+    gate_TNG: Tensor, squashed_TNH: Tensor, grad_TNP: Tensor, state_NP: Tensor, memory_NH: Tensor,
     gate_grad_TNG: Tensor, projected_TNP: Tensor | None, weights: Weights,
 ) -> None:  # fmt: skip
     """`discreet.core.kernels.recurrence.Lstm.backward` in PyTorch's operations, over `_factors`."""
