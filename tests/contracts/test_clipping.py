@@ -143,17 +143,6 @@ def test_the_bound_is_attained_or_approached(clipping):
     assert float((clipping.factor(norm_B) * norm_B).max()) >= clipping.sensitivity * (1 - 1e-4)
 
 
-@pytest.mark.parametrize("clipping", BOUNDED, ids=str)
-def test_replacing_one_example_moves_the_sum_by_twice_the_bound(clipping):
-    """Opposite gradients attain it: |c g - c' g'| with g' = -g."""
-    norm_B = torch.cat(
-        [torch.logspace(-12, 40, 4001, dtype=torch.float64), torch.tensor([clipping.clip_bound * 0.99996])]
-    )
-    gradient = clipping.factor(norm_B) * norm_B
-    moved = float((gradient - -gradient).abs().max())
-    assert clipping.replace_one_sensitivity * (1 - 1e-4) <= moved <= clipping.replace_one_sensitivity
-
-
 def test_norms_well_below_the_bound_are_left_alone_exactly():
     assert torch.equal(Clipping.abadi(2.0).factor(torch.tensor([0.0, 1e-40, 1.0, 1.99])), torch.ones(4))
     assert torch.equal(Clipping.global_(2.0).factor(torch.tensor([0.0, 1e-40, 1.0, 1.99])), torch.ones(4))

@@ -244,11 +244,6 @@ class Clipping:
         room = 1.0 + half**2 - (half * (1.0 + STEEPNESS_BELOW * rounded)) ** 2
         return math.sqrt(max(room, 0.0)) / (1.0 + self.steepness * rounded)
 
-    @property
-    def replace_one_sensitivity(self) -> float:
-        """Largest L2 change when one example takes the place of another: both at the bound, and opposed."""
-        return 2.0 * self.sensitivity
-
     def divide(self, names: Iterable[str]) -> Division:
         """Share the rule out over the groups of these parameter names.
 
