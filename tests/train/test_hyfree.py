@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from discreet.train.hyfree import HyFree, fit
+from train.hyfree import HyFree, fit
 
 
 @pytest.mark.parametrize("curvature", [0.3, 2.0, 50.0])
