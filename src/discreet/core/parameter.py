@@ -148,9 +148,14 @@ class Use:
         derivation = self.derivation(value)
         return derivation, derivation.sources[0] if type(value) is PrivateParameter else plain(value)
 
-    def expand(self, guarded: Tensor) -> Tensor:
-        """One copy per example, shape (B, *shape), as an ordinary activation whose gradient is booked as it stands."""
-        return _Expand.apply(self.book.sink, plain(guarded), self.book, self.derivation(guarded))
+    def expand(self, guarded: Tensor, rows: int | None = None) -> Tensor:
+        """One copy per example, shape (B, *shape), as an ordinary activation whose gradient is booked as it stands.
+
+        With ``rows``, each as often as its example has rows among so many: shape (rows, *shape).
+        """
+        each = _Expand.apply(self.book.sink, plain(guarded), self.book, self.derivation(guarded))
+        folds = 1 if rows is None else rows // self.book.examples
+        return each.repeat_interleave(folds, 0) if folds > 1 else each
 
     def refuse(self, why: str, remedy: str) -> UnsupportedUse:
         """The error for a use that no rule covers."""

@@ -69,12 +69,8 @@ def spread(use: Use, leaf: Any, axes: int, rows: int) -> Any:
             f"a parameter of shape {tuple(leaf.shape)} reaches into the batch axis of {axes}-dimensional activations",
             "give it a leading axis of 1, or fewer axes.",
         )
-    each = use.expand(leaf)
-    folds = rows // use.book.examples
-    if folds > 1:
-        each = each.repeat_interleave(folds, 0)
     inner = leaf.shape[1:] if leaf.dim() == axes else leaf.shape
-    return each.reshape(rows, *[1] * (axes - 1 - len(inner)), *inner)
+    return use.expand(leaf, rows).reshape(rows, *[1] * (axes - 1 - len(inner)), *inner)
 
 
 @rule(F.prelu, Tensor.prelu)
@@ -82,12 +78,9 @@ def prelu(use: Use, input: Tensor, weight: Tensor) -> Tensor:
     """``F.prelu`` with one slope, or one per entry of axis 1. Infinite inputs leave the slope's gradient finite."""
     if isinstance(input, Guarded) or not use.is_batched(input):
         raise use.refuse("its input does not carry the batch", "pass the activations as the first argument.")
-    slope = use.expand(weight)
-    folds = input.shape[0] // use.book.examples
-    if folds > 1:
-        slope = slope.repeat_interleave(folds, 0)
     channels = [-1, *[1] * (input.dim() - 2)] if input.dim() > 1 else []
-    return torch.where(input > 0, input, slope.reshape(input.shape[0], *channels) * input.clamp(max=0))
+    slope = use.expand(weight, input.shape[0]).reshape(input.shape[0], *channels)
+    return torch.where(input > 0, input, slope * input.clamp(max=0))
 
 
 @rule(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.parameter import Guarded, Use, plain, rule
+from discreet.core.parameter import Guarded, Use, rule
+from discreet.core.rules.normalisation import affine
 
 
 @rule(F.instance_norm)
@@ -28,18 +29,4 @@ def instance_norm(
     normal = F.instance_norm(
         input, running_mean, running_var, None, None, use_input_stats=use_input_stats, momentum=momentum, eps=eps
     )
-    if weight is not None:
-        normal = normal * _per_channel(use, weight, normal)
-    return normal if bias is None else normal + _per_channel(use, bias, normal)
-
-
-def _per_channel(use: Use, value: Tensor, target: Tensor) -> Tensor:
-    """A scale or shift (C,) shaped to broadcast over axis 1 of the target; guarded ones as one copy per example."""
-    inner = [1] * (target.dim() - 2)
-    if not isinstance(value, Guarded):
-        return plain(value).reshape(1, -1, *inner)
-    each = use.expand(value)
-    folds = target.shape[0] // use.book.examples
-    if folds > 1:
-        each = each.repeat_interleave(folds, 0)
-    return each.reshape(target.shape[0], -1, *inner)
+    return affine(use, normal, weight, bias, trailing=False)

@@ -44,7 +44,7 @@ def layer_norm(
     if _in_one_precision(input, weight, bias, narrow=True):
         booking, weight, bias = _taken(use, weight, bias)
         return _LayerNorm.apply(use.book.sink, input, weight, bias, tuple(normalized_shape), eps, booking)
-    return _affine(use, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, trailing=True)
+    return affine(use, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, trailing=True)
 
 
 @rule(F.rms_norm, torch.rms_norm)
@@ -53,7 +53,7 @@ def rms_norm(
 ) -> Tensor:
     """``F.rms_norm`` over trailing axes."""
     _need_batch(use, input)
-    return _affine(use, F.rms_norm(input, normalized_shape, eps=eps), weight, None, trailing=True)
+    return affine(use, F.rms_norm(input, normalized_shape, eps=eps), weight, None, trailing=True)
 
 
 @rule(F.group_norm)
@@ -70,7 +70,7 @@ def group_norm(
     if _in_one_precision(input, weight, bias):
         booking, weight, bias = _taken(use, weight, bias)
         return _GroupNorm.apply(use.book.sink, input, weight, bias, num_groups, eps, booking)
-    return _affine(use, F.group_norm(input, num_groups, eps=eps), weight, bias, trailing=False)
+    return affine(use, F.group_norm(input, num_groups, eps=eps), weight, bias, trailing=False)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ def _in_one_precision(input: Tensor, weight: Tensor | None, bias: Tensor | None,
     return True
 
 
-def _affine(use: Use, normal: Tensor, weight: Tensor | None, bias: Tensor | None, *, trailing: bool) -> Tensor:
+def affine(use: Use, normal: Tensor, weight: Tensor | None, bias: Tensor | None, *, trailing: bool) -> Tensor:
+    """Scale and shift, over trailing axes or over channels (axis 1); guarded ones as one copy per example."""
     if weight is not None:
         normal = normal * _aligned(use, weight, normal, trailing=trailing)
     if bias is not None:
@@ -216,10 +217,7 @@ def _aligned(use: Use, value: Tensor, target: Tensor, *, trailing: bool) -> Tens
     """A scale or shift shaped to broadcast against the target: over trailing axes, or over channels (axis 1)."""
     if not isinstance(value, Guarded):
         return value if trailing else value.reshape(1, -1, *[1] * (target.dim() - 2))
-    each = use.expand(value)
-    folds = target.shape[0] // use.book.examples
-    if folds > 1:
-        each = each.repeat_interleave(folds, 0)
+    each = use.expand(value, target.shape[0])
     if not trailing:
         return each.reshape(target.shape[0], -1, *[1] * (target.dim() - 2))
     return each.reshape(target.shape[0], *[1] * (target.dim() - 1 - value.dim()), *value.shape)
