@@ -22,12 +22,12 @@ from torch import Tensor
 from discreet.core.axes import Layout
 from discreet.core.classifier import Classifier
 from discreet.core.clipping import BELOW, Clipping, Division
-from discreet.core.forms import Dense, Form, drop_vanishing
+from discreet.core.forms import Dense, Form, drop_vanishing, wide_dtype
 from discreet.core.precision import full_precision
 from discreet.core.recording import Recording
 from discreet.core.route import Route
 from discreet.core.routing import Trail
-from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identity_of, sum_dtype, zeros_like_sums
+from discreet.core.uses import Derivation, Part, Record, Uses, arranged, identity_of, zeros_like_sums
 from discreet.errors import UnsupportedUse
 
 
@@ -76,7 +76,7 @@ class Book(Classifier):
         groups = self._division.groups
         self._group_of = {name: group for group in groups for name in group} if len(groups) > 1 else {}
         # Asked for now: of a guarded parameter every attribute is a call that is met.
-        self._dtypes = {name: sum_dtype(parameter) for name, parameter in self.parameters.items()}
+        self._dtypes = {name: wide_dtype(parameter) for name, parameter in self.parameters.items()}
         self._rounds = torch.float32 in self._dtypes.values()
         self._derivations: dict[int, tuple[object, Derivation]] = {}
         first = next(iter(self.parameters.values()))
@@ -105,7 +105,7 @@ class Book(Classifier):
         if known is None or known[0] != memory:
             name = self.name_of(parameter)
             known = self._derivations[id(parameter)] = (memory, Derivation.of(name, parameter))
-            if sum_dtype(parameter) is torch.float32:  # whatever the book was opened with
+            if wide_dtype(parameter) is torch.float32:  # whatever the book was opened with
                 self._dtypes[name] = torch.float32
         return known[1]
 

@@ -349,14 +349,9 @@ class Crossed(Part):
         return self.uses
 
 
-def sum_dtype(parameter: Tensor) -> torch.dtype:
-    """Sums are float32 even for half-precision parameters."""
-    return torch.float64 if parameter.dtype is torch.float64 else torch.float32
-
-
 def zeros_like_sums(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The clipped sum of no example."""
-    return {name: torch.zeros(p.shape, dtype=sum_dtype(p), device=p.device) for name, p in parameters.items()}
+    """The clipped sum of no example: float32 even for half-precision parameters."""
+    return {name: torch.zeros(p.shape, dtype=wide_dtype(p), device=p.device) for name, p in parameters.items()}
 
 
 def _joined(records: list[Record]) -> Record | None:

@@ -15,10 +15,10 @@ from torch import nn
 
 from discreet.core.axes import Layout
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
+from discreet.core.forms import wide_dtype
 from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
 from discreet.core.replay import Replay, is_out_of_memory
-from discreet.core.uses import sum_dtype
 from discreet.errors import ConfigError
 from discreet.train.recheck import ask_again
 from discreet.train.stillness import Moving, Watch
@@ -197,7 +197,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 def gradient_memory(total: ClippedSum, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Where the released gradients may go: the sums' own memory, or new memory where a sum of several is float64."""
     return {
-        name: value if value.dtype is sum_dtype(parameters[name]) else torch.empty_like(value, dtype=torch.float32)
+        name: value if value.dtype is wide_dtype(parameters[name]) else torch.empty_like(value, dtype=torch.float32)
         for name, value in total.tensors.items()
         if name in parameters
     }

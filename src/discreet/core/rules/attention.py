@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from discreet.core.forms import Dense, Form
+from discreet.core.forms import Dense, Form, wide_dtype
 from discreet.core.outer import Outer
 from discreet.core.parameter import Guarded, Use, decomposition, rule, turnable
 from discreet.core.rules.contraction import Operation, contract
@@ -179,8 +179,7 @@ class PackedLinear(Operation):
         return Outer(_of_examples(input, examples), _of_examples(grad, examples), weight.shape)
 
     def bias_form(self, grad: Tensor, examples: int) -> Form:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        return Dense(_of_examples(grad, examples).sum(2, dtype=wide).flatten(1))
+        return Dense(_of_examples(grad, examples).sum(2, dtype=wide_dtype(grad)).flatten(1))
 
 
 def _by_block(value_BKLX: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.forms import Dense, Form
+from discreet.core.forms import Dense, Form, wide_dtype
 from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.rules.contraction import Operation, contract
 from discreet.core.windows import Geometry, Sizes, Windows
@@ -47,7 +47,7 @@ class Convolution(Operation):
         return Windows(input, grad, weight.shape, self.geometry)
 
     def bias_form(self, grad: Tensor, examples: int) -> Form:
-        each_NC = grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))
+        each_NC = grad.flatten(2).sum(2, dtype=wide_dtype(grad))
         folded = each_NC.shape[0] != examples
         return Dense(each_NC.reshape(examples, -1, each_NC.shape[1]).sum(1) if folded else each_NC)
 

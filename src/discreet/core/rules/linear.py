@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.forms import Dense, Form
+from discreet.core.forms import Dense, Form, wide_dtype
 from discreet.core.outer import Outer
 from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.rules.contraction import Operation, contract
@@ -40,7 +40,7 @@ class Linear(Operation):
         grad_BSO = grad.reshape(examples, -1, grad.shape[-1])
         if grad_BSO.shape[1] == 1:
             return Dense(grad_BSO[:, 0])
-        return Dense(grad_BSO.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32)))
+        return Dense(grad_BSO.sum(1, dtype=wide_dtype(grad)))
 
 
 @rule(F.linear)

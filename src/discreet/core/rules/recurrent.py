@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from discreet.core.book import Book
-from discreet.core.forms import Dense, Form
+from discreet.core.forms import Dense, Form, wide_dtype
 from discreet.core.outer import Outer
 from discreet.core.parameter import Guarded, Use, decomposition, plain, rule
 from discreet.core.rules.cells import Cell, Elman, Gradients, Gru, Lstm, Weights
@@ -111,8 +111,7 @@ def _of_weight(entered_NTI: Tensor, grad_NTO: Tensor, *, examples: int) -> Form:
 
 
 def _of_bias(grad_NTO: Tensor, *, examples: int) -> Form:
-    wide = torch.promote_types(grad_NTO.dtype, torch.float32)
-    return Dense(grad_NTO.reshape(examples, -1, grad_NTO.shape[-1]).sum(1, dtype=wide))
+    return Dense(grad_NTO.reshape(examples, -1, grad_NTO.shape[-1]).sum(1, dtype=wide_dtype(grad_NTO)))
 
 
 class _Kind(NamedTuple):
