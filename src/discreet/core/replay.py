@@ -26,6 +26,7 @@ from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.clipping import ClippedSum, Clipping
 from discreet.core.gradient import LossFunction, batch_size_of, settled, trainable, zero_sum
+from discreet.core.layout import carries
 from discreet.core.precision import precision_now
 from discreet.core.recording import Recording
 from discreet.core.uses import identity_of, zeros_like_sums
@@ -250,7 +251,7 @@ class Replay:
 
     def _rows(self, leaves: list[Any], structure: TreeSpec, size: int) -> tuple[bool, ...]:
         """Which leaves have a row for each example; one that had another number of rows once may have B by chance."""
-        other = {at for at, leaf in enumerate(leaves) if not _has_rows(leaf, size)}
+        other = {at for at, leaf in enumerate(leaves) if not carries(leaf, size)}
         shared = self._shared.setdefault(str(structure), other)
         if not other <= shared:
             shared |= other
@@ -309,10 +310,6 @@ class Replay:
                 "for the value of a tensor (.item(), if tensor:, a mask as an index); leave replay out."
             ) from error
         return _Recorded(again, own, form, takes_part_B, answer, total)
-
-
-def _has_rows(leaf: object, size: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
 
 
 def _room_for(leaf: Any, rounded: int, *, by_row: bool) -> Any:

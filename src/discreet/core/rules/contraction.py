@@ -41,40 +41,46 @@ class Operation(abc.ABC):
 
 
 @dataclass(frozen=True)
-class _Ledger:
-    """Where the backward books: the book, and the origin of each guarded value."""
+class Booking:
+    """Where the backward books: the book, and the origins of weight and bias, or of scale and shift, if guarded."""
 
     book: Book
     weight: Derivation | None
     bias: Derivation | None
 
-    def record(self, operation: Operation, grad: Tensor, input: Tensor, weight: Tensor) -> None:
-        """Book both."""
-        if self.weight is not None:
-            self.book.record(self.weight, operation.weight_form(grad, input, weight, self.book.examples))
-        if self.bias is not None:
-            self.book.record(self.bias, operation.bias_form(grad, self.book.examples))
+    @classmethod
+    def of(cls, use: Use, weight: Tensor | None, bias: Tensor | None) -> tuple[Booking, Tensor | None, Tensor | None]:
+        """The booking, and both values as ordinary ones."""
+        (weight_at, weight), (bias_at, bias) = use.taken(weight), use.taken(bias)
+        return cls(use.book, weight_at, bias_at), weight, bias
 
 
 def contract(use: Use, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run an operation whose weight, bias or both are guarded."""
     if isinstance(input, Guarded) or not use.is_batched(input):
         raise use.refuse("its input does not carry the batch", "pass the activations as the first argument.")
-    weight_at, plain_weight = use.taken(weight)
-    bias_at, plain_bias = use.taken(bias)
+    booking, plain_weight, plain_bias = Booking.of(use, weight, bias)
     for name, value in (("weight", plain_weight), ("bias", plain_bias)):
         if value is not None and value.requires_grad:
             raise use.refuse(f"its {name} depends on the examples", "use elementwise functions or matmul.")
-    where = _Ledger(use.book, weight_at, bias_at)
-    return _Contract.apply(use.book.sink, operation, where, input, plain_weight, plain_bias)
+    return _Contract.apply(use.book.sink, operation, booking, input, plain_weight, plain_bias)
+
+
+def _record(booking: Booking, operation: Operation, grad: Tensor, input: Tensor, weight: Tensor) -> None:
+    book = booking.book
+    if booking.weight is not None:
+        book.record(booking.weight, operation.weight_form(grad, input, weight, book.examples))
+    if booking.bias is not None:
+        book.record(booking.bias, operation.bias_form(grad, book.examples))
 
 
 class _Contract(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, sink: Tensor, operation: Operation, where: _Ledger, input: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.operation, ctx.where = operation, where
+        ctx: Any, sink: Tensor, operation: Operation, booking: Booking, input: Tensor, weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.operation, ctx.booking = operation, booking
         ctx.rows_of = 1  # of the tensors sink, input, weight, bias: the output has the rows of the input
         ctx.save_for_backward(input, weight)
         output = operation.forward(input, weight, bias)
@@ -86,12 +92,12 @@ class _Contract(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         input = input.detach()
-        operation, where = ctx.operation, ctx.where
-        early, input_grad = where.book.settles_early, None
+        operation, booking = ctx.operation, ctx.booking
+        early, input_grad = booking.book.settles_early, None
         if early:
-            where.record(operation, grad, input, weight)
+            _record(booking, operation, grad, input, weight)
         if ctx.needs_input_grad[3]:
             input_grad = operation.input_grad(grad, input, weight.to(grad.dtype)).to(input.dtype)
         if not early:  # what is kept of a convolution's weight is better not there while its input's gradient is made
-            where.record(operation, grad, input, weight)
+            _record(booking, operation, grad, input, weight)
         return None, None, None, input_grad, None, None

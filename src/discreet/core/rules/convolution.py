@@ -35,11 +35,7 @@ class Convolution(Operation):
         at = self.geometry
         if max(at.stride) > 1 == math.prod(weight.shape[2:]) == at.groups and not any(at.padding) and grad.is_cpu:
             return _grad_of_pixels(grad, input, weight, at.stride)
-        input_grad, _, _ = torch.ops.aten.convolution_backward(
-            *(grad, input.to(grad.dtype), weight, None, at.stride, at.padding, at.dilation),
-            *(False, [0] * len(at.stride), at.groups, [True, False, False]),
-        )
-        return input_grad
+        return grad_of_input(grad, input, weight, at)
 
     def weight_form(self, grad: Tensor, input: Tensor, weight: Tensor, examples: int) -> Form:
         input = input.reshape(examples, -1, *input.shape[1:])
@@ -50,6 +46,18 @@ class Convolution(Operation):
         each_NC = grad.flatten(2).sum(2, dtype=wide_dtype(grad))
         folded = each_NC.shape[0] != examples
         return Dense(each_NC.reshape(examples, -1, each_NC.shape[1]).sum(1) if folded else each_NC)
+
+
+def grad_of_input(
+    grad: Tensor, input: Tensor, weight: Tensor, at: Geometry, output_padding: Sizes | None = None
+) -> Tensor:
+    """The library's gradient of the input; of a transposed convolution where an output padding is given."""
+    beyond = [0] * len(at.stride) if output_padding is None else output_padding
+    input_grad, _, _ = torch.ops.aten.convolution_backward(
+        *(grad, input.to(grad.dtype), weight, None, at.stride, at.padding, at.dilation),
+        *(output_padding is not None, beyond, at.groups, [True, False, False]),
+    )
+    return input_grad
 
 
 def _grad_of_pixels(grad: Tensor, input: Tensor, weight: Tensor, stride: Sizes) -> Tensor:

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.book import Book
 from discreet.core.forms import Dense, wide_dtype
 from discreet.core.kernels import dispatch
 from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.precision import NARROW
+from discreet.core.rules.contraction import Booking
 from discreet.core.rules.once import differentiable_once
-from discreet.core.uses import Derivation
 
 
 @rule(F.layer_norm)
@@ -42,7 +40,7 @@ def layer_norm(
     if len(normalized_shape) >= input.dim():
         raise use.refuse(f"it normalises over all of {tuple(input.shape)}", "normalise over the axes of one example.")
     if _in_one_precision(input, weight, bias, narrow=True):
-        booking, weight, bias = _taken(use, weight, bias)
+        booking, weight, bias = Booking.of(use, weight, bias)
         return _LayerNorm.apply(use.book.sink, input, weight, bias, tuple(normalized_shape), eps, booking)
     return affine(use, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, trailing=True)
 
@@ -68,39 +66,25 @@ def group_norm(
     """``F.group_norm``: statistics within an example, scale and shift per channel."""
     _need_batch(use, input)
     if _in_one_precision(input, weight, bias):
-        booking, weight, bias = _taken(use, weight, bias)
+        booking, weight, bias = Booking.of(use, weight, bias)
         return _GroupNorm.apply(use.book.sink, input, weight, bias, num_groups, eps, booking)
     return affine(use, F.group_norm(input, num_groups, eps=eps), weight, bias, trailing=False)
 
 
-@dataclass(frozen=True)
-class _Booking:
-    """Where the backward books the gradients of scale and shift."""
-
-    book: Book
-    weight: Derivation | None
-    bias: Derivation | None
-
-    def record(self, weight_grad: Tensor | None, bias_grad: Tensor | None) -> None:
-        """Book gradients (N, *shape), rows of one example added up."""
-        examples = self.book.examples
-        for derivation, grad in ((self.weight, weight_grad), (self.bias, bias_grad)):
-            if derivation is not None and grad is not None:
-                each = grad if grad.shape[0] == examples else grad.reshape(examples, -1, *grad.shape[1:]).sum(1)
-                self.book.record(derivation, Dense(each))
-
-
-def _taken(use: Use, weight: Tensor | None, bias: Tensor | None) -> tuple[_Booking, Tensor | None, Tensor | None]:
-    weight_at, weight = use.taken(weight)
-    bias_at, bias = use.taken(bias)
-    return _Booking(use.book, weight_at, bias_at), weight, bias
+def _record(booking: Booking, weight_grad: Tensor | None, bias_grad: Tensor | None) -> None:
+    """Book gradients (N, *shape), rows of one example added up."""
+    examples = booking.book.examples
+    for derivation, grad in ((booking.weight, weight_grad), (booking.bias, bias_grad)):
+        if derivation is not None and grad is not None:
+            each = grad if grad.shape[0] == examples else grad.reshape(examples, -1, *grad.shape[1:]).sum(1)
+            booking.book.record(derivation, Dense(each))
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, sink: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...],
-        eps: float, booking: _Booking,
+        eps: float, booking: Booking,
     ) -> Tensor:  # fmt: skip
         output, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
         ctx.shape, ctx.eps, ctx.booking = shape, eps, booking
@@ -124,7 +108,7 @@ class _LayerNorm(torch.autograd.Function):
             weight_grad = _over_positions(normal.mul_(grad), ctx.shape)
         if ctx.booking.bias is not None and bias_grad is None:
             bias_grad = _over_positions(grad, ctx.shape)
-        ctx.booking.record(weight_grad, bias_grad)
+        _record(ctx.booking, weight_grad, bias_grad)
         input_grad = None
         if ctx.needs_input_grad[1]:
             input_grad = torch.ops.aten.native_layer_norm_backward(
@@ -157,7 +141,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, sink: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
-        booking: _Booking,
+        booking: Booking,
     ) -> Tensor:  # fmt: skip
         rows, channels, *image = input.shape
         output, mean, rstd = torch.native_group_norm(
@@ -179,9 +163,8 @@ class _GroupNorm(torch.autograd.Function):
             *(scale, 1, rows * channels, math.prod(image), rows * ctx.groups),
             [ctx.needs_input_grad[1], ctx.booking.weight is not None, ctx.booking.bias is not None],
         )
-        ctx.booking.record(
-            *(None if value is None else value.reshape(rows, channels) for value in (weight_grad, bias_grad))
-        )
+        grads = (None if value is None else value.reshape(rows, channels) for value in (weight_grad, bias_grad))
+        _record(ctx.booking, *grads)
         if input_grad is not None:  # a view of another gradient may not be added to in place, where paths meet
             input_grad = torch.ops.aten._unsafe_view(input_grad, input.shape)
         return None, input_grad, None, None, None, None, None

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from discreet.core.forms import Form
 from discreet.core.parameter import Guarded, Use, rule
 from discreet.core.rules.contraction import contract
-from discreet.core.rules.convolution import Convolution, along
+from discreet.core.rules.convolution import Convolution, along, grad_of_input
 from discreet.core.windows import Geometry, Sizes
 
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -36,12 +35,7 @@ class TransposedConvolution(Convolution):
         return convolve(input, weight, bias, at.stride, at.padding, self.output_padding, at.groups, at.dilation)
 
     def input_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-        at = self.geometry
-        input_grad, _, _ = torch.ops.aten.convolution_backward(
-            *(grad, input.to(grad.dtype), weight, None, at.stride, at.padding, at.dilation),
-            *(True, self.output_padding, at.groups, [True, False, False]),
-        )
-        return input_grad
+        return grad_of_input(grad, input, weight, self.geometry, self.output_padding)
 
     def weight_form(self, grad: Tensor, input: Tensor, weight: Tensor, examples: int) -> Form:
         geometry = self.geometry
