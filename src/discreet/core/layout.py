@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.meeting import guard
-from discreet.core.seeded import seeded
+from discreet.core.seeded import cuda_indices, seeded
 from discreet.core.strays import nodes, run_backward
 from discreet.errors import ConfigError
 
@@ -91,9 +91,8 @@ def frozen_state(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
     A buffer of another size than before, or a new one, stays: a model that has made a table may know that it did.
     """
     kept = copies(model)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with seeded(seed, devices=devices):
+        with seeded(seed, devices=cuda_indices(p.device for p in model.parameters())):
             yield
     finally:
         put_back(model, kept)

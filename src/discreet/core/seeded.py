@@ -6,7 +6,7 @@ Dropout draws from torch; augmentation draws from any of the three. Noise and ba
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,11 @@ class Moment:
             yield
         finally:
             here.come_back()
+
+
+def cuda_indices(devices: Iterable[torch.device]) -> list[int]:
+    """Indices of the CUDA devices among these, each once."""
+    return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
 @contextmanager

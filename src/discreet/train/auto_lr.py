@@ -325,8 +325,7 @@ def _checked(scheduler: LRScheduler, optimizer: torch.optim.Optimizer) -> LRSche
         raise ConfigError("the scheduler belongs to another optimizer; make it from the optimizer passed here.")
     if needs_arguments(type(scheduler).step):
         raise ConfigError(
-            f"{type(scheduler).__name__}: its step needs a metric, and none of the private data is "
-            "released; use a "
+            f"{type(scheduler).__name__}: its step needs a metric, and none of the private data is released; use a "
             "scheduler that depends on the step alone."
         )
     return scheduler

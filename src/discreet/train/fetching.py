@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from discreet.core.gradient import LossFunction
 from discreet.core.isolation import first_losses_agree
 from discreet.core.layout import carries
-from discreet.core.seeded import seeded
+from discreet.core.seeded import cuda_indices, seeded
 from discreet.train.examples import Examples
 from discreet.train.recheck import in_two_companies
 from discreet.train.step import gradients_kept
@@ -40,7 +40,7 @@ def fetched_alone(
         count: B, at least 2; the first ones of the data set.
     """
 
-    devices = _devices(device)
+    devices = cuda_indices([device])
 
     def bare(indices: np.ndarray) -> Any:
         return examples.fetch(indices, device=device)
@@ -73,13 +73,9 @@ def fetched_again(examples: Examples, *, count: int, device: torch.device) -> bo
     """
     batches = []
     for _ in range(2):
-        with seeded(_SEED, devices=_devices(device)):
+        with seeded(_SEED, devices=cuda_indices([device])):
             batches.append((examples.fetch(np.arange(count), device=device), count))
     return _first_rows_equal(*batches, first=count)
-
-
-def _devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
 
 
 def _first_rows_equal(one: tuple[Any, int], other: tuple[Any, int], *, first: int) -> bool:

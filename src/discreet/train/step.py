@@ -19,6 +19,7 @@ from discreet.core.forms import wide_dtype
 from discreet.core.gradient import LossFunction, clipped_gradient, zero_sum
 from discreet.core.noise import Released
 from discreet.core.replay import Replay, is_out_of_memory
+from discreet.core.seeded import cuda_indices
 from discreet.errors import ConfigError
 from discreet.train.recheck import ask_again
 from discreet.train.stillness import Moving, Watch
@@ -119,7 +120,7 @@ class ClippedStep:
     @property
     def devices(self) -> list[int]:
         """Indices of the CUDA devices that the model is on."""
-        return sorted({p.device.index or 0 for p in self.parameters.values() if p.device.type == "cuda"})
+        return cuda_indices(p.device for p in self.parameters.values())
 
     def forward_made_up(self) -> None:
         """A forward that no example takes part in; what every forward moves moves."""
@@ -263,6 +264,6 @@ def refuse_unreleased(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
             if id(parameter) not in covered and parameter.grad is not None:
                 raise ConfigError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} whose gradient is not "
-                    "released: it is "
-                    "frozen or no part of the model; set its grad to None, or leave it out of the optimizer."
+                    "released: it is frozen or no part of the model; set its grad to None, or leave it out of the "
+                    "optimizer."
                 )

@@ -28,6 +28,7 @@ from discreet.core.gradient import LossFunction, batch_size_of, clipped_gradient
 from discreet.core.noise import release
 from discreet.core.replay import is_out_of_memory
 from discreet.core.rng import NoiseSource
+from discreet.core.seeded import cuda_indices
 from discreet.privacy.compute import Machine
 from discreet.train.check import check
 from discreet.train.examples import made_up
@@ -178,8 +179,7 @@ def _update(step: _Step, count: int) -> tuple[float, float]:
 @contextmanager
 def _own_randomness(model: nn.Module) -> Iterator[None]:
     """Draw from a seed of its own; the caller's generators are put back afterwards."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=cuda_indices(p.device for p in model.parameters())):
         torch.manual_seed(_SEED)
         yield
 

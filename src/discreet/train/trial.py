@@ -23,6 +23,7 @@ from discreet.core.clipping import Clipping
 from discreet.core.gradient import LossFunction, trainable
 from discreet.core.noise import release
 from discreet.core.rng import NoiseSource, subkey
+from discreet.core.seeded import cuda_indices
 from discreet.errors import ConfigError
 from discreet.privacy.sampling import PoissonSampling
 from discreet.train.auto_lr import RateControl
@@ -163,7 +164,7 @@ def run_trial(
     source = NoiseSource.keyed(subkey(key, "trial noise"), private=private)
     sampling_key = subkey(key, "trial batches")
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[] if device.type != "cuda" else [device.index or 0]))
+        stack.enter_context(torch.random.fork_rng(devices=cuda_indices([device])))
         for index in range(schedule.steps):
             torch.manual_seed(int.from_bytes(subkey(key, f"trial torch|{index}")[:8], "little") >> 1)
             total = step.clipped_sum(schedule.sampling.draw(key=sampling_key, step=index))
