@@ -16,7 +16,8 @@ class Axis(enum.Enum):
 
     BATCH: dimension 0 is B. SECOND: dimension 1 is B, as in (time, B, ...). GIVEN: dimension 0 is a multiple of B, and
     its rows lie in the memory of the batch's own tensors. FOLDED: dimension 0 is a multiple of B by the check's word.
-    ROUTED: rows were picked from such an operand, and the graph tells which.
+    ROUTED: rows were picked from such an operand, and the graph tells which. SHARED: the same for all examples; nothing
+    is split by its rows.
     """
 
     BATCH = "batch"

@@ -228,7 +228,7 @@ class Clipping:
 
     @property
     def steepness(self) -> float:
-        """What ``factor(n) * n`` changes by, over R, is at most so many times the relative change of n."""
+        """Largest ``|d(c n)| / R`` per relative change of n; 1.02 covers where norms fade."""
         steep = {ClippingKind.GLOBAL: 1 + 1 / FADING, ClippingKind.NORMALIZED: 2.0, ClippingKind.NONE: 0.0}
         return steep.get(self.kind, 1.02)
 

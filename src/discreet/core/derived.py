@@ -19,7 +19,7 @@ from discreet.errors import UnsupportedUse
 
 
 @dataclass(frozen=True)
-class Replay:
+class Rebuild:
     """A function of parameters alone, as it is run again on other values of them: the ``rebuild`` of a `Derivation`.
 
     Attributes:
@@ -64,7 +64,7 @@ def derive(use: Use, args: tuple[Any, ...], kwargs: dict[str, Any], *, isometric
         for part, leaf in zip(parts, leaves, strict=True)
     ]
     constants = tuple((leaf, leaf._version if isinstance(leaf, Tensor) else 0) for leaf in kept)
-    call = Replay(replace(use, origins={}), names, parts, constants, spec)
+    call = Rebuild(replace(use, origins={}), names, parts, constants, spec)
     keeps_norm = isometric and len(origins) == 1 and origins[0].isometric
     plain_leaves = [plain(leaf) for leaf in leaves]
     versions = [leaf._version for leaf in plain_leaves if isinstance(leaf, Tensor)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from discreet.core import compiled, rules
+from discreet.core import compiled, rules  # noqa: F401  -- registers the compiler's backend and all rules
 from discreet.core.axes import Layout
 from discreet.core.book import Book
 from discreet.core.clipping import BELOW, ClippedSum, Clipping
@@ -26,9 +26,6 @@ from discreet.errors import ConfigError, UnsupportedUse
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> Tensor`` of shape (B,): one loss per example."""
-
-assert rules.__all__
-assert compiled.Backend
 
 
 def clipped_gradient(

@@ -212,7 +212,7 @@ FOR_ALL = (
     "where they hold examples, call the model once for each of a pair, or keep an example's rows together and let "
     "gradients through (torch.stack(pair, 1).flatten(0, 1).requires_grad_() for torch.cat(pair))"
 )
-"""What is said of a value that looks like an activation, and is none."""
+"""What is said of a value that looks like an activation, and is not one."""
 
 
 def _no_rule(func: Function, names: tuple[str, ...], guarded: Tensor) -> UnsupportedUse:

@@ -67,7 +67,7 @@ def summed_rises(
         bound: finite and above 0, public or released.
 
     Raises:
-        ConfigError: the bound is none, or the losses are not one per example.
+        ConfigError: the bound is not finite and above 0, or the losses are not one per example.
     """
     if not 0 < bound < float("inf"):
         raise ConfigError(f"bound={bound} of a rise: must be finite and above 0; take a released level of the loss.")

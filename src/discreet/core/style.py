@@ -165,7 +165,7 @@ class Style:
         """The style that a record stands for.
 
         Raises:
-            ConfigError: there is none of this name, or its prefixes are none.
+            ConfigError: there is none of this name, or its prefixes are not module names.
         """
         kind, _, prefixes = text.partition(":")
         known = [each.value for each in StyleKind]

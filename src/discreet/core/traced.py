@@ -18,7 +18,7 @@ from torch import Tensor
 
 from discreet.core.axes import Axis
 from discreet.core.book import Book
-from discreet.core.derived import Replay
+from discreet.core.derived import Rebuild
 from discreet.core.forms import Form
 from discreet.core.meeting import _meet
 from discreet.core.parameter import DerivedParameter
@@ -182,7 +182,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         return change(value)
     if type(value) in (tuple, list):
         return type(value)(mapped(part, change) for part in value)
-    if isinstance(value, Replay):
+    if isinstance(value, Rebuild):
         constants = tuple(mapped(leaf, change) for leaf, _ in value.constants)
         versions = (leaf._version if isinstance(leaf, Tensor) else 0 for leaf in constants)
         return replace(value, parts=mapped(value.parts, change), constants=tuple(zip(constants, versions, strict=True)))
@@ -203,7 +203,7 @@ def filler(template: Any) -> Filler:
     if type(template) in (tuple, list) and _has_place(template):
         kind, parts = type(template), [filler(part) for part in template]
         return lambda fill: kind(part(fill) for part in parts)
-    if isinstance(template, Replay) and _has_place(template):
+    if isinstance(template, Rebuild) and _has_place(template):
         return lambda fill: mapped(template, fill)
     if isinstance(template, (Derivation, Form)) and _has_place(template):
         values = {field.name: getattr(template, field.name) for field in fields(template)}
