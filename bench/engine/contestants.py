@@ -18,7 +18,8 @@ from bench.engine.models import Positions
 from bench.engine.stopwatch import Stopwatch
 from bench.engine.workloads import Workload
 from discreet.core.axes import Layout
-from discreet.core.gradient import backward, open_book, trainable
+from discreet.core.book import Book
+from discreet.core.gradient import backward, trainable
 from discreet.core.meeting import guard
 from discreet.core.replay import Replay
 from discreet.core.style import Style
@@ -73,7 +74,7 @@ def floor(work: Workload) -> Step:
     is booking itself, the factors, and sums that are made apart from the backward.
     """
     parameters, rule = trainable(work.model), discreet.Clipping.automatic()
-    book = open_book(work.model, examples=len(work.batch[0]), layout=_checked_layout(work, clipping=rule))
+    book = Book(trainable(work.model), examples=len(work.batch[0]), layout=_checked_layout(work, clipping=rule))
     with guard(book):
         backward(book, work.loss(work.model, work.batch))
     parts, ordinary_and_noise = book.parts(tuple(parameters)), noise(work)

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from blocks import B, D, T, frozen, loss, par
 from cases import CASES
 from core.unseen import CLIP, R, built, drawn, expect_exact, expect_refused, is_unguarded
+from discreet.core.book import Book
 from discreet.core.clipping import Clipping
-from discreet.core.gradient import backward, clipped_gradient, open_book, settle
+from discreet.core.gradient import backward, clipped_gradient, settle, trainable
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError, UnsupportedUse
 from discreet.train.check import check
@@ -179,7 +180,7 @@ def test_two_backward_passes_into_one_book_add_up():  # [27]
     model, batch = CASES["tied head"].build()
     both = lambda m, b: loss(m, b) + (m(b["x"]).sum((1, 2)) / 9).tanh()  # noqa: E731
     whole = clipped_gradient(model, both, batch, clipping=CLIP)
-    book = open_book(model, examples=B)
+    book = Book(trainable(model), examples=B)
     with guard(book):
         backward(book, loss(model, batch))
         backward(book, (model(batch["x"]).sum((1, 2)) / 9).tanh())
@@ -278,7 +279,7 @@ def test_fast_float32_is_switched_off_for_norms_and_sums(setting, monkeypatch):
     torch.set_float32_matmul_precision(setting)
     try:
         model, batch = CASES["linear 3-D gram"].build(torch.float32)
-        book = open_book(model, examples=B)
+        book = Book(trainable(model), examples=B)
         with guard(book):
             backward(book, loss(model, batch))
         monkeypatch.setattr(torch.Tensor, "__matmul__", watched)

@@ -12,8 +12,9 @@ from blocks import frozen, loss, par
 from core.attended import A, E, S, T, shaken_model, verified
 from core.brute_force import B, gap, random_batch
 from discreet.core.axes import Axis
+from discreet.core.book import Book
 from discreet.core.clipping import Clipping
-from discreet.core.gradient import clipped_gradient, open_book
+from discreet.core.gradient import clipped_gradient, trainable
 from discreet.core.meeting import guard
 from discreet.core.rules.attention import packed_linear
 from discreet.errors import UnsupportedUse
@@ -75,7 +76,7 @@ def test_the_function_is_torchs_and_so_are_its_dropout_masks(masks, weights, ext
         return model.a(query, key, key.flip(0), **named)
 
     wanted, wanted_weights = run()
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         found, found_weights = run()
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12, equal_nan=True)
     assert found.stride() == wanted.stride()
@@ -101,7 +102,7 @@ def test_the_causal_hint_means_what_it_means_in_torch(need_weights, padded):
         "key_padding_mask": (torch.arange(S) >= 3).expand(B, -1).double() if padded else None,
     }
     wanted = model.a(x, x, x, **named)[0]
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         assert torch.allclose(model.a(x, x, x, **named)[0], wanted, rtol=0, atol=1e-12)
         with pytest.raises((ValueError, RuntimeError), match="attn_mask"):
             model.a(x, x, x, is_causal=True)

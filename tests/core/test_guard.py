@@ -15,7 +15,7 @@ from cases import CASES
 from core.unseen import CLIP, built, drawn, expect_exact, is_unguarded
 from discreet.core.book import Book
 from discreet.core.clipping import Clipping
-from discreet.core.gradient import backward, clipped_gradient, open_book, settle
+from discreet.core.gradient import backward, clipped_gradient, settle, trainable
 from discreet.core.meeting import guard
 from discreet.core.parameter import DerivedParameter, PrivateParameter
 from discreet.errors import ConfigError, UnsupportedUse
@@ -36,7 +36,7 @@ def test_an_error_in_the_forward_leaves_the_model_unguarded():
 
 def test_a_model_is_guarded_once_at_a_time():
     model, batch = CASES["linear 2-D"].build()
-    with guard(open_book(model, examples=B)), pytest.raises(ConfigError, match="guarded already"):
+    with guard(Book(trainable(model), examples=B)), pytest.raises(ConfigError, match="guarded already"):
         clipped_gradient(model, loss, batch, clipping=CLIP)
 
 
@@ -76,12 +76,12 @@ def test_a_model_is_taken_before_its_parameters_are(monkeypatch):
     def meanwhile(self, parameter):
         if not refused:
             refused.append(True)
-            with pytest.raises(ConfigError, match="guarded already"), guard(open_book(other, examples=B)):
+            with pytest.raises(ConfigError, match="guarded already"), guard(Book(trainable(other), examples=B)):
                 pass
         return known(self, parameter)
 
     monkeypatch.setattr(Book, "derivation_of", meanwhile)
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         assert refused
     assert is_unguarded(model)
     assert is_unguarded(other)
@@ -92,7 +92,7 @@ def test_a_guarded_model_keeps_its_face():
     model, _ = CASES["linear 2-D"].build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     keys, objects = list(model.state_dict()), [id(p) for p in model.parameters()]
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         assert all(isinstance(p, nn.Parameter) and type(p) is PrivateParameter for p in model.parameters())
         assert [id(p) for p in model.parameters()] == objects
         assert list(model.state_dict()) == keys
@@ -103,7 +103,7 @@ def test_a_guarded_model_keeps_its_face():
 
 def test_a_copy_made_under_guard_works_afterwards():
     model, batch = CASES["linear 2-D"].build()
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         twin = copy.deepcopy(model)
     assert torch.equal(twin(batch["x"]), model(batch["x"]))
 
@@ -111,10 +111,10 @@ def test_a_copy_made_under_guard_works_afterwards():
 def test_forwards_without_gradient_run_as_they_are():  # [26]
     model, batch = CASES["token and positions (ViT)"].build()
     plain = model(batch["x"])
-    with guard(open_book(model, examples=B)), torch.no_grad():
+    with guard(Book(trainable(model), examples=B)), torch.no_grad():
         assert torch.equal(model(batch["x"]), plain)
         assert torch.equal(model(batch["x"][:2]), plain[:2])
-    with guard(open_book(model, examples=B)), torch.inference_mode():
+    with guard(Book(trainable(model), examples=B)), torch.inference_mode():
         assert torch.equal(model(batch["x"][:3]), plain[:3])
 
 
@@ -177,7 +177,7 @@ def test_a_derived_value_keeps_its_kind_to_itself():
 
 def test_records_are_freed_when_settled():
     model, batch = CASES["linear 3-D gram"].build()
-    book = open_book(model, examples=B)
+    book = Book(trainable(model), examples=B)
     with guard(book):
         backward(book, loss(model, batch))
     assert book._records
@@ -234,7 +234,7 @@ def _expect_step(book, model, batch):
 
 def test_a_book_that_is_used_again_pulls_back_to_the_values_of_now():
     model, batch = built(None, w=par(D, 2)), drawn(D)
-    book = open_book(model, examples=B)
+    book = Book(trainable(model), examples=B)
     _expect_step(book, model, batch)
     model.w.data = 0.3 * torch.randn(D, 2, dtype=torch.float64)
     _expect_step(book, model, batch)
@@ -258,7 +258,7 @@ def test_data_exchanged_between_two_uses_is_seen():
 
     model, batch = built(None, w=par(D, 2)), drawn(D)
     gradients = alone(model, exchanged, batch, size=B)
-    book = open_book(model, examples=B)
+    book = Book(trainable(model), examples=B)
     with guard(book):
         backward(book, exchanged(model, batch))
     bound = float(norms(gradients).median())
@@ -268,7 +268,7 @@ def test_data_exchanged_between_two_uses_is_seen():
 
 def test_a_book_opened_in_float64_leaves_room_for_the_rounding_of_float32():
     model, batch = built(None, w=par(D, 2)), drawn(D)
-    book = open_book(model, examples=B)
+    book = Book(trainable(model), examples=B)
     assert not book._rounds
     model.float()
     found = _expect_step(book, model, {name: value.float() for name, value in batch.items()})
@@ -286,7 +286,7 @@ def test_a_parameter_changed_in_place_after_its_use_is_refused():
         return y.square().sum(1)
 
     model, batch = built(None, w=par(D, 2)), drawn(D)
-    book = open_book(model, examples=B)
+    book = Book(trainable(model), examples=B)
     with guard(book):
         backward(book, changed(model, batch))
     with pytest.raises(UnsupportedUse, match="changed in place since"):

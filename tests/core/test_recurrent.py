@@ -16,7 +16,7 @@ from core.brute_force import B, gap, random_batch
 from discreet.core.book import Book
 from discreet.core.clipping import Clipping
 from discreet.core.forms import Dense
-from discreet.core.gradient import backward, clipped_gradient, open_book
+from discreet.core.gradient import backward, clipped_gradient, trainable
 from discreet.core.meeting import guard
 from discreet.core.rules import recurrent
 from discreet.errors import UnsupportedUse
@@ -81,7 +81,7 @@ def test_the_function_and_its_strides_are_torchs(kind, options, batch_first):
     x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
     given = x if batch_first else x.transpose(0, 1)
     wanted_out, wanted_last = model(given)
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         out, last = model(given)
     assert torch.allclose(out, wanted_out, rtol=0, atol=1e-12)
     assert out.stride() == wanted_out.stride()
@@ -102,7 +102,7 @@ def test_gradients_of_given_states_and_inputs_are_torchs():
         return out.cos().sum() + last_h.sin().sum() + last_c.square().sum()
 
     wanted = torch.autograd.grad(total(*given), given)
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         value = total(*given)
     for found, expected in zip(torch.autograd.grad(value, given), wanted, strict=True):
         assert torch.allclose(found, expected, rtol=0, atol=1e-12)
@@ -114,7 +114,7 @@ def test_dropout_draws_torchs_own_masks(kind):
     x = random_batch(T, D)["x"]
     torch.manual_seed(9)
     wanted = model(x)
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         torch.manual_seed(9)
         assert torch.allclose(model(x), wanted, rtol=0, atol=1e-12)
         model.eval()
@@ -335,7 +335,7 @@ def test_a_second_backward_is_the_same():
     """Nothing that the backward needs is overwritten by it."""
     model, batch = _model(_all_of, r=nn.GRU(D, H, batch_first=True)), random_batch(T, D)
     batch["x"].requires_grad_()
-    with guard(open_book(model, examples=B)):
+    with guard(Book(trainable(model), examples=B)):
         value = loss(model, batch).sum()
     first, second = (torch.autograd.grad(value, batch["x"], retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -346,7 +346,7 @@ def test_one_record_per_weight_and_not_per_step(kind, monkeypatch):
     booked = []
     monkeypatch.setattr(Book, "record", lambda book, derivation, form: booked.append((derivation.names[0], form)))
     model, batch = _model(_all_of, r=KINDS[kind](D, H, batch_first=True)), random_batch(T, D)
-    book = open_book(model, examples=B)
+    book = Book(trainable(model), examples=B)
     with guard(book):
         backward(book, loss(model, batch))
     forms = dict(booked)

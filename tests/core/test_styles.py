@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from blocks import B, D, Fn, loss
 from cases import CASES
 from discreet.core import book as books
+from discreet.core.book import Book
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
-from discreet.core.gradient import backward, clipped_gradient, open_book, settle
+from discreet.core.gradient import backward, clipped_gradient, settle, trainable
 from discreet.core.meeting import guard
 from discreet.core.style import Style, StyleKind
 from discreet.errors import ConfigError, UnsupportedUse
@@ -128,7 +129,7 @@ def test_no_example_moves_the_sum_by_more_than_the_bound_in_any_style(style):
 def test_a_gradient_after_its_group_was_settled_is_refused():
     model = _Sequential(_deep(2))
     clipping = Clipping.abadi(R, style=Style.per_layer())
-    book = open_book(model, examples=B, clipping=clipping)
+    book = Book(trainable(model), examples=B, clipping=clipping)
     with guard(book):
         losses = loss(model, _x(D))
         with book.collecting():
@@ -184,7 +185,7 @@ def test_an_abandoned_backward_leaves_the_rest_to_the_end():
     """A layer whose output the loss never uses is announced and never recorded: its group settles last, at zero."""
     model = Fn(lambda self, x: (self.a(x), self.b(x))[0], a=nn.Linear(D, 2), b=nn.Linear(D, 2)).double()
     clipping = Clipping.abadi(R, style=Style.per_layer())
-    book = open_book(model, examples=B, clipping=clipping)
+    book = Book(trainable(model), examples=B, clipping=clipping)
     with guard(book):
         backward(book, loss(model, _x(3, D)))
     found = settle(book, clipping).tensors

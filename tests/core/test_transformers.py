@@ -10,7 +10,8 @@ from torch import nn
 
 from core.attended import A, E, S, T, shaken_model, verified
 from core.brute_force import B, gap, random_batch
-from discreet.core.gradient import open_book
+from discreet.core.book import Book
+from discreet.core.gradient import trainable
 from discreet.core.meeting import guard
 from oracles import rows
 
@@ -108,5 +109,5 @@ def test_the_fast_path_is_not_taken_under_guard_and_needs_no_rule_without_gradie
     x = random_batch(T, E)["x"]
     with torch.no_grad():
         wanted = model(x)
-    with guard(open_book(model, examples=B)), torch.no_grad():
+    with guard(Book(trainable(model), examples=B)), torch.no_grad():
         assert torch.allclose(model(x), wanted, rtol=0, atol=1e-12)

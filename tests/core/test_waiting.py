@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from discreet.core.book import Book
 from discreet.core.clipping import Clipping
-from discreet.core.gradient import backward, open_book, settle
+from discreet.core.gradient import backward, settle, trainable
 from discreet.core.meeting import guard
 from discreet.core.style import Style
 
@@ -57,7 +58,7 @@ def _waits(style: Style, *, spoil: bool = False) -> tuple[list[str], list[str]]:
     torch.manual_seed(0)
     model, ids_BT = Decoder(), torch.randint(50, (5, 12))
     clipping = Clipping.abadi(1.0, style=style)
-    book = open_book(model, examples=5, clipping=clipping)
+    book = Book(trainable(model), examples=5, clipping=clipping)
     with guard(book):
         losses_B = model(ids_BT).logsumexp(2).mean(1)
         if spoil:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from discreet.core.axes import Layout
+from discreet.core.book import Book
 from discreet.core.clipping import ROUNDING_MARGIN, Clipping
-from discreet.core.gradient import backward, clipped_gradient, open_book, trainable
+from discreet.core.gradient import backward, clipped_gradient, trainable
 from discreet.core.meeting import guard
 from discreet.core.parameter import Guarded
 from discreet.train.check import check
@@ -105,7 +106,7 @@ def gap(model: nn.Module, loss: Loss, batch: Any, expected: Gradients) -> Gap:
 
 def parameter_norms(model: nn.Module, loss: Loss, batch: Any, *, layout: Layout) -> dict[str, Tensor]:
     """The engine's norms, parameter by parameter, name -> (B,); zeros for what these examples do not use."""
-    book = open_book(model, examples=B, layout=layout)
+    book = Book(trainable(model), examples=B, layout=layout)
     with guard(book):
         backward(book, loss(model, batch))
     with torch.no_grad():

@@ -102,19 +102,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def open_book(
-    model: nn.Module,
-    *,
-    examples: int,
-    layout: Layout | None = None,
-    clipping: Clipping | None = None,
-    at_most: int = 0,
-    batch: Any = None,
-) -> Book:
-    """A book for one microbatch of this model. Without a layout, dimension 0 of every operand is taken as it looks."""
-    return Book(trainable(model), examples=examples, layout=layout, clipping=clipping, at_most=at_most, batch=batch)
-
-
 def backward(book: Book, losses_B: Tensor) -> None:
     """Run the backward of ``losses_B.sum()`` into the book.
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from discreet.core.book import Book
 from discreet.core.clipping import Clipping
-from discreet.core.gradient import open_book
+from discreet.core.gradient import trainable
 from discreet.core.isolation import examine_isolation
 from discreet.core.layout import frozen_state, take
 from discreet.core.meeting import guard
@@ -145,7 +146,7 @@ class _Caller(nn.Module):
     def _same_output(self, batch: dict[str, Tensor]) -> bool:
         with frozen_state(self):
             plain = self(batch)
-        with frozen_state(self), guard(open_book(self, examples=self.size)):
+        with frozen_state(self), guard(Book(trainable(self), examples=self.size)):
             guarded = self(batch)
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(plain.dtype, 5e-2)
         scale = float(plain.detach().abs().max()) if plain.numel() else 0.0

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discreet.core.book import Book
 from discreet.core.clipping import FADING, Clipping, ClippingKind
-from discreet.core.gradient import backward, clipped_gradient, open_book, trainable
+from discreet.core.gradient import backward, clipped_gradient, trainable
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
@@ -61,7 +62,7 @@ def tangent_kernel(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     if rows > MOST_ROWS:
         raise ConfigError(f"{len(inputs)} examples with {count} outputs: at most {MOST_ROWS} in all; take fewer.")
     index_P = torch.arange(rows, device=inputs.device)
-    book = open_book(model, examples=rows)
+    book = Book(trainable(model), examples=rows)
     with guard(book):
         outputs = model(inputs.repeat_interleave(count, 0)).reshape(rows, count)
         backward(book, outputs.gather(1, (index_P % count)[:, None]).squeeze(1))

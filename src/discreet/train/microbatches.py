@@ -13,7 +13,7 @@ from torch import Tensor
 
 from discreet.core.book import Book
 from discreet.core.clipping import ClippedSum
-from discreet.core.gradient import backward, open_book, settle
+from discreet.core.gradient import backward, settle, trainable
 from discreet.core.meeting import guard
 from discreet.errors import ConfigError
 from discreet.train.probing import find_rate
@@ -136,8 +136,8 @@ class MicrobatchLoader:
 
     def _open(self, batch: Any, *, examples: int) -> Book:
         step = self._updates.step
-        return open_book(
-            step.model,
+        return Book(
+            trainable(step.model),
             examples=examples,
             layout=step.layout,
             clipping=step.clipping,
