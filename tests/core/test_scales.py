@@ -238,7 +238,7 @@ def test_what_the_kernel_brings_nothing_is_left_to_pytorch(case, monkeypatch):
 @pytest.mark.parametrize("positions", [1, 40])
 def test_layer_norm_in_half_precision_keeps_its_own_kernels_and_its_digits(positions, monkeypatch):
     """Scale and shift get gradients that are added up in float32: a sum in bfloat16 is off by a percent and more."""
-    monkeypatch.setattr("discreet.core.rules.normalisation._affine", None)
+    monkeypatch.setattr("discreet.core.rules.normalisation.affine", None)
     model = nn.LayerNorm(12).bfloat16()
     nn.init.normal_(model.weight)
     x, g = (torch.randn(3, positions, 12).bfloat16() for _ in range(2))
