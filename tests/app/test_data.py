@@ -18,7 +18,7 @@ from discreet.app.data import (
     input_from_json,
     open_source,
 )
-from discreet.app.data.labels import public_classes
+from discreet.app.data.labels import ClassList, public_classes
 from discreet.app.data.schema import parse_schema
 from discreet.app.data.split import TEST_FRACTION, is_test_row
 from discreet.core.histogram import Counts, _bounded_counts
@@ -284,3 +284,14 @@ def test_fingerprints_tell_data_and_settings_apart(tmp_path):
     }
     assert len(set(whole.values())) == len(whole)
     assert open_source(again, target="label").fingerprint() == whole["plain"]
+
+
+def test_the_class_list_is_told_by_name_and_a_long_one_is_cut() -> None:
+    said = ClassList(names=("low", "mid", "high"), public=False).statement
+    assert "The list of 3 classes was released privately by threshold: low, mid, high. Training rows" in said
+    assert "taught nothing" in said
+    said = public_classes(77).statement
+    assert "The list of 77 classes is public: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 67 more." in said
+    said = ClassList(names=("\x1b[31mred\n", "N" * 10_000), public=False).statement
+    assert said.isprintable()
+    assert len(said) < 250

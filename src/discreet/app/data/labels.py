@@ -14,6 +14,9 @@ from discreet.app.data.source import IGNORED
 from discreet.core.histogram import Counts
 from discreet.errors import ConfigError, DataError
 
+_MOST_NAMES, _LONGEST_NAME = 10, 32
+"""What a sentence about the class list shows of it."""
+
 
 @dataclass(frozen=True)
 class ClassList:
@@ -43,9 +46,14 @@ class ClassList:
 
     @property
     def statement(self) -> str:
-        """The sentence about where the class list comes from."""
+        """The sentences about where the class list comes from, which classes it holds, and what other rows do."""
         origin = "is public" if self.public else "was released privately by threshold"
-        return f"The list of {len(self.names)} classes {origin}; a row of any other class contributes exactly zero."
+        more = len(self.names) - _MOST_NAMES
+        shown = ", ".join(_clean(name) for name in self.names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+        return (
+            f"The list of {len(self.names)} classes {origin}: {shown}. Training rows of any other class taught "
+            "nothing: each contributed exactly zero."
+        )
 
 
 def public_classes(classes: int | Sequence[str]) -> ClassList:
@@ -72,6 +80,12 @@ def released_classes(counts: Counts, *, column: str, path: Path) -> ClassList:
             "directory, since this count is charged. A number cannot be the target yet: make classes of it."
         )
     return ClassList(names=names, public=False)
+
+
+def _clean(name: str) -> str:
+    """A name of the data as a terminal may have it: no control characters, and short."""
+    plain = "".join(letter if letter.isprintable() else "\u00b7" for letter in name)
+    return plain if len(plain) <= _LONGEST_NAME else plain[: _LONGEST_NAME - 1] + "…"
 
 
 def _class_order(name: str) -> tuple[bool, int, str]:
