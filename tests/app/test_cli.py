@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from app.program import CANARY, ROWS, idx, run_program, table
+from app.reported import page_of
 
 
 def test_train_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +260,48 @@ def test_rows_of_an_unlisted_class_are_counted_and_told(workplace: Path, capsys:
     assert 0 < record["unlisted"] < record["examples"]
     _, out, _ = run_program(capsys, *words, "--out", "b")
     assert "of no listed class" in out
+
+
+def test_every_test_accuracy_is_over_all_test_rows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Page, result, and `discreet calibrate` said 86 % of rows of a listed class, where the log said 64 % of all."""
+    lines = table(workplace / "people.csv").read_text().splitlines()
+    generator = np.random.default_rng(1)
+    blank = [line[: line.rindex(",") + 1] if generator.random() < 0.25 else line for line in lines[1:]]
+    (workplace / "people.csv").write_text("\n".join([lines[0], *blank]) + "\n")
+    words = ("train", "people.csv", "--target", "income", "--classes", "low,high", "--epsilon", 8, "--steps", 60)
+    code, out, err = run_program(capsys, *words, "--out", "run")
+    assert code == 0, err
+    release = workplace / "run" / "release"
+    test = json.loads((release / "result.json").read_text())["test"]
+    logged = json.loads((release / "metrics.jsonl").read_text().splitlines()[-1])["test_accuracy"]
+    rows, listed, unlisted = test["examples"], test["listed"], test["unlisted"]
+    assert listed + unlisted == rows
+    assert 0.15 * rows < unlisted < 0.35 * rows
+    assert test["accuracy"] == logged
+    assert test["accuracy"] == pytest.approx(test["listed_accuracy"] * listed / rows)
+    assert 0.3 < test["constant_accuracy"] < test["accuracy"] < test["listed_accuracy"]
+
+    assert f"test accuracy {logged:.6g} always the commonest class, NON-PRIVATE" in " ".join(out.split())
+    assert f"test nll, over the {listed} rows of a listed class" in out
+    assert "The list of 2 classes is public: low, high. Training rows of any other class taught nothing" in out
+
+    page = page_of(workplace / "run").words.replace("\u202f", " ")
+    assert f"Measured on {rows} test rows. {unlisted} of them are of no listed class, and count as wrong." in page
+    assert f"{100 * logged:.2f} %" in page
+    assert f"always the commonest class: {100 * test['constant_accuracy']:.1f} %" in page
+    assert f"over the {listed} test rows of a listed class" in page
+
+    code, out, _ = run_program(capsys, "calibrate", "run", "--json")
+    found = json.loads(out)
+    assert {name: found[name] for name in ("accuracy", "listed_accuracy", "examples", "listed", "unlisted")} == {
+        name: test[name] for name in ("accuracy", "listed_accuracy", "examples", "listed", "unlisted")
+    }
+    assert sum(found["reliability"]["count"]) == listed
+    assert found["intervals"]["accuracy"][0] < logged < found["intervals"]["accuracy"][1]
+    _, out, _ = run_program(capsys, "calibrate", "run", "--html", "calibration.html")
+    assert f"over the {listed} test rows of a listed class" in out
+    assert f"accuracy {logged:.4f}" in " ".join(out.split())
+    assert f"{listed} rows" in (workplace / "calibration.html").read_text()
 
 
 def test_names_that_repeat_the_header_do_not_make_it_a_row(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,23 @@ def test_figures_by_hand() -> None:
     assert found.accuracy == 1 / 4
     assert found.nll == pytest.approx(-(math.log(3 / 4) + math.log(1 / 2) + math.log(1 / 4)) / 3)
     assert 0 <= found.ece <= 1
+    assert (found.listed, found.unlisted) == (3, 1)
+
+
+def test_a_constant_answer_is_judged_on_the_same_rows_as_the_model() -> None:
+    """The commonest label is one that no answer can name: of the others, class 1 is the commonest."""
+    targets = torch.tensor([IGNORED, IGNORED, IGNORED, 1, 1, 0])
+    found = evaluate(_Fixed(), Examples(features=torch.tensor([[0.0, 1.0]]).repeat(6, 1), targets=targets))
+    assert found is not None
+    assert found.constant_accuracy == found.accuracy == 2 / 6
+
+
+def test_without_a_row_of_a_listed_class_nothing_is_said_of_probabilities() -> None:
+    examples = Examples(features=torch.zeros(3, 2), targets=torch.full((3,), IGNORED))
+    found = evaluate(_Fixed(), examples)
+    assert found is not None
+    assert (found.accuracy, found.constant_accuracy, found.listed) == (0.0, 0.0, 0)
+    assert (found.nll, found.ece) == (None, None)
 
 
 def test_mode_is_put_back() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from app.reported import CERTIFICATE, CHECK, PLAN, RESULT, SCHEMA, make_run, page_of
 from discreet.app.report import Stamp, plots, read_run, write_report
+from discreet.app.report.believed import verdict
 from discreet.app.report.rate import rate_section
 from discreet.app.report.record import Metric, RunRecord
 from discreet.app.report.story import budget_shares
@@ -38,6 +39,31 @@ def test_a_private_run_states_its_figures_and_no_stamp(tmp_path):
     assert "NOT PRIVATE" not in words
     assert "UNVERIFIED" not in words
     assert "discreet verify adult" in words
+
+
+def test_a_constant_answer_stands_beside_the_accuracy_under_the_same_stamp(tmp_path):
+    test = {**RESULT["test"], "constant_accuracy": 0.7638}
+    words = page_of(make_run(tmp_path / "r", result={**RESULT, "test": {**test, "stamp": "NON-PRIVATE"}})).words
+    assert "on held-out rows, NON-PRIVATE; always the commonest class: 76.4" in words
+    assert "Always the commonest class, NON-PRIVATE" in words
+    assert "76.38" in words
+    words = page_of(make_run(tmp_path / "s", result={**RESULT, "test": test})).words
+    assert "on held-out rows; always the commonest class: 76.4" in words
+    assert "NON-PRIVATE" not in words
+
+
+def test_a_verdict_on_rows_of_a_listed_class_names_them():
+    record = {"accuracy": 0.62, "gap": 0.04, "ece": 0.05, "ece_floor": 0.01, "ece_floor_high": 0.02}
+    assert verdict(record).startswith("On average it says 66.0\u202f% and is right 62.0\u202f%")
+    record |= {"listed_accuracy": 0.92, "unlisted": 276, "listed": 571, "examples": 847}
+    assert verdict(record).startswith(
+        "On rows of a listed class it says on average 96.0\u202f% and is right 92.0\u202f%"
+    )
+
+
+def test_what_somebody_may_believe_afterwards_has_its_delta(tmp_path):
+    words = page_of(make_run(tmp_path / "adult")).words
+    assert "At most this sure afterwards, except with probability δ = 1.09 × 10⁻⁵" in words
 
 
 def test_the_page_is_where_the_design_says_and_is_a_function_of_the_run(tmp_path):

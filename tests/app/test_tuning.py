@@ -52,6 +52,7 @@ def test_tune_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str])
     assert record["learning_rate"] == float(record["chosen"].split()[-1])
     assert record["test"]["accuracy"] > 0.6
     assert record["test"]["stamp"] == "NON-PRIVATE"
+    assert 0.5 < record["test"]["constant_accuracy"] < 1
     assert "seconds" not in record
     # The model that `discreet train` trains, and its probabilities are reported like those of one run.
     assert record["model"]["tempered"] is True

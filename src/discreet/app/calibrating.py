@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from discreet.app.charged_report import charged_report
+from discreet.app.evaluation import Evaluation
 from discreet.app.predictions import Faults, Loaded, Scale, load_predictions
 from discreet.app.report import parts, read_run
-from discreet.app.report.believed import HEADING, calibration_section, verdict
+from discreet.app.report.believed import HEADING, calibration_section, measured_on, verdict
 from discreet.app.report.record import mapping, number, texts, word
-from discreet.app.report.text import named, plain, scientific, upward
+from discreet.app.report.text import named, plain, scientific, upward, wilson
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
 from discreet.insight.calibration import CalibrationReport, Predictions, calibration_report
@@ -89,10 +90,18 @@ def predictions_of(loaded: Loaded) -> Predictions:
     return Predictions.from_logits(loaded.scores_NK, loaded.target_N, groups=loaded.groups)
 
 
-def with_advice(found: CalibrationReport, *, clipping: Clipping | None = None, fitted: bool = False) -> dict[str, Any]:
+def with_advice(
+    found: CalibrationReport,
+    *,
+    test: Evaluation | None = None,
+    clipping: Clipping | None = None,
+    fitted: bool = False,
+) -> dict[str, Any]:
     """A report's JSON record, with what to do about it.
 
     Args:
+        test: figures on all test rows, where the report is about those of a listed class: ``examples`` and ``accuracy``
+            are then over all of them, as in ``result.json``, and ``listed`` and ``listed_accuracy`` are the report's.
         clipping: the rule that the model was trained under, if it is known.
         fitted: whether a temperature from rows of its own is applied already.
     """
@@ -104,7 +113,24 @@ def with_advice(found: CalibrationReport, *, clipping: Clipping | None = None, f
         private=bool(found.stamp),
         clipping=clipping,
     )
-    return {**found.to_json(), "advice": list(advice(seen))}
+    record = {**found.to_json(), "advice": list(advice(seen))}
+    return record if test is None else _over_all_rows(record, test)
+
+
+def _over_all_rows(record: dict[str, Any], test: Evaluation) -> dict[str, Any]:
+    intervals = mapping(record, "intervals")
+    return record | {
+        "examples": test.examples,
+        "listed": test.listed,
+        "unlisted": test.unlisted,
+        "accuracy": test.accuracy,
+        "listed_accuracy": record["accuracy"],
+        "intervals": {
+            **intervals,
+            "accuracy": list(wilson(test.accuracy, count=test.examples)),
+            "listed_accuracy": intervals["accuracy"],
+        },
+    }
 
 
 def short_facts(found: CalibrationReport) -> dict[str, object]:
@@ -153,6 +179,7 @@ def _within_budget(loaded: Loaded, options: CalibrateOptions) -> Calibrated:
 
 _SHOWN = (
     ("accuracy", "accuracy", ""),
+    ("listed_accuracy", "the same, rows of a listed class", ""),
     ("nll", "negative log-likelihood", ""),
     ("brier", "Brier score", ""),
     ("ece", "calibration error (ECE)", "ece_floor"),
@@ -168,7 +195,10 @@ _SHOWN = (
 
 def _told(record: dict[str, Any], options: CalibrateOptions, *, notes: tuple[str, ...]) -> Calibrated:
     """The command's lines, and its page if one was asked for."""
-    lines = [*_stamp_lines(record), f"{plain(number(record, 'examples'))} rows, {'; '.join(notes)}" if notes else ""]
+    lines = _stamp_lines(record)
+    lines += [f"{plain(number(record, 'examples'))} rows, {'; '.join(notes)}"] if notes else []
+    rows = measured_on(record)
+    lines += [rows.replace("\u202f", " "), ""] if rows else []
     lines += _table(record)
     lines += ["", verdict(record).replace("\u202f", " ")]
     noise = number(record, "ece_noise")
@@ -191,6 +221,12 @@ def _budget(record: dict[str, Any]) -> str:
     return f", asked within ε = {upward(epsilon)} and δ = {scientific(delta)}"
 
 
+def _measured(record: dict[str, Any]) -> float | None:
+    """The rows that the figures of probabilities are over."""
+    listed = number(record, "listed")
+    return number(record, "examples") if listed is None else listed
+
+
 def _stamp_lines(record: dict[str, Any]) -> list[str]:
     stamp = word(record, "stamp")
     if not stamp:
@@ -203,7 +239,7 @@ def _table(record: dict[str, Any]) -> list[str]:
     lines = []
     for key, name, floor in _SHOWN:
         value = number(record, key)
-        if value is None:
+        if value is None or (key == "listed_accuracy" and not number(record, "unlisted")):
             continue
         line = f"{name.ljust(width)}  {value:8.4f}"
         chance = number(record, floor) if floor else None
@@ -229,7 +265,7 @@ def _write_page(record: dict[str, Any], options: CalibrateOptions) -> None:
         "<header>",
         parts.paragraph("Calibration report", role="eyebrow"),
         f"<h1>{named(options.data.name)}</h1>",
-        parts.paragraph(f"{plain(number(record, 'examples'))} rows{_budget(record)}", role="lead"),
+        parts.paragraph(f"{plain(_measured(record))} rows{_budget(record)}", role="lead"),
         "</header>",
     ]
     section = calibration_section(record, temperature={})

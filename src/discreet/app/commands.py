@@ -12,6 +12,7 @@ from pathlib import Path
 from discreet.app.account import answer
 from discreet.app.calibrating import CalibrateOptions, calibrate, short_facts
 from discreet.app.data import PublicCalibration, SetApart
+from discreet.app.evaluation import Evaluation
 from discreet.app.models import ModelKind
 from discreet.app.options import DataOptions, TrainOptions
 from discreet.app.outcome import Outcome
@@ -344,17 +345,11 @@ def _print_outcome(outcome: Outcome) -> None:
         "noise multiplier": outcome.plan.noise_multiplier,
     }
     if outcome.test is not None:
-        facts |= {
-            f"test {name}": value
-            for name, value in outcome.test.to_json().items()
-            if name != "unlisted" and value != ""
-        }
+        facts |= _test_facts(outcome.test)
         if outcome.calibration is not None:
             facts |= {f"  {name}": value for name, value in short_facts(outcome.calibration).items()}
         if outcome.untempered is not None:
             facts["test ece before the temperature"] = outcome.untempered.ece
-        if outcome.test.unlisted:
-            facts["test rows of no listed class, counted as wrong"] = outcome.test.unlisted
     if outcome.temperature is not None:
         facts["temperature"] = outcome.temperature
     facts |= {
@@ -367,6 +362,21 @@ def _print_outcome(outcome: Outcome) -> None:
     _print_table(facts)
     if outcome.statements:
         print("\n" + "\n".join(outcome.statements))
+
+
+def _test_facts(test: Evaluation) -> dict[str, object]:
+    stamp = f", {test.stamp}" if test.stamp else ""
+    unlisted = {"test rows of no listed class, counted as wrong": test.unlisted} if test.unlisted else {}
+    over = f", over the {test.listed} rows of a listed class" if test.unlisted else ""
+    return {
+        "test accuracy": test.accuracy,
+        f"  always the commonest class{stamp}": test.constant_accuracy,
+        "test examples": test.examples,
+        **unlisted,
+        f"test nll{over}": test.nll,
+        f"test ece{over}": test.ece,
+        **({"test stamp": test.stamp} if test.stamp else {}),
+    }
 
 
 def _print_table(facts: Mapping[str, object]) -> None:

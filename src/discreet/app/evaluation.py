@@ -29,10 +29,11 @@ class Evaluation:
 
     Attributes:
         accuracy: share of right answers; a row whose class is not in the class list counts as wrong.
-        nll: mean negative log-likelihood in nats, over the rows whose class is in the list; None when it is not finite,
-            because the weights have overflowed.
+        nll: mean negative log-likelihood in nats, over the rows whose class is in the list; None when there is no such
+            row, or when it is not finite, because the weights have overflowed.
         ece: expected calibration error, over the same rows; None likewise.
         examples: rows in all.
+        constant_accuracy: what the best constant answer has: the share, of all rows, of the commonest listed class.
         unlisted: rows whose class is not in the class list.
         stamp: NON-PRIVATE unless the user says that these rows are public.
     """
@@ -41,12 +42,18 @@ class Evaluation:
     nll: float | None
     ece: float | None
     examples: int
+    constant_accuracy: float
     unlisted: int = 0
     stamp: str = ""
 
+    @property
+    def listed(self) -> int:
+        """Rows whose class is in the class list: those that figures of probabilities are over."""
+        return self.examples - self.unlisted
+
     def to_json(self) -> dict[str, float | int | str | None]:
         """As it stands in ``result.json``."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "listed": self.listed}
 
 
 def evaluate(
@@ -63,14 +70,15 @@ def evaluate(
     logits, targets = logits_of(model, examples) / temperature, examples.targets
     known = targets != IGNORED
     correct = int((logits.argmax(1) == targets).sum())
-    nll = float(F.cross_entropy(logits[known], targets[known])) if bool(known.any()) else 0.0
-    finite = bool(torch.isfinite(logits[known]).all())
+    nll = float(F.cross_entropy(logits[known], targets[known])) if bool(known.any()) else math.nan
+    finite = bool(known.any()) and bool(torch.isfinite(logits[known]).all())
     ece = expected_calibration_error(logits[known].softmax(1), targets[known]) if finite else math.nan
     return Evaluation(
         accuracy=correct / len(targets),
         nll=_finite(nll),
         ece=_finite(ece),
         examples=len(targets),
+        constant_accuracy=int(torch.bincount(targets[known], minlength=1).max()) / len(targets),
         unlisted=int((~known).sum()),
         stamp=origin.stamp,
     )

@@ -56,15 +56,21 @@ class Outcome:
 def _test_record(
     test: Evaluation | None, calibration: CalibrationReport | None, untempered: Evaluation | None
 ) -> dict[str, object] | None:
-    """The test figures with the single numbers of the calibration report, and the figures before the temperature."""
+    """The test figures with the single numbers of the calibration report, and the figures before the temperature.
+
+    The report knows only rows of a listed class, and so another accuracy: it has another name here.
+    """
     if test is None:
         return None
     record: dict[str, object] = dict(test.to_json())
     if calibration is not None:
         whole = calibration.to_json()
         record |= {
-            name: value for name, value in whole.items() if isinstance(value, float | int) and name != "examples"
+            name: value
+            for name, value in whole.items()
+            if isinstance(value, float | int) and name not in ("examples", "accuracy")
         }
+        record["listed_accuracy"] = calibration.accuracy
         record["stamp"] = calibration.stamp
     if untempered is not None:
         record["before_temperature"] = {"nll": untempered.nll, "ece": untempered.ece}

@@ -308,7 +308,7 @@ def _conclude(
     records = {RESULT: outcome.to_json()}
     if calibration is not None:
         records[CALIBRATION] = with_advice(
-            calibration, clipping=clipping_of(private.plan), fitted=verified.temperature is not None
+            calibration, test=test, clipping=clipping_of(private.plan), fitted=verified.temperature is not None
         )
     return dataclasses.replace(outcome, written=write_results(private.run_dir, records))
 

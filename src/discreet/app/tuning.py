@@ -104,6 +104,9 @@ class TuneOutcome:
         }
         if self.test is not None:
             facts["test accuracy"] = f"{self.test.accuracy:.4f}, {self.test.stamp}"
+            facts["  always the commonest class"] = f"{self.test.constant_accuracy:.4f}, {self.test.stamp}"
+            if self.test.unlisted:
+                facts["test rows of no listed class, counted as wrong"] = self.test.unlisted
         facts |= {"run": self.tuned.run_dir, "report": self.written.page or "not written"}
         width = max(len(name) for name in facts)
         lines = [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
@@ -329,5 +332,5 @@ def _conclude(
     records = {RESULT: outcome.to_json()}
     calibration = None if prepared.test is None else calibration_of(tuned.model, prepared.test, origin=origin)
     if calibration is not None:
-        records[CALIBRATION] = with_advice(calibration, clipping=clipping_of(tuned.plan))
+        records[CALIBRATION] = with_advice(calibration, test=outcome.test, clipping=clipping_of(tuned.plan))
     return dataclasses.replace(outcome, written=write_results(tuned.run_dir, records))

@@ -49,6 +49,7 @@ def calibration_section(record: Mapping[str, Any], *, temperature: Mapping[str, 
     blocks = [
         _stamp(record),
         parts.paragraph(verdict(record), role="claim"),
+        parts.paragraph(rows, role="note") if (rows := measured_on(record)) else "",
         _applied(temperature),
         parts.figure(reliability_figure(record), caption=_CAPTION),
         parts.table(("Measure", "Value", "Chance alone", "95 % interval"), rows=_rows(record), numeric=(1, 2, 3)),
@@ -75,7 +76,8 @@ _CAPTION = (
 
 def verdict(record: Mapping[str, Any]) -> str:
     """One sentence that anybody understands."""
-    accuracy, gap = number(record, "accuracy"), number(record, "gap") or 0.0
+    listed = "listed_accuracy" if "listed_accuracy" in record else "accuracy"
+    accuracy, gap = number(record, listed), number(record, "gap") or 0.0
     ece, floor, high = number(record, "ece"), number(record, "ece_floor"), number(record, "ece_floor_high")
     if ece is None or floor is None or accuracy is None:
         return ""
@@ -85,8 +87,20 @@ def verdict(record: Mapping[str, Any]) -> str:
     if abs(gap) < 0.5 * ece:
         return f"Some probabilities are too high and others too low: {size}."
     words = "too sure of itself" if gap > 0 else "not sure enough"
+    whose = "On rows of a listed class it says on average" if number(record, "unlisted") else "On average it says"
+    return f"{whose} {percent(accuracy + gap)} and is right {percent(accuracy)} of the time: {words}; {size}."
+
+
+def measured_on(record: Mapping[str, Any]) -> str:
+    """Which rows the figures are over, where some test rows have no listed class; else nothing."""
+    unlisted = number(record, "unlisted")
+    if not unlisted:
+        return ""
+    rows = plain(number(record, "examples"))
     return (
-        f"On average it says {percent(accuracy + gap)} and is right {percent(accuracy)} of the time: {words}; {size}."
+        f"Of {rows} test rows {plain(unlisted)} are of no listed class. They count as wrong "
+        "in the test accuracy, and have no probability that could be compared: figures of probabilities are over the "
+        f"{plain(number(record, 'listed'))} test rows of a listed class."
     )
 
 

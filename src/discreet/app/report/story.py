@@ -76,7 +76,10 @@ def guarantee_section(run: RunRecord) -> str:
                 "already, even every other row, and whatever they compute. It does not weaken with time."
             ),
             parts.table(
-                ("Sure beforehand that you were in the data", "At most this sure afterwards"),
+                (
+                    "Sure beforehand that you were in the data",
+                    f"At most this sure afterwards, except with probability δ = {scientific(delta)}",
+                ),
                 rows=prior_rows,
                 role="pairs",
             ),
@@ -109,11 +112,23 @@ def metrics_section(run: RunRecord) -> str:
             low, high = wilson(accuracy, count=int(count))
             spread = f"{percent(low)} to {percent(high)}"
         rows.append(
-            ("Accuracy<small>share of test rows whose class is right</small>", percent(accuracy, digits=2), spread)
+            (
+                f"{_stamped('Accuracy', run)}<small>share of all test rows whose class is right</small>",
+                percent(accuracy, digits=2),
+                spread,
+            )
         )
+    constant = number(test, "constant_accuracy")
+    if constant is not None:
+        name = _stamped("Always the commonest class", run)
+        note = "a constant answer, on the same test rows; it needs no model"
+        rows.append((f"{name}<small>{note}</small>", percent(constant, digits=2), ""))
+    unlisted, over = number(test, "unlisted"), ""
+    if unlisted:
+        over = f"; over the {plain(number(test, 'listed'))} rows of a listed class"
     if not run.calibration:
         rows += [
-            (f"{name}<small>{note}</small>", f"{value:.4f}", "")
+            (f"{name}<small>{note}{over}</small>", f"{value:.4f}", "")
             for key, name, note in _PROBABILITIES
             if (value := number(test, key)) is not None
         ]
@@ -124,12 +139,18 @@ def metrics_section(run: RunRecord) -> str:
         markup=[
             parts.table(("Measure", "Value", "95 % interval"), rows=rows, numeric=(1, 2)),
             parts.paragraph(
-                f"Measured on {plain(count)} test rows. These figures are about the test rows, and the guarantee of "
-                "the training rows does not cover them.",
+                f"Measured on {plain(count)} test rows. {_of_no_class(unlisted)}These figures are about the test "
+                "rows, and the guarantee of the training rows does not cover them.",
                 role="note",
             ),
         ],
     )
+
+
+def _of_no_class(unlisted: float | None) -> str:
+    if not unlisted:
+        return ""
+    return f"{plain(unlisted)} of them are of no listed class, and count as wrong. "
 
 
 _PROBABILITIES = (
@@ -281,9 +302,11 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     ]
     if run.stamp is Stamp.NOT_PRIVATE:
         figures = [("Epsilon", "∞", "no guarantee")]
-    accuracy = number(mapping(run.result, "test"), "accuracy")
+    test = mapping(run.result, "test")
+    accuracy, constant = number(test, "accuracy"), number(test, "constant_accuracy")
     if accuracy is not None:
-        figures.append(("Test accuracy", percent(accuracy), _stamped("on held-out rows", run)))
+        beside = "" if constant is None else f"; always the commonest class: {percent(constant)}"
+        figures.append(("Test accuracy", percent(accuracy), _stamped("on held-out rows", run) + beside))
     figures.append(("Examples", plain(number(run.plan, "examples")), "in training"))
     return figures
 
