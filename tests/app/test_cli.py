@@ -11,6 +11,7 @@ import pytest
 
 from app.program import CANARY, ROWS, idx, run_program, table
 from app.reported import page_of
+from discreet.train.run import Run
 
 
 def test_train_verify_report(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,3 +317,35 @@ def test_a_large_delta_is_said_to_be_one(workplace: Path, capsys: pytest.Capture
     data = table(workplace / "people.csv")
     words = ("train", data, "--target", "income", "--epsilon", 8, "--delta", 0.5, "--steps", 5, "--out", "run")
     assert "above 1 / examples" in run_program(capsys, *words)[1]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        (("--epsilon", 8, "--delta", 0.1), "delta 0.1 is above 1 / examples"),
+        (("--epsilon", 20), "epsilon 20 promises little by itself; the usual range is 1 to 8."),
+    ],
+    ids=["delta", "epsilon"],
+)
+@pytest.mark.parametrize("command", [("train",), ("tune", "--learning-rates", 0.02)], ids=["train", "tune"])
+def test_a_weak_promise_is_said_to_be_one_before_anything_is_charged(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[object, ...],
+    numbers: tuple[object, ...],
+    told: str,
+) -> None:
+    """Afterwards nobody can heed it."""
+
+    def interrupted(*_arguments: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    data = table(workplace / "people.csv")
+    monkeypatch.setattr(Run, "create", interrupted)
+    code, out, err = run_program(
+        capsys, command[0], data, "--target", "income", *command[1:], *numbers, "--steps", 5, "--out", "run"
+    )
+    assert (code, out) == (1, "")
+    assert f"discreet: Warning: {told}" in err
+    assert err.splitlines()[-1] == "discreet: interrupted; nothing was charged yet; repeat the command."

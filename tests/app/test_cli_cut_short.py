@@ -20,6 +20,7 @@ from app.program import run_program, table
 from discreet.app import commands
 from discreet.app.cli import main
 from discreet.app.report.text import duration
+from discreet.app.runs import what_next
 from discreet.train import updates
 from discreet.train.run import Run
 
@@ -42,7 +43,7 @@ def _start(words: tuple[object, ...], *, outside: Callable[[], None]) -> multipr
 
 
 def test_a_command_that_keeps_nothing_offers_no_resumption(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(_options: object) -> None:
         raise KeyboardInterrupt
@@ -50,8 +51,81 @@ def test_a_command_that_keeps_nothing_offers_no_resumption(
     monkeypatch.setattr(commands, "COMMANDS", dict.fromkeys(commands.COMMANDS, interrupted))
     assert main(["verify", "run"]) == 1
     assert capsys.readouterr().err == "discreet: interrupted; repeat the command.\n"
-    assert main(["demo"]) == 1
-    assert "--resume and --out RUN" in capsys.readouterr().err
+    for words in (["demo"], ["demo", "--out", "new"], ["demo", "--resume"]):
+        assert main(words) == 1
+        err = capsys.readouterr().err
+        assert err.endswith("repeat the command.\n")
+        assert "--resume" not in err
+    assert not list(workplace.iterdir())
+
+
+WORDS = ("--target", "income", "--epsilon", 8, "--steps", 60)
+
+
+def test_an_interrupted_run_is_named(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever named none cannot know which one to resume."""
+
+    def interrupted(_run: Run, _record: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", interrupted)
+    code, _, err = run_program(capsys, "train", table(workplace / "people.csv", rows=500), *WORDS)
+    (run,) = (workplace / "runs").iterdir()
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "discreet: interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume --out "
+        f"runs/{run.name}."
+    )
+
+
+def test_an_interruption_after_the_end_does_not_offer_to_resume(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has ended: it could only be refused."""
+
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("train", table(workplace / "people.csv", rows=500), *WORDS, "--out", "run one")
+    with monkeypatch.context() as patched:
+        patched.setattr("discreet.app.training.write_results", interrupted)
+        code, _, err = run_program(capsys, *words)
+    last = err.splitlines()[-1]
+    assert code == 4
+    assert "do not train again; `discreet report 'run one'` writes the page, without the last figures" in last
+    assert "--resume" not in last
+    assert run_program(capsys, "report", "run one")[0] == 0
+    assert run_program(capsys, "verify", "run one")[0] == 0
+    # Interrupted between the end of the ledger and its certificate, which --resume alone writes.
+    (workplace / "run one" / "release" / "certificate.json").unlink()
+    assert "with --resume --out 'run one' once, which writes it; then `discreet" in what_next(Path("run one"))
+    run_program(capsys, *words, "--resume")
+    assert run_program(capsys, "verify", "run one")[0] == 0
+
+
+def test_a_new_run_where_one_has_ended_is_not_sent_to_resume_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train", table(workplace / "people.csv", rows=500), *WORDS, "--out", "run")
+
+    def interrupted(_run: Run, _record: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", interrupted)
+        run_program(capsys, *words)
+    code, _, err = run_program(capsys, *words)
+    assert code == 2
+    assert "continue it with resume (--resume)" in err
+    assert run_program(capsys, *words, "--resume")[0] == 0
+    for again in (words, ("demo", "--out", "run"), ("tune", *words[1:], "--learning-rates", 0.02)):
+        code, _, err = run_program(capsys, *again)
+        assert code == 2
+        assert "--resume" not in err
+        assert "run that has ended, and cannot be continued; name another directory" in err
+        assert "see `discreet verify run` and `discreet report run`" in err
 
 
 def _no_change() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 
 from app.data_files import write
 from app.program import CANARY, idx, must_refuse, run_program, table
+from discreet.app.data.records import read_records
+from discreet.app.data.schema import Schema
 from discreet.app.options import pick_device
 from discreet.errors import ConfigError
 
@@ -67,6 +71,67 @@ MALFORMED_FILES: dict[str, str | bytes] = {
 def test_malformed_file(workplace: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     write(workplace / "bad.csv", MALFORMED_FILES[name])
     must_refuse(workplace, capsys, "train", "bad.csv", "--target", "income", "--epsilon", 3, "--out", "run")
+
+
+PEOPLE = "age,job,income\n" + "".join(f"{age},clerk,{'low' if age % 2 else 'high'}\n" for age in range(50))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (gzip.compress(PEOPLE.encode()), "is a gzip file, must be plain text; unpack it, e.g. gunzip -c"),
+        (codecs.BOM_UTF16_LE + PEOPLE.encode("utf-16-le"), "e.g. iconv -f UTF-16 -t UTF-8"),
+        (codecs.BOM_UTF16_BE + PEOPLE.encode("utf-16-be"), "e.g. iconv -f UTF-16 -t UTF-8"),
+        (b"PK\x03\x04\x14\0\0\0", "is a zip file or a spreadsheet (xlsx), must be plain text; export it as CSV"),
+    ],
+    ids=["gzip", "UTF-16 little", "UTF-16 big", "xlsx"],
+)
+def test_a_file_of_another_format_is_called_by_its_name(
+    workplace: Path, capsys: pytest.CaptureFixture[str], content: bytes, told: str
+) -> None:
+    write(workplace / "people.csv", content)
+    code, _, err = run_program(capsys, "train", "people.csv", "--target", "income", "--epsilon", 8, "--out", "run")
+    assert code == 2
+    assert told in err
+
+
+def test_a_column_called_pk_makes_no_zip_file(workplace: Path) -> None:
+    write(workplace / "people.csv", PEOPLE.replace("age", "PK", 1))
+    assert read_records(workplace / "people.csv", schema=Schema(), columns=None).names == ("PK", "job", "income")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--target", "income", "--epsilon", 8, "--classes", 2), "--classes 2 means the labels 0 to 1, and no row has"),
+        (("--target", "income", "--epsilon", 0.05), "list the classes with --classes A,B, or in a schema ([target]"),
+        (("--target", "row", "--epsilon", 8), "list the classes with --classes A,B, or in a schema ([target]"),
+        (("--schema", "broken.toml", "--epsilon", 8), "see the example in docs/quickstart.md."),
+    ],
+    ids=["number of classes", "few rows", "a number as the target", "schema"],
+)
+def test_a_remedy_is_one_that_is_at_hand(
+    workplace: Path, capsys: pytest.CaptureFixture[str], words: tuple[object, ...], told: str
+) -> None:
+    data = table(workplace / "people.csv")
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([f"row,{lines[0]}", *(f"{i},{line}" for i, line in enumerate(lines[1:]))]) + "\n")
+    write(workplace / "broken.toml", "[target")
+    code, _, err = run_program(capsys, "train", data, *words, "--out", "run")
+    assert code == 2
+    assert told in err
+
+
+def test_a_file_of_a_run_names_its_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "run" / "release").mkdir(parents=True)
+    for name in ("ledger.jsonl", "release/plan.json"):
+        write(workplace / "run" / name, "")
+        err = run_program(capsys, "verify", Path("run", name))[2]
+        assert err == (
+            f"discreet: run/{name}: is a file and no run directory; pass its run directory, {workplace / 'run'}.\n"
+        )
+    write(workplace / "alone.json", "")
+    assert "pass the run directory that it belongs to" in run_program(capsys, "verify", "alone.json")[2]
 
 
 @pytest.mark.parametrize(("labels", "cut"), [(9, 9), (8, 0)], ids=["truncated gzip", "fewer labels than images"])

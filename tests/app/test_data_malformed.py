@@ -46,7 +46,7 @@ GOOD = f"a,b,label\n1,{CANARY},yes\n2,{CANARY},no\n"
         (GOOD.encode() + f'3,"{CANARY}"x,yes\n'.encode(), "line 4: broken quotes"),
         (GOOD.encode() + CANARY.encode() + b",\xe9,yes\n", "line 4: not UTF-8"),
         (GOOD.encode() + CANARY.encode() + b",\0,yes\n", "line 4: holds a NUL"),
-        (GOOD.encode("utf-16"), "NUL"),
+        (GOOD.encode("utf-16"), "is UTF-16 text"),
         (f"a,a,label\n1,{CANARY},yes\n".encode(), "repeated or empty"),
         (f"{CANARY},{CANARY},label\n1,2,yes\n".encode(), "repeated or empty"),
         (f"a,,label\n1,{CANARY},yes\n".encode(), "repeated or empty"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -75,6 +76,20 @@ def test_three_plans_from_a_number_of_rows(capsys: pytest.CaptureFixture[str]) -
     assert record["options"][1]["seconds"] is None
 
 
+def test_the_command_that_comes_next_can_be_pasted(
+    workplace: Path, told: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("people.csv", "--schema", "schema.toml", "--test", "people.csv", "--classes", "low,high", "--model", "mlp")
+    code, out, _ = _run(capsys, "plan", *words, "--epsilon", 3, "--steps", 5, "--out", "my plan.json")
+    assert code == 0
+    (command,) = [line.removeprefix("next  ") for line in out.splitlines() if line.startswith("next  ")]
+    assert command == (
+        "discreet train people.csv --test people.csv --schema schema.toml --classes low,high --model mlp "
+        "--plan 'my plan.json'"
+    )
+    assert _run(capsys, *shlex.split(command)[1:], "--out", "run")[0] == 0
+
+
 def test_measured_on_the_file(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("plan", "people.csv", "--schema", "schema.toml", "--epsilon", 3, "--compute", "2m", "--json")
     code, out, _ = _run(capsys, *words)
@@ -95,7 +110,7 @@ def test_training_follows_a_saved_plan_exactly(
     data = ("people.csv", *(("--schema", "schema.toml") if public else ("--target", "income")))
     code, out, _ = _run(capsys, "plan", *data, "--epsilon", 8, "--samples", 20_000, "--out", "plan.json")
     assert code == 0
-    assert "discreet train people.csv ... --plan plan.json" in out
+    assert "next  discreet train people.csv --" in out
     code, out, _ = _run(capsys, "train", *data, "--plan", "plan.json", "--out", "run", "--json")
     assert code == 0
     plan = Plan.load("plan.json")

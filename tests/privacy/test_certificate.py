@@ -384,9 +384,42 @@ def test_a_finished_run_does_not_pass_for_one_under_way(run):
     folder, _ = run
     (folder / "release" / "model.safetensors").write_bytes(b"")
     (folder / CERTIFICATE_FILE).unlink()
-    with pytest.raises(LedgerError, match="resume the run once"):
+    with pytest.raises(LedgerError, match="is missing although the run has ended; ask its owner for it"):
         verify(folder)
     lines = (folder / LEDGER_FILE).read_text().splitlines(keepends=True)
     (folder / LEDGER_FILE).write_text("".join(lines[:-2]))
     with pytest.raises(LedgerError, match="records were cut off"):
         verify(folder)
+
+
+@pytest.mark.parametrize("garbage", [b"garbage\n", b"\xff"], ids=["text", "bytes"])
+@pytest.mark.parametrize("name", [PLAN_FILE, CERTIFICATE_FILE])
+def test_a_damaged_file_has_one_name_and_one_remedy(run, name, garbage):
+    folder, _ = run
+    (folder / name).write_bytes(garbage)
+    with pytest.raises(LedgerError) as refusal:
+        verify(folder)
+    told = str(refusal.value)
+    assert told.count("json:") == 1
+    assert told.startswith(f"{name}: ")
+    assert told.count("restore") == 1
+
+
+def test_a_missing_plan_is_one_sentence(run):
+    folder, _ = run
+    (folder / PLAN_FILE).unlink()
+    with pytest.raises(LedgerError) as refusal:
+        verify(folder)
+    assert str(refusal.value) == f"{PLAN_FILE}: is missing; ask the owner of the run for it."
+
+
+def test_what_is_not_checked_is_named(run, tmp_path):
+    folder, _ = run
+    assert verify(folder).unchecked == ()
+    for name in ("report.html", "result.json"):
+        (folder / "release" / name).write_text("{}")
+    assert verify(folder).to_json()["unchecked"] == ["report.html", "result.json"]
+    # Nothing compares a temperature before the end.
+    open_folder, _ = _under_way(tmp_path / "open")
+    (open_folder / "release" / "temperature.json").write_text("{}")
+    assert verify(open_folder).unchecked == ("temperature.json",)

@@ -23,10 +23,12 @@ from typing import NoReturn
 from discreet.app import commands
 from discreet.app.account import add_arguments as add_account_arguments
 from discreet.app.models import ModelKind
+from discreet.app.runs import has_ended, what_next
 from discreet.core.clipping import Clipping
 from discreet.core.style import Style
 from discreet.errors import BudgetExceeded, ConfigError, DiscreetError, LedgerError, NotWritten
 from discreet.privacy.repetitions import Stopping
+from discreet.train.run_directory import new_run_dir
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_BUDGET, EXIT_NOT_WRITTEN = 0, 1, 2, 3, 4
 _RESUMABLE = ("train", "tune", "demo")
@@ -43,11 +45,13 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     _settle_streams()
-    command = ""
+    options = None
     try:
         with _termination_is_interruption():
             options = parser().parse_args(argv)
-            command = options.command
+            if options.command in _RESUMABLE and options.out is None and not options.resume:
+                # Named here, so that it can be named again when the command is interrupted.
+                options.out = new_run_dir()
             commands.COMMANDS[options.command](options)
             sys.stdout.flush()
     except BudgetExceeded as error:
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{where}{error.strerror or error}; check the disk and the permissions, then use --resume.", EXIT_FAILED
         )
     except KeyboardInterrupt:
-        return _fail(_interrupted(command), EXIT_FAILED)
+        return _interrupted(options)
     except Exception as error:  # noqa: BLE001
         # The edge of the program: what torch raises may quote an example ("Target 7 is out of bounds").
         return _fail(_without_values(error), EXIT_FAILED)
@@ -99,13 +103,12 @@ def _termination_is_interruption() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupted(command: str) -> str:
-    if command not in _RESUMABLE:
-        return "interrupted; repeat the command."
-    return (
-        "interrupted; nothing is lost up to the last checkpoint: repeat the command with --resume and --out RUN, the "
-        "newest below runs/ if none was named; without --resume where there is no such directory yet."
-    )
+def _interrupted(options: argparse.Namespace | None) -> int:
+    """Say what to do next; a run that had ended lacks its page at most."""
+    out = options.out if options is not None and options.command in _RESUMABLE else None
+    if out is None:
+        return _fail("interrupted; repeat the command.", EXIT_FAILED)
+    return _fail(f"interrupted; {what_next(out)}", EXIT_NOT_WRITTEN if has_ended(out) else EXIT_FAILED)
 
 
 def _without_values(error: Exception) -> str:

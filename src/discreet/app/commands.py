@@ -25,7 +25,7 @@ from discreet.app.training import train_digits, train_file
 from discreet.app.tuning import TuneOptions, tune_file
 from discreet.errors import ConfigError
 from discreet.insight.origin import Origin
-from discreet.privacy.certificate import rounded_up
+from discreet.privacy.certificate import LEDGER_NAME, rounded_up
 from discreet.privacy.plan import Plan
 from discreet.privacy.records import json_number
 from discreet.privacy.repetitions import Stopping
@@ -136,9 +136,13 @@ def verify_run(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(record)
         return
-    del record["statement"]
+    del record["statement"], record["unchecked"]
     _print_table(record | {"epsilon": rounded_up(found.epsilon)})
     print(f"\n{found.statement}")
+    if found.unchecked:
+        # Whoever made the folder chose the names: a line of the terminal must not come from one.
+        names = ", ".join(name if name.isprintable() else ascii(name) for name in found.unchecked)
+        print(f"\nNot checked, as the ledger does not bind it: {names} in release/.")
 
 
 def calibrate_predictions(options: argparse.Namespace) -> None:
@@ -324,6 +328,10 @@ def _learning_rate(text: str | None) -> float | AutoLR | None:
 
 
 def _run_dir(path: Path) -> Path:
+    if path.is_file():
+        above = [folder for folder in path.resolve().parents[:2] if (folder / LEDGER_NAME).is_file()]
+        remedy = f"pass its run directory, {above[0]}" if above else "pass the run directory that it belongs to"
+        raise ConfigError(f"{path}: is a file and no run directory; {remedy}.")
     if not path.is_dir():
         raise ConfigError(f"{path}: is no run directory; pass the directory that `discreet train` printed.")
     return path

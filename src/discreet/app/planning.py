@@ -59,9 +59,10 @@ class Planned:
 
     proposal: Proposal
     chosen: Option
-    data: Path | None
+    data: DataOptions | None
     out: Path | None
     html: Path | None
+    model: models.ModelKind = models.ModelKind.AUTO
 
     def to_json(self) -> dict[str, object]:
         """The object that ``--json`` prints."""
@@ -92,9 +93,7 @@ class Planned:
         written = [f"plan  {self.out}"] if self.out is not None else []
         written += [f"page  {self.html}"] if self.html is not None else []
         if self.out is not None and self.data is not None:
-            written.append(
-                f"next  discreet train {shlex.quote(str(self.data))} ... --plan {shlex.quote(str(self.out))}"
-            )
+            written.append(f"next  {_train_command(self.data, model=self.model, plan=self.out)}")
         return "\n".join(written)
 
 
@@ -122,9 +121,10 @@ def plan_data(data: DataOptions | None, options: PlanOptions) -> Planned:
     return Planned(
         proposal=proposal,
         chosen=chosen,
-        data=data.path if data is not None else None,
+        data=data,
         out=options.out,
         html=options.html,
+        model=options.model,
     )
 
 
@@ -200,6 +200,26 @@ def _propose(
         clipping=clipping.describe(),
         before=before,
     )
+
+
+def _train_command(data: DataOptions, *, model: models.ModelKind, plan: Path) -> str:
+    """The command that trains by a plan, on the same data read in the same way."""
+    classes = data.classes
+    said: dict[str, object] = {
+        "--target": data.target,
+        "--test": data.test,
+        "--columns": None if data.columns is None else ",".join(data.columns),
+        "--schema": data.schema,
+        "--classes": ",".join(classes) if isinstance(classes, tuple) else classes,
+        "--text-column": data.text_column,
+        "--image-size": None if data.image_size is None else "x".join(map(str, data.image_size)),
+        "--model": None if model is models.ModelKind.AUTO else model.value,
+        "--plan": plan,
+    }
+    words = ["discreet", "train", str(data.path)]
+    for option, value in said.items():
+        words += [] if value is None else [option, str(value)]
+    return shlex.join(words)
 
 
 def _choose(proposal: Proposal, name: str | None) -> Option:

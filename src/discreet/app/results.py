@@ -19,6 +19,8 @@ from discreet.errors import DataError, NotWritten
 from discreet.privacy.files import write_atomically
 
 RESULT, CALIBRATION = "result.json", "calibration.json"
+WHOLE = "the run has ended and is whole: its model, its certificate and its ledger are safe, do not train again"
+"""What whoever sees a run fail after its end must know first."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ class Written:
         if self.page is None:
             remedies.append(f"free some space, then `discreet report {shlex.quote(str(self.run_dir))}` writes the page")
         raise NotWritten(
-            f"{self.run_dir / PAGE.parent}: {' and '.join(self.missing)} cannot be written ({self.why}); the run has "
-            "ended and is whole: its model, its certificate and its ledger are safe, do not train again; "
+            f"{self.run_dir / PAGE.parent}: {' and '.join(self.missing)} cannot be written ({self.why}); {WHOLE}; "
             f"{'; '.join(remedies)}."
         )
 

@@ -22,7 +22,15 @@ from discreet.app.options import DataOptions, TrainOptions, open_data, pick_devi
 from discreet.app.outcome import Outcome
 from discreet.app.progress import Progress
 from discreet.app.results import CALIBRATION, RESULT, Written, write_results
-from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content
+from discreet.app.runs import (
+    AskedAndPlanned,
+    asked_and_planned,
+    refuse_ended,
+    resume_run,
+    same_content,
+    warn_of_weak_promises,
+    weak_promises,
+)
 from discreet.app.stand_ins import measure_spec
 from discreet.app.temperature import conclusion, plan_calibration, planned, statement, trained_statement
 from discreet.errors import ConfigError
@@ -53,6 +61,8 @@ def train_file(data: DataOptions, options: TrainOptions) -> Outcome:
     """Train on a file or folder. Everything is read and validated before anything is written."""
     started = time.monotonic()
     device = pick_device(options.device)
+    if not options.resume:
+        refuse_ended(options.out)
     _refuse_private_as_public(data)
     source = open_data(data, kind=options.model)
     private = isinstance(data.calibration, SetApart)
@@ -95,6 +105,8 @@ def train_digits(options: TrainOptions, *, calibration: SetApart | None = None) 
     """Train on scikit-learn's bundled digits."""
     started = time.monotonic()
     device = pick_device(options.device)
+    if not options.resume:
+        refuse_ended(options.out)
     prepared = digits(calibration)
     examples = len(prepared.train)
     apart = 0 if prepared.calibration is None else len(prepared.calibration)
@@ -159,6 +171,7 @@ def _open_run(
                 "--plan: and --private-temperature do not agree on the examples that are set apart; leave out "
                 "--plan, or use the same data and options as the run that the plan is of."
             )
+    warn_of_weak_promises(plan)
     return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
 
 
@@ -299,7 +312,7 @@ def _conclude(
             *statement(private.plan, private.run.ledger),
             *_rate_found(private),
             *_cut_short(private),
-            *_weak_delta(private.plan),
+            *weak_promises(private.plan),
         ),
         calibration=calibration,
         temperature=verified.temperature,
@@ -311,15 +324,6 @@ def _conclude(
             calibration, test=test, clipping=clipping_of(private.plan), fitted=verified.temperature is not None
         )
     return dataclasses.replace(outcome, written=write_results(private.run_dir, records))
-
-
-def _weak_delta(plan: Plan) -> tuple[str, ...]:
-    """A sentence when delta is so large that publishing one row at random would keep the promise."""
-    if plan.delta * plan.examples <= 1:
-        return ()
-    return (
-        f"Warning: delta {plan.delta:g} is above 1 / examples, {1 / plan.examples:.2g}; such a promise says little.",
-    )
 
 
 def _rate_found(private: Private) -> tuple[str, ...]:

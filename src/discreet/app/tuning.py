@@ -18,7 +18,16 @@ from discreet.app.evaluation import Evaluation, calibration_of, evaluate
 from discreet.app.options import DataOptions, open_data, pick_device
 from discreet.app.progress import SECONDS_BETWEEN_LINES
 from discreet.app.results import CALIBRATION, RESULT, Written, write_results
-from discreet.app.runs import AskedAndPlanned, asked_and_planned, resume_run, same_content, sizes
+from discreet.app.runs import (
+    AskedAndPlanned,
+    asked_and_planned,
+    refuse_ended,
+    resume_run,
+    same_content,
+    sizes,
+    warn_of_weak_promises,
+    weak_promises,
+)
 from discreet.app.temperature import trained_statement
 from discreet.core.clipping import Clipping
 from discreet.errors import ConfigError
@@ -117,6 +126,8 @@ class TuneOutcome:
 def tune_file(data: DataOptions, options: TuneOptions) -> TuneOutcome:
     """Search on a file or folder. Everything is read, validated and announced before anything is written."""
     device = pick_device(options.device)
+    if not options.resume:
+        refuse_ended(options.out)
     kinds = options.kinds or (models.ModelKind.AUTO,)
     source = open_data(data, kind=kinds[0])
     kinds = tuple(dict.fromkeys(models.kind_for(kind, source.kind) for kind in kinds))
@@ -299,6 +310,7 @@ def _open_run(
         notes=() if options.clipping is not None else (reason(rule, source.examples),),
     )
     announce(plan)
+    warn_of_weak_promises(plan)
     return Run.create(options.out if options.out is not None else new_run_dir(), plan=plan, seed=options.seed)
 
 
@@ -327,6 +339,7 @@ def _conclude(
             *prepared.statements,
             *trained_statement(tuned.model),
             f"The learning rate and the model were chosen by a search that is part of epsilon, scored on {score}.",
+            *weak_promises(tuned.plan),
         ),
     )
     records = {RESULT: outcome.to_json()}

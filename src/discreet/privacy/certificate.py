@@ -18,7 +18,7 @@ from discreet.privacy.accounting import epsilon as compose_epsilon
 from discreet.privacy.files import write_atomically
 from discreet.privacy.ledger import Ledger, LedgerView
 from discreet.privacy.plan import Plan
-from discreet.privacy.records import json_number
+from discreet.privacy.records import json_number, parse_json
 
 FORMAT = 1
 LEDGER_NAME = "ledger.jsonl"
@@ -284,17 +284,28 @@ def read_run(run_dir: Path) -> tuple[Plan, LedgerView]:
     ledger = Ledger.read(run_dir / LEDGER_NAME)
     if ledger.torn:
         raise LedgerError(
-            f"{LEDGER_NAME}: line {len(ledger.records) + 1} is unfinished; resume the run once, which sets it aside."
+            f"{LEDGER_NAME}: line {len(ledger.records) + 1} is unfinished; ask the owner to resume the run once, which "
+            "sets it aside."
         )
-    try:
-        plan = Plan.load(run_dir / PLAN_NAME)
-    except ConfigError as error:
-        raise LedgerError(f"{PLAN_NAME}: {error}") from None
+    plan = _read_plan(run_dir / PLAN_NAME)
     if plan.fingerprint() != ledger.plan.fingerprint():
         raise LedgerError(
             f"{PLAN_NAME}: field {_first_difference(plan, ledger.plan)!r} differs from the ledger's plan; restore it."
         )
     return plan, ledger
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(parse_json(path.read_text(encoding="utf-8"), where=PLAN_NAME))
+    except FileNotFoundError:
+        raise LedgerError(f"{PLAN_NAME}: is missing; ask the owner of the run for it.") from None
+    except OSError as error:
+        raise LedgerError(f"{PLAN_NAME}: cannot be read ({error.strerror}); check its permissions.") from None
+    except UnicodeDecodeError:
+        raise LedgerError(f"{PLAN_NAME}: not valid JSON; restore the file from a copy.") from None
+    except ConfigError as error:
+        raise LedgerError(str(error)) from None
 
 
 def _first_difference(plan: Plan, other: Plan) -> str:

@@ -139,6 +139,13 @@ def _noise(
     return sigma / batch_size / math.sqrt(steps)
 
 
+def large_epsilon(epsilon: float) -> tuple[str, ...]:
+    """A sentence about an epsilon above 10. An infinite one promises nothing, which is said in other places."""
+    if not 10 < epsilon < math.inf:
+        return ()
+    return (f"epsilon {epsilon:g} promises little by itself; the usual range is 1 to 8.",)
+
+
 def warnings_about(option: Option, *, machine: Machine | None) -> tuple[str, ...]:
     """What to know before relying on a plan."""
     plan, found = option.plan, []
@@ -157,8 +164,7 @@ def warnings_about(option: Option, *, machine: Machine | None) -> tuple[str, ...
             f"In one step the noise is at least {1 / option.signal:.1f} times as long as the clipped mean gradient: "
             "learning rests on many steps, and a smaller model, or training a part of it, would be heard better."
         )
-    if plan.epsilon > 10:
-        found.append(f"epsilon {plan.epsilon:g} promises little by itself; the usual range is 1 to 8.")
+    found.extend(large_epsilon(plan.epsilon))
     if not option.fits:
         found.append("This plan does not keep the bound on compute.")
     if plan.examples < 1000:

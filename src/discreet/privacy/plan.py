@@ -355,9 +355,14 @@ class Plan:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read as a plan ({error}); pass the plan.json of a run.") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}.") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: is no plan, as it is not UTF-8 text; {_REMEDY}.") from None
         return cls.from_json(parse_json(text, where=str(path)))
+
+
+_REMEDY = "pass a plan that `discreet plan --out` saved, or the release/plan.json of a run"
 
 
 def _search(record: Mapping[str, object]) -> Search:

@@ -14,6 +14,7 @@ from discreet.privacy.certificate import (
     CERTIFICATE_NAME,
     LEDGER_NAME,
     MODEL_NAME,
+    PLAN_NAME,
     TEMPERATURE_NAME,
     certificate,
     is_private,
@@ -48,6 +49,7 @@ class Verification:
         statement: the claim in one sentence.
         model: whether the released model was compared, in words.
         temperature: what the model's logits are to be divided by, released with it; None when none was fitted.
+        unchecked: names of what else lies in ``release/``: nothing in the ledger says what it must hold.
     """
 
     epsilon: float
@@ -65,6 +67,7 @@ class Verification:
     statement: str
     model: str
     temperature: float | None = None
+    unchecked: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """JSON values, as `discreet verify` prints them; infinity, which JSON does not have, is a word."""
@@ -81,6 +84,7 @@ class Verification:
             "finished": self.finished,
             "model": self.model,
             "statement": self.statement,
+            "unchecked": list(self.unchecked),
         }
         if self.temperature is not None:
             record["temperature"] = self.temperature
@@ -130,7 +134,14 @@ def verify(run_dir: Path | str) -> Verification:
         statement=f"{UNFINISHED}: {statement_of(plan, ledger)}" if under_way else statement_of(plan, ledger),
         model=model,
         temperature=temperature_of(ledger),
+        unchecked=_unchecked(run_dir, under_way=under_way),
     )
+
+
+def _unchecked(run_dir: Path, *, under_way: bool) -> tuple[str, ...]:
+    checked = {PLAN_NAME} if under_way else {PLAN_NAME, CERTIFICATE_NAME, MODEL_NAME, TEMPERATURE_NAME}
+    release = (run_dir / PLAN_NAME).parent
+    return tuple(sorted(path.name for path in release.iterdir() if f"{release.name}/{path.name}" not in checked))
 
 
 def _check_nothing_ended(run_dir: Path) -> None:
@@ -138,7 +149,7 @@ def _check_nothing_ended(run_dir: Path) -> None:
     if (run_dir / MODEL_NAME).exists():
         raise LedgerError(
             f"{LEDGER_NAME}: has no end although {MODEL_NAME} is released: records were cut off, or the end was "
-            "interrupted; resume the run once, which finishes it, or distrust it."
+            "interrupted; ask the owner to resume the run once, which finishes it, or distrust it."
         )
 
 
@@ -164,8 +175,10 @@ def _check_temperature(path: Path, ledger: LedgerView) -> None:
         return
     try:
         record = parse_json(path.read_text(encoding="ascii"), where=TEMPERATURE_NAME)
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise LedgerError(f"{TEMPERATURE_NAME}: cannot be read ({error}); restore it, or distrust it.") from None
+    except OSError as error:
+        raise LedgerError(f"{TEMPERATURE_NAME}: cannot be read ({error.strerror}); check its permissions.") from None
+    except (UnicodeDecodeError, ConfigError):
+        raise LedgerError(f"{TEMPERATURE_NAME}: is not valid JSON; restore it, or distrust it.") from None
     if record != temperature_facts(ledger):
         raise LedgerError(f"{TEMPERATURE_NAME}: is not the temperature in the ledger; restore it, or distrust it.")
 
@@ -182,12 +195,15 @@ def _check_certificate(found: Mapping[str, object], expected: Mapping[str, objec
 def _read_certificate(path: Path) -> dict[str, object]:
     try:
         record = parse_json(path.read_text(encoding="ascii"), where=CERTIFICATE_NAME)
-    except OSError as error:
+    except FileNotFoundError:
         raise LedgerError(
-            f"{CERTIFICATE_NAME}: cannot be read ({error.strerror}); resume the run once, which writes it again."
+            f"{CERTIFICATE_NAME}: is missing although the run has ended; ask its owner for it, who writes it again by "
+            "repeating the command of the run with --resume and --out RUN."
         ) from None
-    except (UnicodeDecodeError, ConfigError) as error:
-        raise LedgerError(f"{CERTIFICATE_NAME}: cannot be read ({error}); restore it, or distrust it.") from None
+    except OSError as error:
+        raise LedgerError(f"{CERTIFICATE_NAME}: cannot be read ({error.strerror}); check its permissions.") from None
+    except (UnicodeDecodeError, ConfigError):
+        raise LedgerError(f"{CERTIFICATE_NAME}: is not valid JSON; restore it, or distrust it.") from None
     if not isinstance(record, dict):
         raise LedgerError(f"{CERTIFICATE_NAME}: must be a JSON object; restore it, or distrust it.")
     return record

@@ -76,8 +76,9 @@ def released_classes(counts: Counts, *, column: str, path: Path) -> ClassList:
     if len(names) < 2:
         raise DataError(
             f"{path}: {len(names)} classes of the target reach {counts.threshold:.0f} rows, the least that can be told "
-            "privately; needs 2; list the classes in a schema ([target] classes = [...]), and name another run "
-            "directory, since this count is charged. A number cannot be the target yet: make classes of it."
+            "privately; needs 2; list the classes with --classes A,B, or in a schema ([target] classes = [...]), and "
+            "name another run directory, since this count is charged. A number cannot be the target yet: make "
+            "classes of it."
         )
     return ClassList(names=names, public=False)
 

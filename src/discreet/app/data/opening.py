@@ -165,6 +165,11 @@ def _check_labels(train: Records, *, target: str, schema: Schema, classes: int |
     if classes is None and len(found) < 2:
         raise DataError(f"{where}: one class only; needs at least 2; is it the right column?")
     if classes is not None and (public_classes(classes).encode(sorted(found)) == IGNORED).all():
+        if isinstance(classes, int):
+            raise DataError(
+                f"{where}: --classes {classes} means the labels 0 to {classes - 1}, and no row has one of them; list "
+                "the classes by name, spelled as in the file: --classes A,B."
+            )
         raise DataError(f"{where}: no label is in the given class list; correct the list, spelled as in the file.")
 
 

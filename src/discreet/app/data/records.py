@@ -15,6 +15,14 @@ from discreet.app.data.split import SetApart, is_test_row
 from discreet.errors import ConfigError, DataError
 
 _FIELD_LIMIT = 1 << 24
+_UTF_16 = "UTF-16 text, must be UTF-8; convert it, e.g. iconv -f UTF-16 -t UTF-8 FILE > NEW.csv"
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "a gzip file, must be plain text; unpack it, e.g. gunzip -c FILE > NEW.csv",
+    b"\xff\xfe": _UTF_16,
+    b"\xfe\xff": _UTF_16,
+    b"PK\x03\x04": "a zip file or a spreadsheet (xlsx), must be plain text; export it as CSV, or unpack it",
+}
+"""First bytes of a file -> what it is, and what to do. A column may well be called PK: the whole mark is looked for."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,9 @@ def _read_delimited(path: Path, *, schema: Schema, names: tuple[str, ...] | None
 
 def _decode(path: Path) -> str:
     raw = read_bytes(path)
+    for signature, remedy in _OTHER_FORMATS.items():
+        if raw.startswith(signature):
+            raise DataError(f"{path}: is {remedy}.")
     position = raw.find(b"\0")
     if position >= 0:
         raise DataError(

@@ -103,9 +103,7 @@ def read_schema(path: str | Path) -> Schema:
     except UnicodeDecodeError as error:
         raise ConfigError(f"schema {path}: not UTF-8; save it as UTF-8 text.") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"schema {path}: not valid TOML ({error}); see the example in discreet.app.data.schema."
-        ) from error
+        raise ConfigError(f"schema {path}: not valid TOML ({error}); see the example in docs/quickstart.md.") from error
     return parse_schema(tree, where=f"schema {path}")
 
 

@@ -296,8 +296,8 @@ class Source(abc.ABC):
         if self._request.classes is not None and self.examples < 2 * least:
             raise DataError(
                 f"{self.path}: {self.examples} training rows; two classes of at least {least} rows each, the least "
-                f"that can be told privately, need {2 * least}; list the classes in a schema ([target] classes = "
-                "[...]), or use a larger epsilon. Nothing was charged."
+                f"that can be told privately, need {2 * least}; list the classes with --classes A,B, or in a schema "
+                "([target] classes = [...]), or use a larger epsilon. Nothing was charged."
             )
 
     @abc.abstractmethod
