@@ -245,8 +245,8 @@ class GramContract(ProductContract):
     def test_positions_get_their_own_norms(self, sizes):
         input, grad = pair(sizes, torch.float32)
         found = self.products([input], [grad])
-        torch.testing.assert_close(found.input2_BKS, input.square().sum(-1), rtol=1e-5, atol=0.0)
-        torch.testing.assert_close(found.grad2_BKS, grad.square().sum(-1), rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(found.input2_BKS.float(), input.square().sum(-1), rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(found.grad2_BKS.float(), grad.square().sum(-1), rtol=1e-5, atol=0.0)
 
     @pytest.mark.parametrize("positions", [1, 5, 50, 97])
     def test_several_operands_stand_for_all_their_pairs(self, positions):

@@ -122,6 +122,13 @@ def _beside_huge(scale_B: Tensor, *, features: int, positions: int = 3) -> Outer
     return Outer(input, grad, torch.Size((features, features)))
 
 
+def _subnormal(scale_B: Tensor) -> Outer:
+    """Huge inputs, and gradients whose squares are a few subnormal numbers; they oppose each other but for a tenth."""
+    input = torch.full((len(scale_B), 1, 2, 64), 4e16)
+    grad = 1e-24 * torch.stack([scale_B, -0.9 * scale_B], 1)
+    return Outer(input, grad.reshape(-1, 1, 2, 1).expand(-1, 1, 2, 64).contiguous(), torch.Size((64, 64)))
+
+
 def _crossed(scale_B: Tensor) -> Crossed:
     """The same for two linear maps of one input."""
     one, uses = _beside_huge(scale_B, features=64), []
@@ -157,8 +164,18 @@ def _length(part: Form | Uses) -> Tensor:
         (functools.partial(_beside_huge, features=64, positions=40), 20.0, 0.0),
         (_crossed, 30.0, 0.0),
         (_image, 10.0, 0.0),
+        (_subnormal, 1e-5, 0.0),
     ],
-    ids=["opposed", "tied", "doubt", "doubt, wide", "doubt, long", "doubt, crossed", "doubt, image"],
+    ids=[
+        "opposed",
+        "tied",
+        "doubt",
+        "doubt, wide",
+        "doubt, long",
+        "doubt, crossed",
+        "doubt, image",
+        "doubt, subnormal",
+    ],
 )
 @pytest.mark.parametrize("kind", RULES)
 def test_what_cancels_loses_no_share_at_once(kind, form, bound, least, compiled, monkeypatch):

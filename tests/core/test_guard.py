@@ -52,10 +52,10 @@ def test_a_model_is_taken_before_anything_is_asked_of_it():
     """While hooks were looked for, another thread guarded a model too, and the first to end left the other's open."""
     model, _ = CASES["linear 2-D"].build()
     other, _ = CASES["linear 3-D"].build()
-    book, refused = open_book(model, examples=B), []
+    book, refused = Book(trainable(model), examples=B), []
 
     def meanwhile():
-        with pytest.raises(ConfigError, match="guarded already"), guard(open_book(other, examples=B)):
+        with pytest.raises(ConfigError, match="guarded already"), guard(Book(trainable(other), examples=B)):
             pass
         refused.append(True)
 

@@ -239,9 +239,8 @@ class Book(Classifier):
     def _norms(self, parts: Sequence[Part]) -> tuple[Tensor, bool]:
         """Norms over these parts, (B,), float64, and whether all are known to be finite.
 
-        The fast way first; of both ways the larger for the examples that it has a doubt about, and for no other: what a
-        way adds for rounding is part of an example's factor, which must not change with the company that the example
-        keeps. Each is a bound, and without a doubt the fast way's is the larger: no norm jumps where doubts begin. The
+        The fast way first; the sure way for the examples that it has a doubt about, and for no other: what it adds for
+        rounding is part of an example's factor, which must not change with the company that the example keeps. The
         doubt is all that is ever asked of the data: an accelerator is waited for once a group.
         """
         if parts:
@@ -253,8 +252,7 @@ class Book(Classifier):
             return norm_B, True
         if math.isfinite(norm_B.sum()):
             return norm_B, True
-        both = [torch.maximum(part.norm2(), part.quick_norm2(harmless=math.inf)) for part in parts]
-        sure_B = torch.stack(both).sum(0).sqrt()
+        sure_B = torch.stack([part.doubted_norm2() for part in parts]).sum(0).sqrt()
         return torch.where(torch.isfinite(norm_B), norm_B, sure_B), False
 
     def parameter_norms(self, *, sure: bool = False) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@
 
     norm2          (B,)           |G_b|^2 in float64, never below the norm of what weighted_sum adds
     quick_norm2    (B,)           the same by a faster way, or NaN where that is in doubt
+    doubted_norm2  (B,)           the same for where it is, without a jump to what the faster way finds elsewhere
     gram           (B, B)         <G_b, G_c>: the neural tangent kernel of this use
     inner(other)   (B,)           <G_b, H_b>, for two uses of one parameter
     per_example    (B, *shape)    G_b
@@ -31,7 +32,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from discreet.core.kernels.results import HARMLESS
 from discreet.core.route import Choice
 
 if TYPE_CHECKING:
@@ -68,13 +68,12 @@ class Form(abc.ABC):
     def norm2(self) -> Tensor:
         """Squared norms, shape (B,), float64."""
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
-        """Squared norms where a faster way is sure of them, NaN elsewhere.
+    def quick_norm2(self) -> Tensor:
+        """Squared norms where a faster way is sure of them, NaN elsewhere."""
+        return self.norm2()
 
-        Args:
-            harmless: what squares that vanished below the normal numbers may come to before there is a doubt; with
-                infinity what the faster way finds is told without one.
-        """
+    def doubted_norm2(self) -> Tensor:
+        """Squared norms for where that way is not: what it adds for rounding goes over, without a jump."""
         return self.norm2()
 
     @abc.abstractmethod
@@ -173,7 +172,7 @@ class Dense(Form):
     def norm2(self) -> Tensor:
         return square_sum(self.grad)
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+    def quick_norm2(self) -> Tensor:
         return self.norm2() if self.known_norm2 is None else self.known_norm2
 
     def per_example(self) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,8 +30,11 @@ from discreet.core.route import Choice, Cost, Route
 
 _LENGTH = 4096
 """Squares of one row that are added up in their own precision: those of equal numbers lose 2e-6 of the length."""
-_WIDTH = 768
-"""Products that are summed in their own precision: longer sums of like numbers drift with their length."""
+_WIDTH = 64
+"""Products that are summed in their own precision: each addition may round to the same side."""
+_DOUBTED, _SURE = 1e-6, 1e-5
+"""Between these shares of a squared norm that may have vanished, the fast way's goes over into the sure one: beyond,
+what it finds moves by whole subnormal numbers."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,31 @@ class Outer(Form):
             self, input=torch.cat([self.input, other.input], dim=2), grad=torch.cat([self.grad, other.grad], dim=2)
         )
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+    def quick_norm2(self) -> Tensor:
+        return self._quick_norm2(HARMLESS)
+
+    def doubted_norm2(self) -> Tensor:
+        if self.input.shape[2] == 1:  # both ways add the same
+            return self.norm2()
+        return going_over(self._quick_norm2(math.inf), self.norm2(), self.hidden2())
+
+    def hidden2(self) -> Tensor:
+        """A bound on squares that may have vanished below float32's normal numbers, (B,), float64."""
+        lengths = (torch.linalg.vector_norm(value.double(), dim=-1) for value in (self.input, self.grad))
+        input_B, grad_B = (value.flatten(1).sum(1).square() for value in lengths)
+        tiny = torch.finfo(wide_dtype(self.grad)).tiny
+        return tiny * (self.grad.shape[3] * input_B + self.input.shape[3] * grad_B)
+
+    def _quick_norm2(self, harmless: float) -> Tensor:
         if self.input.shape[2] > 1 and self._suits_kernels:
             if self.choice.route is Route.DIRECT:
                 return fused_direct_norm2(self.input, self.grad, harmless=harmless)
             return dispatch.gram_norm2([self.input], [self.grad], harmless=harmless)
-        parts = self._parts() if self.input.shape[2] > 1 else [self]
-        return torch.cat([part._norm2(wide(part.input), wide(part.grad), harmless) for part in parts])
+        if self.input.shape[2] == 1:
+            return self._norm2(wide(self.input), wide(self.grad), harmless)
+        if self.input.is_cpu:  # whose libraries add up as they like, and take twice the time in float64
+            return self.norm2()
+        return torch.cat([part._norm2(wide(part.input), wide(part.grad), harmless) for part in self._parts()])
 
     def norm2(self) -> Tensor:
         """As `quick_norm2`, in float64: squares of tiny gradients do not vanish beside huge inputs."""
@@ -107,7 +129,7 @@ class Outer(Form):
     def _parts(self) -> list[Outer]:
         """A few examples at a time, so that Gram matrices stay small."""
         _, groups, positions, inputs = self.input.shape
-        chunk = examples_at_a_time(groups * positions * (2 * positions + inputs))
+        chunk = examples_at_a_time(groups * positions * (4 * positions + inputs))
         return [self.rows(start, start + chunk) for start in range(0, self.examples, chunk)]
 
     def inner(self, other: Form) -> Tensor:
@@ -183,8 +205,11 @@ class Tied(Form):
     def norm2(self) -> Tensor:
         return self._with_cross_term(self.outer.norm2())
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
-        return self._with_cross_term(self.outer.quick_norm2(harmless=harmless))
+    def quick_norm2(self) -> Tensor:
+        return self._with_cross_term(self.outer.quick_norm2())
+
+    def doubted_norm2(self) -> Tensor:
+        return self._with_cross_term(self.outer.doubted_norm2())
 
     def _with_cross_term(self, outer_B: Tensor) -> Tensor:
         lookup_B = self.lookup.norm2()
@@ -220,7 +245,7 @@ def gram_norm2(
     """
     found = gram_products(inputs_BKSI, grads_BKSO)
     inputs, outputs = (sum(value.shape[3] for value in values) for values in (inputs_BKSI, grads_BKSO))
-    sums = Sums(inputs, outputs, 32 * found.spacings, inputs_BKSI[0].dtype, summed, harmless)
+    sums = Sums(inputs, outputs, found.spacings, inputs_BKSI[0].dtype, summed, harmless)
     return rounded_up(found.total_B, found.input2_BKS, found.grad2_BKS, sums)
 
 
@@ -237,16 +262,18 @@ def fused_direct_norm2(input_BKSI: Tensor, grad_BKSO: Tensor, *, harmless: float
 
 
 def gram_products(inputs_BKSI: Sequence[Tensor], grads_BKSO: Sequence[Tensor]) -> GramProducts:
-    """What the kernel of that name does, in PyTorch: the lower half only, in the precision of the operands."""
+    """What the kernel of that name does, in PyTorch: the lower half only.
+
+    Sums of `_WIDTH` products are made in the precision of the operands, in whatever order a library makes them.
+    """
     total_B, input_BKS, grad_BKS = 0.0, [], []
     for start, stop in itertools.pairwise(_edges(inputs_BKSI[0].shape[2])):
-        inputs, grads = _tile(inputs_BKSI, start, stop), _tile(grads_BKSO, start, stop)
+        inputs, grads = gram_rows(inputs_BKSI, start, stop), gram_rows(grads_BKSO, start, stop)
         input_BKS.append(inputs.diagonal(offset=start, dim1=2, dim2=3))
         grad_BKS.append(grads.diagonal(offset=start, dim1=2, dim2=3))
         inputs[..., :start] *= 2
         total_B = total_B + sum_of_products(inputs, grads)
-    # Half a spacing for each addition in a row, and there are sixteen rows: a processor's registers.
-    spacings = sum(min(sum(value.shape[3] for value in values), _WIDTH) for values in (inputs_BKSI, grads_BKSO)) / 32
+    spacings = spacings_of(inputs_BKSI) + spacings_of(grads_BKSO)
     return GramProducts(total_B, torch.cat(input_BKS, 2), torch.cat(grad_BKS, 2), spacings)
 
 
@@ -261,20 +288,27 @@ def _edges(positions: int) -> list[int]:
     return edges if even == positions else [*edges, positions]
 
 
-def _tile(values: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    """Rows ``start`` to ``stop`` of the sum of the Gram matrices, up to the diagonal; wide ones in float64."""
-    first, *rest = (part for value in values for part in value.split(_WIDTH, dim=3))
-    total = first[:, :, start:stop] @ first[:, :, :stop].mT
-    if rest:
-        total = total.double()
+def gram_rows(values: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """Rows ``start`` to ``stop`` of the sum of the Gram matrices, up to the diagonal, float64."""
+    first, *rest = (part for value in values for part in _parts_of(value))
+    total = (first[:, :, start:stop] @ first[:, :, :stop].mT).double()
     for part in rest:
         total += part[:, :, start:stop] @ part[:, :, :stop].mT
     return total
 
 
+def _parts_of(value: Tensor) -> tuple[Tensor, ...]:
+    return (value,) if value.dtype is torch.float64 else value.split(_WIDTH, dim=3)
+
+
+def spacings_of(values: Sequence[Tensor]) -> float:
+    """By how many spacings of its own precision an entry of such a Gram matrix errs: half a one for each product."""
+    return max(part.shape[3] for value in values for part in _parts_of(value)) / 2
+
+
 def sum_of_products(one_BKSS: Tensor, other_BKSS: Tensor) -> Tensor:
-    """``sum_kst one other`` for each example: along rows in their own precision, then in float64."""
-    return (one_BKSS * other_BKSS).sum(-1).flatten(1).sum(1, dtype=torch.float64)
+    """``sum_kst one other`` for each example, of Gram matrices in float64."""
+    return (one_BKSS * other_BKSS).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -283,8 +317,7 @@ class Sums:
 
     Attributes:
         inputs, outputs: I and O.
-        lengths: numbers that were added up one after the other for one entry of each Gram matrix, both together; 32 for
-            each spacing that the entries err by.
+        spacings: those that the entries of both Gram matrices err by, together.
         taken: the dtype that they were added up in.
         summed: the dtype that the weighted sum is computed in.
         harmless: what squares that vanished may come to, before there is a doubt.
@@ -292,10 +325,10 @@ class Sums:
 
     inputs: int
     outputs: int
-    lengths: float
+    spacings: float
     taken: torch.dtype
     summed: torch.dtype
-    harmless: float = HARMLESS
+    harmless: float
 
 
 def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, sums: Sums) -> Tensor:
@@ -308,7 +341,7 @@ def rounded_up(gram_B: Tensor, input2_BKS: Tensor, grad2_BKS: Tensor, sums: Sums
     """
     input_BKS, grad_BKS = (value.clamp(min=0).to(torch.float64).sqrt() for value in (input2_BKS, grad2_BKS))
     # Entries of a Gram matrix err with the length of their own sums: constant features of width 768 hid half a norm.
-    slack = 4 * torch.finfo(sums.summed).eps + sums.lengths / 32 * torch.finfo(sums.taken).eps
+    slack = 4 * torch.finfo(sums.summed).eps + sums.spacings * torch.finfo(sums.taken).eps
     met2_B = (input_BKS * grad_BKS).sum(2).square().sum(1)
     return _unless_hidden(gram_B.clamp(min=0) + slack * met2_B, met2_B, input_BKS, grad_BKS, sums)
 
@@ -334,6 +367,24 @@ def _grown(norm2_B: Tensor, length2_B: Tensor, summed: torch.dtype) -> Tensor:
     return (norm2_B / left_B.square()).masked_fill(left_B == 0, torch.inf)
 
 
+def going_over(quick_B: Tensor, sure_B: Tensor, hidden_B: Tensor) -> Tensor:
+    """Squared norms in doubt: the larger of both ways where the doubt begins, then a mean of both, then the sure one's.
+
+    Each is a bound, and so is what lies between them. Where there is no doubt, the fast way's is the larger, by what it
+    adds for rounding: most of a norm where positions oppose each other. To leave that out at once would move all that
+    are alike.
+
+    Args:
+        quick_B: by the fast way, asked without a doubt.
+        sure_B: in float64.
+        hidden_B: a bound on the squares that may have vanished from the first.
+    """
+    larger_B = torch.maximum(quick_B, sure_B)
+    left_B = ((_SURE - (hidden_B - HARMLESS) / quick_B) / (_SURE - _DOUBTED)).clamp(0.0, 1.0).nan_to_num(0.0)
+    between_B = sure_B + left_B * (larger_B - sure_B)
+    return torch.where(left_B > 0, torch.where(between_B.isnan(), larger_B, between_B), sure_B)
+
+
 def norm2_of_products(
     inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype, harmless: float = HARMLESS
 ) -> Tensor:
@@ -350,7 +401,7 @@ def norm2_of_products(
     )
     exact_B = (input2_BK * grad2_BK).sum(1)
     inputs, outputs = (max(value.shape[-1] for value in values) for values in (inputs_BKI, grads_BKO))
-    sums = Sums(inputs, outputs, inputs + outputs, taken, summed, harmless)
+    sums = Sums(inputs, outputs, 0.0, taken, summed, harmless)
     return _unless_hidden(exact_B, exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
 
 

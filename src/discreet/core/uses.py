@@ -23,7 +23,7 @@ from torch import Tensor
 from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide, wide_dtype
 from discreet.core.kernels import dispatch
 from discreet.core.kernels.results import HARMLESS
-from discreet.core.outer import Outer, Tied, gram_norm2, norm2_of_products
+from discreet.core.outer import Outer, Tied, going_over, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
 
 _SMALL, _SMALL_TOGETHER, _SMALL_AWAY = 4096, 1 << 16, 1 << 22
@@ -107,12 +107,16 @@ class Part(abc.ABC):
     """One or more parameters whose norms are taken together."""
 
     @abc.abstractmethod
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
-        """Squared norms where a faster way is sure of them, NaN elsewhere; shape (B,), float64. As of a `Form`."""
+    def quick_norm2(self) -> Tensor:
+        """Squared norms where a faster way is sure of them, NaN elsewhere; shape (B,), float64."""
 
     @abc.abstractmethod
     def norm2(self) -> Tensor:
         """Squared norms, shape (B,), float64."""
+
+    def doubted_norm2(self) -> Tensor:
+        """Squared norms for where that way is not, as of a `Form`."""
+        return self.norm2()
 
     @abc.abstractmethod
     def summands(self) -> Sequence[Summand]:
@@ -209,8 +213,11 @@ class Uses(Summand):
             return None
         return joined.form
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
-        return self.norm2() if self.joined is None else self.joined.form.quick_norm2(harmless=harmless)
+    def quick_norm2(self) -> Tensor:
+        return self.norm2() if self.joined is None else self.joined.form.quick_norm2()
+
+    def doubted_norm2(self) -> Tensor:
+        return self.norm2() if self.joined is None else self.joined.form.doubted_norm2()
 
     def norm2(self) -> Tensor:
         if self.joined is not None:
@@ -276,7 +283,7 @@ class SmallUses(Summand):
     def _together(self) -> Dense:
         return Dense(torch.cat([wide(grad).reshape(grad.shape[0], -1) for grad in self.grads], 1))
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+    def quick_norm2(self) -> Tensor:
         return self._together.norm2()
 
     def norm2(self) -> Tensor:
@@ -295,11 +302,11 @@ class ProductUses(Part):
 
     uses: tuple[Uses, ...]
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+    def quick_norm2(self) -> Tensor:
         outers = [outer for use in self.uses if (outer := use.by_product) is not None]
         inputs = [wide(outer.input.squeeze(2)) for outer in outers]
         grads = [wide(outer.grad.squeeze(2)) for outer in outers]
-        return norm2_of_products(inputs, grads, summed=grads[0].dtype, harmless=harmless)
+        return norm2_of_products(inputs, grads, summed=grads[0].dtype)
 
     def norm2(self) -> Tensor:
         return functools.reduce(torch.add, (use.norm2() for use in self.uses))
@@ -324,11 +331,18 @@ class Crossed(Part):
         assert len({identity_of(outer.grad) for outer in outers}) == 1
         return [outer.input for outer in outers], [outers[0].grad]
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+    def quick_norm2(self) -> Tensor:
+        return self._quick_norm2(HARMLESS)
+
+    def doubted_norm2(self) -> Tensor:
+        hidden_B = functools.reduce(torch.add, (outer.hidden2() for use in self.uses if (outer := use.by_gram)))
+        return going_over(self._quick_norm2(math.inf), self.norm2(), hidden_B)
+
+    def _quick_norm2(self, harmless: float) -> Tensor:
         inputs, grads = self._operands()
         if dispatch.suit(*inputs, *grads):
             return dispatch.gram_norm2(inputs, grads, harmless=harmless)
-        return self._norm2(wide, harmless)
+        return self.norm2() if inputs[0].is_cpu else self._norm2(wide, harmless)
 
     def norm2(self) -> Tensor:
         return self._norm2(torch.Tensor.double, HARMLESS)

@@ -18,11 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discreet.core.forms import Dense, Form, examples_at_a_time, wide, zero_rows
+from discreet.core.forms import Dense, Form, examples_at_a_time, wide, wide_dtype, zero_rows
 from discreet.core.kernels import dispatch, processor
 from discreet.core.kernels.processor import Spread
 from discreet.core.kernels.results import HARMLESS
-from discreet.core.outer import Outer, Sums, rounded_up, scaled_by, sum_of_products
+from discreet.core.outer import (
+    Outer,
+    Sums,
+    going_over,
+    gram_rows,
+    rounded_up,
+    scaled_by,
+    spacings_of,
+    sum_of_products,
+)
 from discreet.core.route import Choice, Route, WindowCost
 
 Sizes = tuple[int, ...]
@@ -116,12 +125,23 @@ class Windows(Form):
             return Dense(self.per_example()).norm2()
         return self.unfolded().norm2()
 
-    def quick_norm2(self, *, harmless: float = HARMLESS) -> Tensor:
+    def quick_norm2(self) -> Tensor:
+        return self._quick_norm2(HARMLESS)
+
+    def doubted_norm2(self) -> Tensor:
+        route, unfolded = self.choice.route, self.unfolded
+        if route is Route.KEEP:
+            return self.norm2()
+        if route is Route.PRODUCT:
+            return unfolded().doubted_norm2()
+        return going_over(self._quick_norm2(math.inf), self.norm2(), unfolded().hidden2())
+
+    def _quick_norm2(self, harmless: float) -> Tensor:
         route = self.choice.route
         if route is Route.KEEP:
             return self.norm2()
         if route is Route.PRODUCT:
-            return self.unfolded().quick_norm2(harmless=harmless)
+            return self.unfolded().quick_norm2()
         rows = max(self._positions, self._pixels if route is Route.PIXELS else 0)
         if self._suits_kernels and dispatch.suit_positions(rows):
             windows, grads = self._spread(by_pixel=route is Route.PIXELS)
@@ -130,7 +150,7 @@ class Windows(Form):
 
     def _gram_norm2(self, route: Route, harmless: float = HARMLESS) -> Tensor:
         if route is Route.WINDOWS:
-            return self.unfolded().quick_norm2(harmless=harmless)
+            return self.unfolded()._quick_norm2(harmless)
         return self._norm2_by_pixels(harmless)
 
     def _parts(self, *, grams: int = 2) -> list[Windows]:
@@ -146,12 +166,16 @@ class Windows(Form):
         Two windows' inner product is the sum over taps of the inner products of the pixels under that tap. So pixels
         are multiplied once, and shifted copies of that matrix are added up, axis by axis of the kernel.
         """
-        pixels, groups = self._padded(wide(self.input)), self.geometry.groups
+        # A processor's libraries add up as they like, and take twice the time in float64.
+        convert = torch.Tensor.double if self.input.is_cpu else wide
+        pixels, groups = self._padded(convert(self.input)), self.geometry.groups
         examples, folds, channels, *image = pixels.shape
         output = self.grad.shape[3:]
         by_group = pixels.reshape(examples, folds, groups, channels // groups, -1).transpose(1, 2)
         pixels_BKPC = by_group.transpose(3, 4).flatten(2, 3)
-        products = (pixels_BKPC @ pixels_BKPC.mT).reshape(examples, groups, folds, *image, folds, *image)
+        products = gram_rows([pixels_BKPC], 0, pixels_BKPC.shape[2]).reshape(
+            examples, groups, folds, *image, folds, *image
+        )
         windows, axes = products, len(image)
         for axis, (taps, size) in enumerate(zip(self.value_shape[2:], output, strict=True)):
             gap, stride = self.geometry.dilation[axis], self.geometry.stride[axis]
@@ -159,15 +183,16 @@ class Windows(Form):
             windows = _summed_along(windows, 3 + axis, 4 + axes + axis, steps)
         positions = folds * math.prod(output)
         windows_BKSS = windows.reshape(examples, groups, positions, positions)
-        grad = wide(self.grad).reshape(examples, folds, groups, self.value_shape[0] // groups, -1)
+        grad = convert(self.grad).reshape(examples, folds, groups, self.value_shape[0] // groups, -1)
         grad_BKSO = grad.permute(0, 2, 1, 4, 3).flatten(2, 3)
-        grads_BKSS = grad_BKSO @ grad_BKSO.mT
+        grads_BKSS = gram_rows([grad_BKSO], 0, positions)
         inputs, outputs = math.prod(self.value_shape[1:]), grad_BKSO.shape[3]
+        spacings = spacings_of([pixels_BKPC]) + spacings_of([grad_BKSO])
         return rounded_up(
             sum_of_products(windows_BKSS, grads_BKSS),
             windows_BKSS.diagonal(dim1=2, dim2=3),
             grads_BKSS.diagonal(dim1=2, dim2=3),
-            Sums(inputs, outputs, inputs + outputs, windows_BKSS.dtype, windows_BKSS.dtype, harmless),
+            Sums(inputs, outputs, spacings, pixels.dtype, wide_dtype(self.grad), harmless),
         )
 
     def _padded(self, input: Tensor) -> Tensor:
