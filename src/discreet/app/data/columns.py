@@ -6,8 +6,10 @@ Shape legend: N = rows, F = features of this column.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +85,21 @@ class NumberEncoding:
         """The record of this encoding in a saved run."""
         return {"as": "number", "min": self.low, "max": self.high, "knots": [list(knot) for knot in self.knots]}
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> NumberEncoding:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: a field is missing, of another type, or no finite ascending range.
+        """
+        low, high = float(record["min"]), float(record["max"])
+        knots = tuple((float(value), float(rank)) for value, rank in record["knots"])
+        places = [value for value, _ in knots]
+        finite = all(math.isfinite(number) for knot in ((low, high), *knots) for number in knot)
+        if not (finite and low < high and all(first < second for first, second in pairwise(places))):
+            raise ValueError("a range must be finite and ascend")
+        return cls(low=low, high=high, knots=knots)
+
 
 @dataclass(frozen=True)
 class CategoryEncoding:
@@ -106,6 +123,32 @@ class CategoryEncoding:
     def to_json(self) -> dict[str, object]:
         """The record of this encoding in a saved run."""
         return {"as": "category", "values": list(self.names)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> CategoryEncoding:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the list is missing, or not of distinct texts.
+        """
+        names = tuple(record["values"])
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise ValueError("names must be distinct texts")
+        return cls(names=names)
+
+
+Encoding = NumberEncoding | CategoryEncoding
+"""One way in which a column becomes features; a column may have both."""
+
+
+def encoding_from_json(record: Mapping[str, Any]) -> Encoding:
+    """The inverse of ``to_json`` of the two encodings.
+
+    Raises:
+        KeyError, TypeError, ValueError: not such a record.
+    """
+    kinds: Mapping[str, type[Encoding]] = {"number": NumberEncoding, "category": CategoryEncoding}
+    return kinds[record["as"]].from_json(record)
 
 
 def released_range(counts_K: np.ndarray, *, noise_std: float, least: float) -> NumberEncoding | None:

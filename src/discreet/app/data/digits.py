@@ -45,7 +45,7 @@ def digits(calibration: SetApart | None = None) -> Prepared:
         input=size,
         record={
             "kind": SourceKind.IMAGES.value,
-            "image": size.to_json(),
+            "image": {**size.to_json(), "range": [0, _LARGEST]},
             "target": {"name": "digit", "classes": list(names), "source": "public"},
         },
         statements=("Pixels are scaled from the public range 0..16 to -1..1; the ten classes are public.",),

@@ -44,6 +44,9 @@ from discreet.errors import ConfigError, DataError
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 _LABEL = "label"
 
+PIXELS = [0, 255]
+"""The range of a file's pixels, public, which is scaled to [-1, 1]; it stands so in the record of a run."""
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -140,7 +143,11 @@ class ImageSource(Source):
             task=Task.CLASSIFICATION,
             classes=classes.names,
             input=size,
-            record={"kind": self.kind.value, "image": size.to_json(), "target": {"name": _LABEL, **classes.to_json()}},
+            record={
+                "kind": self.kind.value,
+                "image": {**size.to_json(), "range": PIXELS},
+                "target": {"name": _LABEL, **classes.to_json()},
+            },
             statements=(
                 scaled,
                 classes.statement,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,12 +45,24 @@ class ClassList:
         """The record of the class list in a saved run."""
         return {"classes": list(self.names), "source": "public" if self.public else "released"}
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ClassList:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such a record.
+        """
+        names = tuple(record["classes"])
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names) or len(names) < 2:
+            raise ValueError("classes must be at least two distinct names")
+        return cls(names=names, public=record["source"] == "public")
+
     @property
     def statement(self) -> str:
         """The sentences about where the class list comes from, which classes it holds, and what other rows do."""
         origin = "is public" if self.public else "was released privately by threshold"
         more = len(self.names) - _MOST_NAMES
-        shown = ", ".join(_clean(name) for name in self.names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+        shown = ", ".join(clean(name) for name in self.names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
         return (
             f"The list of {len(self.names)} classes {origin}: {shown}. Training rows of any other class taught "
             "nothing: each contributed exactly zero."
@@ -83,7 +96,7 @@ def released_classes(counts: Counts, *, column: str, path: Path) -> ClassList:
     return ClassList(names=names, public=False)
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
     """A name of the data as a terminal may have it: no control characters, and short."""
     plain = "".join(letter if letter.isprintable() else "\u00b7" for letter in name)
     return plain if len(plain) <= _LONGEST_NAME else plain[: _LONGEST_NAME - 1] + "…"

@@ -55,6 +55,10 @@ class Records:
         part = part.of(len(self.rows))
         return self._apart([part.holds_row(row) for row in self.rows])
 
+    def part(self, start: int, stop: int) -> Records:
+        """The rows from ``start`` up to ``stop``."""
+        return Records(path=self.path, names=self.names, rows=self.rows[start:stop], places=self.places[start:stop])
+
     def _apart(self, chosen: Sequence[bool]) -> tuple[Records, Records]:
         return self._take([not one for one in chosen]), self._take(chosen)
 
@@ -69,7 +73,7 @@ class Records:
         return Records(path=self.path, names=self.names, rows=rows, places=places)
 
 
-def read_records(path: Path, *, schema: Schema, columns: tuple[str, ...] | None) -> Records:
+def read_records(path: Path, *, schema: Schema, columns: tuple[str, ...] | None, keep_bare: bool = False) -> Records:
     """Read a table file.
 
     Args:
@@ -78,6 +82,7 @@ def read_records(path: Path, *, schema: Schema, columns: tuple[str, ...] | None)
         schema: its `header`, `delimiter` and `columns` are used.
         columns: names of the columns of a file without a header (one that repeats them is skipped); they must agree
             with the schema.
+        keep_bare: keep a row of delimiters alone, in which no field holds anything; else it is taken for no row.
 
     Raises:
         ConfigError: names that are repeated, contradict the schema, or are as many as no row has.
@@ -91,7 +96,7 @@ def read_records(path: Path, *, schema: Schema, columns: tuple[str, ...] | None)
     _check_distinct(names, where="--columns")
     if path.suffix.lower() in {".parquet", ".pq"}:
         return _read_parquet(path, names=names)
-    return _read_delimited(path, schema=schema, names=names)
+    return _read_delimited(path, schema=schema, names=names, keep_bare=keep_bare)
 
 
 def optional_import(module: str, *, extra: str, purpose: str) -> ModuleType:
@@ -112,13 +117,13 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from error
 
 
-def _read_delimited(path: Path, *, schema: Schema, names: tuple[str, ...] | None) -> Records:
+def _read_delimited(path: Path, *, schema: Schema, names: tuple[str, ...] | None, keep_bare: bool) -> Records:
     text = _decode(path)
     first = next((line for line in io.StringIO(text) if line.strip()), "")
     if not first:
         raise DataError(f"{path}: the file is empty; it needs one row per example.")
     delimiter = schema.delimiter or _delimiter(path, first)
-    lines = _parse(path, text, delimiter=delimiter)
+    lines = _parse(path, text, delimiter=delimiter, keep_bare=keep_bare)
     # A first line that is exactly the given names is a header and no row, whether or not the names were needed.
     has_header = schema.header if schema.header is not None else names is None or tuple(lines[0][0]) == names
     if has_header:
@@ -161,7 +166,7 @@ def _delimiter(path: Path, first: str) -> str:
     return next((mark for mark in preferred if mark in first), ",")
 
 
-def _parse(path: Path, text: str, *, delimiter: str) -> list[tuple[list[str], int]]:
+def _parse(path: Path, text: str, *, delimiter: str, keep_bare: bool) -> list[tuple[list[str], int]]:
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True
@@ -171,7 +176,7 @@ def _parse(path: Path, text: str, *, delimiter: str) -> list[tuple[list[str], in
     usual_limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
         for fields in reader:
-            if any(fields):
+            if any(fields) or (keep_bare and len(fields) > 1):
                 lines.append(([field.strip() for field in fields], start))
             start = reader.line_num + 1
     except csv.Error:

@@ -140,8 +140,13 @@ def parse_schema(tree: Mapping[str, object], *, where: str) -> Schema:
 
 def nearest(name: str, choices: Collection[str]) -> str:
     """A hint at the most similar of some PUBLIC names, or their list."""
-    close = difflib.get_close_matches(name, list(choices), n=1)
-    return f"did you mean '{close[0]}'?" if close else f"valid are {', '.join(sorted(choices))}."
+    close = closest(name, choices)
+    return f"valid are {', '.join(sorted(choices))}." if close is None else f"did you mean '{close}'?"
+
+
+def closest(name: str, choices: Collection[str]) -> str | None:
+    """The one of some names that is most similar; None where none is."""
+    return next(iter(difflib.get_close_matches(name, list(choices), n=1)), None)
 
 
 def _check_keys(table: Mapping[str, object], valid: Collection[str], *, where: str) -> None:

@@ -8,15 +8,13 @@ category, its range and ranks, and its list of names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-
-import numpy as np
-import torch
+from collections.abc import Sequence
 
 from discreet.app.data.columns import (
     BUCKETS,
     NOTABLE,
     CategoryEncoding,
+    Encoding,
     NumberEncoding,
     bucket_of,
     is_numeric,
@@ -33,12 +31,12 @@ from discreet.app.data.source import (
     Request,
     Source,
     SourceKind,
-    TableInput,
     Task,
     count_statement,
     digest_of,
     held_out_statement,
 )
+from discreet.app.data.table_encoding import TableEncoding, parse_numbers
 from discreet.core.histogram import Buckets, Counts, Names, Threshold
 from discreet.errors import DataError
 
@@ -47,10 +45,6 @@ _DISCRETE_SHARE = 0.8
 
 _RARE = 0.001
 """Names and buckets of a smaller share of the rows are not used even without noise: too few to learn from."""
-
-Encoding = NumberEncoding | CategoryEncoding
-
-_Parsed = tuple[np.ndarray, np.ndarray]
 
 
 class TableSource(Source):
@@ -113,9 +107,10 @@ class TableSource(Source):
         if classes is None:
             assert counts is not None
             classes = released_classes(counts, column=self._target, path=self.path)
-        encodings = {name: self._encodings(name, counts) for name in self._columns}
-        unused = [name for name, found in encodings.items() if not found]
-        if len(unused) == len(encodings):
+        encoding = TableEncoding(
+            columns={name: self._encodings(name, counts) for name in self._columns}, missing=self._schema.missing
+        )
+        if not encoding.used:
             raise DataError(
                 f"{self.path}: no column could be told from the noise with {self.examples} rows; give types, bounds "
                 "and values in a schema, or a larger epsilon, and name another run directory, since this count is "
@@ -123,20 +118,19 @@ class TableSource(Source):
             )
 
         def examples(records: Records) -> Examples:
-            return _examples(records, encodings=encodings, schema=self._schema, classes=classes, target=self._target)
+            return Examples(features=encoding.encode(records), targets=classes.encode(records.column(self._target)))
 
-        train = examples(self._train)
         test = None if self._test is None else examples(self._test)
         return Prepared(
-            train=train,
+            train=examples(self._train),
             test=test,
             calibration=None if self._calibration is None else examples(self._calibration),
             task=Task.CLASSIFICATION,
             classes=classes.names,
-            input=TableInput(features=train.features.shape[1]),
-            record=self._record(encodings, classes),
+            input=encoding.input,
+            record=self._record(encoding, classes),
             statements=(
-                *_unused_statement(unused),
+                *_unused_statement([name for name in self._columns if name not in encoding.used]),
                 classes.statement,
                 *count_statement(counts, columns=self.statistics),
                 held_out_statement(test),
@@ -165,19 +159,19 @@ class TableSource(Source):
         )
         return (*(() if number is None else (number,)), *(category if covered or number is None else ()))
 
-    def _record(self, encodings: dict[str, tuple[Encoding, ...]], classes: ClassList) -> dict[str, object]:
+    def _record(self, encoding: TableEncoding, classes: ClassList) -> dict[str, object]:
         columns = [
             {
                 "name": name,
                 "source": "released" if name in self.statistics else "public",
-                "encodings": [encoding.to_json() for encoding in found],
+                "encodings": [one.to_json() for one in found],
             }
-            for name, found in encodings.items()
+            for name, found in encoding.columns.items()
         ]
         return {
             "kind": self.kind.value,
             "columns": columns,
-            "missing": sorted(self._schema.missing),
+            "missing": sorted(encoding.missing),
             "target": {"name": self._target, **classes.to_json()},
         }
 
@@ -194,7 +188,7 @@ def _request(train: Records, *, schema: Schema, columns: Sequence[str], target: 
         known = schema.column.get(name)
         values = train.column(name)
         if known is None or _wants(known, ColumnType.NUMBER):
-            buckets[name] = Buckets(index_N=bucket_of(*_numbers(values, schema.missing)), size=BUCKETS)
+            buckets[name] = Buckets(index_N=bucket_of(*parse_numbers(values, schema.missing)), size=BUCKETS)
         if known is None or _wants(known, ColumnType.CATEGORY):
             names[name] = _names(values, schema.missing)
     if target is not None:
@@ -208,34 +202,6 @@ def _wants(known: ColumnSchema, kind: ColumnType) -> bool:
 
 def _names(values: Sequence[str], missing: frozenset[str]) -> Names:
     return Names([None if value in missing else value for value in values])
-
-
-def _numbers(values: Sequence[str], missing: frozenset[str]) -> _Parsed:
-    missing_N = np.fromiter((value in missing for value in values), dtype=bool, count=len(values))
-    numbers_N = np.fromiter((parse_number(value) for value in values), dtype=np.float64, count=len(values))
-    return numbers_N, missing_N
-
-
-def _examples(
-    records: Records,
-    *,
-    encodings: Mapping[str, Sequence[Encoding]],
-    schema: Schema,
-    classes: ClassList,
-    target: str,
-) -> Examples:
-    parts: list[np.ndarray] = []
-    for name, found in encodings.items():
-        values = records.column(name)
-        numbers_N, missing_N = _numbers(values, schema.missing)
-        for encoding in found:
-            if isinstance(encoding, NumberEncoding):
-                parts.append(encoding.encode(numbers_N, missing_N))
-            else:
-                parts.append(encoding.encode(values, missing_N))
-    return Examples(
-        features=torch.from_numpy(np.concatenate(parts, axis=1)), targets=classes.encode(records.column(target))
-    )
 
 
 def _check_numbers(records: Records, *, schema: Schema, columns: Sequence[str]) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import enum
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ PADDING = 0
 
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
 _MAX_CHARACTERS = 4000
+_HASH = "crc32"
 
 
 class TextUnits(enum.Enum):
@@ -77,7 +79,21 @@ class TextEncoding:
 
     def to_json(self) -> dict[str, object]:
         """The record of this encoding in a saved run."""
-        return {"units": self.units.value, "vocabulary": self.vocabulary, "length": self.length, "hash": "crc32"}
+        return {"units": self.units.value, "vocabulary": self.vocabulary, "length": self.length, "hash": _HASH}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> TextEncoding:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such a record, or one of another hash.
+        """
+        if record["hash"] != _HASH:
+            raise ValueError(f"the hash must be {_HASH}")
+        vocabulary, length = int(record["vocabulary"]), int(record["length"])
+        if vocabulary < 2 or length < 1:
+            raise ValueError("vocabulary must be at least 2, length at least 1")
+        return cls(units=TextUnits(record["units"]), vocabulary=vocabulary, length=length)
 
     def _id(self, piece: str, memory: dict[str, int]) -> int:
         if piece not in memory:
