@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # What is still buffered has no reader either; the interpreter would complain about it at its exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return _fail("the output was closed before it was whole; the run directory holds all of it.", EXIT_FAILED)
+        kept = options is not None and options.command in _RESUMABLE
+        remedy = "the run directory holds all of it" if kept else "repeat the command for the rest"
+        return _fail(f"the output was closed before it was whole; {remedy}.", EXIT_FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(
@@ -156,6 +158,8 @@ def parser() -> argparse.ArgumentParser:
         ("report", "write report.html"),
     ):
         _command(verbs, name, text).add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    predict = _command(verbs, "predict", "apply the model of a run to a file of rows")
+    _add_prediction(predict)
     calibrate = _command(verbs, "calibrate", "how far the probabilities of any model, or of a run, can be believed")
     _add_calibration(calibrate)
     demo = _command(verbs, "demo", "train on scikit-learn's digits")
@@ -228,6 +232,16 @@ def _add_training(command: _Parser) -> None:
     command.add_argument("--resume", action="store_true", help="continue the run in --out")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda")
     command.add_argument("--seed", type=int, metavar="N", help="test mode: reproducible and NOT PRIVATE")
+
+
+def _add_prediction(command: _Parser) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help="directory of a run that has ended")
+    command.add_argument("data", type=Path, metavar="FILE", help="CSV, TSV, Parquet or text file; IDX file of images")
+    command.add_argument("--columns", type=_names, metavar="A,B,C", help="column names of a file without a header")
+    command.add_argument(
+        "--schema", type=Path, metavar="FILE", help="TOML file with header, delimiter and columns of FILE"
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="CSV file to write; default: standard output")
 
 
 def _add_calibration(command: _Parser) -> None:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from discreet.app.models import ModelKind
 from discreet.app.options import DataOptions, TrainOptions
 from discreet.app.outcome import Outcome
 from discreet.app.planning import PlanOptions, plan_data
+from discreet.app.predicting import PredictOptions, predict
 from discreet.app.predictions import Scale
 from discreet.app.report import write_report
 from discreet.app.selfcheck import check_data
@@ -167,6 +169,28 @@ def calibrate_predictions(options: argparse.Namespace) -> None:
     _print_json(found.record) if options.json else print(found.text())
 
 
+def predict_rows(options: argparse.Namespace) -> None:
+    """`discreet predict`."""
+    if options.json and options.out is None:
+        raise ConfigError("--json without --out: standard output holds the predictions then; name a file with --out.")
+    found = predict(
+        PredictOptions(
+            run=_run_dir(options.run),
+            data=options.data,
+            columns=options.columns,
+            schema=options.schema,
+            out=options.out,
+        )
+    )
+    for note in found.notes():
+        print(f"discreet: {note}", file=sys.stderr, flush=True)
+    if options.out is None:
+        sys.stdout.writelines(found.blocks())
+        return
+    found.write(options.out)
+    _print_json(found.to_json()) if options.json else print(options.out)
+
+
 def report(options: argparse.Namespace) -> None:
     """`discreet report`."""
     path = write_report(_run_dir(options.run))
@@ -181,6 +205,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "account": account,
     "verify": verify_run,
     "report": report,
+    "predict": predict_rows,
     "calibrate": calibrate_predictions,
     "demo": demo,
 }

@@ -4,6 +4,8 @@ label,p_cat,p_dog,p_eel          one column for each class, in the order of the 
 cat,0.7,0.2,0.1
 dog,0.1,0.8,0.1
 
+prediction,label,probability of cat,...      or as `discreet predict` writes it: its probabilities are taken
+
 label,score                      or one column, for the second of two classes
 
 np.savez("predictions.npz", logits=..., labels=..., groups=...)     or probabilities= instead of logits=
@@ -28,7 +30,10 @@ from discreet.app.data.records import Records, read_bytes, read_records
 from discreet.errors import ConfigError, DataError
 
 _LABELS = ("label", "labels", "target", "targets", "y", "y_true", "class")
-_PREFIXES = ("p_", "prob_", "proba_", "probability_", "logit_", "score_")
+PREDICTION, LABEL, PROBABILITY_OF = "prediction", "label", "probability of "
+"""What `discreet predict` calls its columns: the answer, the class that the file gave, and before each class's name."""
+
+_PREFIXES = (PROBABILITY_OF, "p_", "prob_", "proba_", "probability_", "logit_", "score_")
 
 
 class Scale(enum.Enum):
@@ -86,7 +91,7 @@ def load_predictions(
     Args:
         path: a ``.npz`` file, or a table. label: name of the label column; None: one of the usual names.
         group: name of a column of groups. scale: what the numbers are.
-        columns: those of the classes, in order; None: all but label and group.
+        columns: those of the classes, in order; None: those of `discreet predict`, or else all but label and group.
         faults: what becomes of rows that cannot be read.
 
     Raises:
@@ -108,7 +113,7 @@ def load_predictions(
     name = _label_column(records, label)
     if group is not None and group not in records.names:
         raise ConfigError(f"--group {group}: not a column of {path}; correct the name.")
-    scored = [column for column in records.names if column not in (name, group)] if columns is None else list(columns)
+    scored = _score_columns(records, besides=(name, group)) if columns is None else list(columns)
     unknown = [column for column in scored if column not in records.names or column in (name, group)]
     if unknown:
         raise ConfigError(f"--columns: '{unknown[0]}' is no column of scores in {path}; correct the name.")
@@ -121,6 +126,11 @@ def load_predictions(
     groups = None if group is None else tuple(records.column(group))
     _check_some_row(path, scores, target)
     return Loaded(scores_NK=scores, target_N=target, classes=classes, groups=groups, scale=taken)
+
+
+def _score_columns(records: Records, *, besides: tuple[str, str | None]) -> list[str]:
+    others = [column for column in records.names if column not in besides]
+    return [column for column in others if column.startswith(PROBABILITY_OF)] or others
 
 
 def _check_some_row(path: Path, scores_NK: Tensor, target_N: Tensor) -> None:
