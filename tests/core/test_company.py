@@ -16,7 +16,7 @@ from discreet.core.forms import Dense, Form, Lookup, drop_vanishing
 from discreet.core.gradient import clipped_gradient
 from discreet.core.kernels import processor
 from discreet.core.outer import Outer, Tied
-from discreet.core.uses import _SMALL_TOGETHER, Crossed, Derivation, Record, Uses
+from discreet.core.uses import _SMALL_TOGETHER, Crossed, Derivation, ProductUses, Record, Uses
 from discreet.core.windows import Geometry, Windows
 
 RULES = {
@@ -220,3 +220,22 @@ def test_whether_a_parameter_is_small_follows_from_the_most_examples_there_may_b
         for examples in (1, few):
             record = Record.of(Derivation.of("w", parameter), Dense(torch.ones(examples, 2304)), None)
             assert (Uses.of("w", [(0, record)], examples, at_most).small is not None) is is_small
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a part in doubt"])
+def test_maps_that_are_out_of_reach_together_stay_so_where_a_norm_is_in_doubt(beside):
+    """Each by itself was within it: shares went from nothing to the whole, 16 times the bound for 16 examples."""
+    edge = (torch.finfo(torch.float32).max / 256) ** 0.5
+    scale_B = torch.linspace(0.2, 1.2, 1001, dtype=torch.float64)
+    uses = []
+    for name in "abcd":  # each is a quarter of what they are together
+        input = (scale_B * edge / 2 / 8).float().reshape(-1, 1, 1, 1).expand(-1, 1, 1, 64).contiguous()
+        form = Outer(input, torch.full((1001, 1, 1, 8), 1e-12), torch.Size((8, 64)))
+        uses.append(Uses.of(name, [(0, Record.of(Derivation.of(name, torch.zeros(8, 64)), form, None))], 1001, 1001))
+    parts = [ProductUses(tuple(uses))]
+    if beside:
+        parts.append(_beside_huge(torch.full((1001,), 1e-3), features=64))
+    norm_B, _ = Book({"w": torch.zeros(1)}, examples=1001)._norms(parts)
+    assert norm_B[scale_B > 1.001].isinf().all()
+    share_B = (Clipping.abadi(1.0).factor(norm_B) * norm_B[0]).nan_to_num(0.0)
+    assert float((share_B[1:] - share_B[:-1]).abs().max()) < 0.02

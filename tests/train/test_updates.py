@@ -130,7 +130,7 @@ def test_a_run_that_is_finished_early_certifies_what_it_spent(tmp_path: Path) ->
     assert found.model == CERTIFIED
     saved = load_file(tmp_path / "release" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in private.model.state_dict().items())
-    with pytest.raises(ConfigError, match="closed"):
+    with pytest.raises(ConfigError, match="has ended"):
         next(iter(private))
     with pytest.raises(ConfigError, match="this run has ended"):
         charged_run(tmp_path, resume=True)

@@ -303,13 +303,17 @@ class ProductUses(Part):
     uses: tuple[Uses, ...]
 
     def quick_norm2(self) -> Tensor:
-        outers = [outer for use in self.uses if (outer := use.by_product) is not None]
-        inputs = [wide(outer.input.squeeze(2)) for outer in outers]
-        grads = [wide(outer.grad.squeeze(2)) for outer in outers]
-        return norm2_of_products(inputs, grads, summed=grads[0].dtype)
+        return self._norm2(wide)
 
     def norm2(self) -> Tensor:
-        return functools.reduce(torch.add, (use.norm2() for use in self.uses))
+        """Together too: what is out of reach together would come back into it, each by itself."""
+        return self._norm2(torch.Tensor.double)
+
+    def _norm2(self, convert: Callable[[Tensor], Tensor]) -> Tensor:
+        outers = [outer for use in self.uses if (outer := use.by_product) is not None]
+        inputs = [convert(outer.input.squeeze(2)) for outer in outers]
+        grads = [convert(outer.grad.squeeze(2)) for outer in outers]
+        return norm2_of_products(inputs, grads, summed=wide_dtype(outers[0].grad))
 
     def summands(self) -> Sequence[Summand]:
         return self.uses

@@ -129,12 +129,12 @@ class Windows(Form):
         return self._quick_norm2(HARMLESS)
 
     def doubted_norm2(self) -> Tensor:
-        route, unfolded = self.choice.route, self.unfolded
-        if route is Route.KEEP:
+        if self.choice.route is Route.KEEP:
             return self.norm2()
-        if route is Route.PRODUCT:
-            return unfolded().doubted_norm2()
-        return going_over(self._quick_norm2(math.inf), self.norm2(), unfolded().hidden2())
+        if self.choice.route is Route.PRODUCT:
+            return self.unfolded().doubted_norm2()
+        hidden_B = torch.cat([part.unfolded().hidden2() for part in self._parts()])
+        return going_over(self._quick_norm2(math.inf), self.norm2(), hidden_B)
 
     def _quick_norm2(self, harmless: float) -> Tensor:
         route = self.choice.route
