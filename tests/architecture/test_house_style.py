@@ -7,7 +7,7 @@ import pytest
 from architecture.reading import Source, calls_of, findings, sources
 from architecture.style_rules import broad_excepts, keyword_sinks, unannotated, undocumented
 
-CORE_LINES = 8_190
+CORE_LINES = 8_200
 RULE_LINES = 2200
 KERNEL_LINES = 1_975
 """The engine, clipping, noise, sums and self-check; apart from them the rules, which are many small texts read one at a
@@ -17,8 +17,8 @@ behind zeros, and a parameter that no loss depends on; the last hundred, what ho
 backward, and a gradient that depends on others where no loss does; then 350 by which sums are recorded and replayed,
 and 350 by which random numbers stay with their example and choose paths, and views of the batch say whose they are;
 and 100 by which draws follow from chances, and an accelerator's streams, older settings of precision and memory that
-drivers miss are minded; 60 by which no rule of clipping jumps; 20 for the head of a file of its own, which says how
-operands are classified; and 90, with 15 of the kernels, by which a norm in doubt goes over."""
+drivers miss are minded; 60 by which no rule of clipping jumps; 30 for the heads of two files of their own, on how
+operands are classified and on ties; and 90, with 15 of the kernels, by which a norm in doubt goes over."""
 FILE_LINES = 600
 
 MAY_CATCH_ALL = {

@@ -10,8 +10,9 @@ from torch import Tensor
 from contracts.forms import B, FormContract
 from discreet.core.forms import Dense, Lookup
 from discreet.core.kernels import dispatch
-from discreet.core.outer import Outer, Tied
+from discreet.core.outer import Outer
 from discreet.core.route import ACCELERATOR, CPU, KERNELS, PANELS, TENSOR_CORES, Cost, Route, WindowCost, forced
+from discreet.core.tied import Tied
 from discreet.core.windows import Geometry, Windows
 
 

@@ -15,7 +15,8 @@ from discreet.core.clipping import BELOW, ROUNDING_MARGIN, Clipping
 from discreet.core.forms import Dense, Form, Lookup, drop_vanishing
 from discreet.core.gradient import clipped_gradient
 from discreet.core.kernels import processor
-from discreet.core.outer import Outer, Tied
+from discreet.core.outer import Outer
+from discreet.core.tied import Tied
 from discreet.core.uses import _SMALL_TOGETHER, Crossed, Derivation, ProductUses, Record, Uses
 from discreet.core.windows import Geometry, Windows
 

@@ -4,7 +4,7 @@
     Windows  the same over the windows of an image   convolution                                 windows.py
     Lookup   G_b = sum_s onehot(id_bs) (x) grad_bs   embedding, integer indexing
     Dense    G_b as it stands                        biases, scales, tokens, and whatever is instantiated
-    Tied     a Lookup plus an Outer of one table     tied embedding and head                     outer.py
+    Tied     a Lookup plus an Outer of one table     tied embedding and head                     tied.py
     Routed   Outer of the rows that an expert gets   stacked weights of experts                  routed.py
 
     norm2          (B,)           |G_b|^2 in float64, never below the norm of what weighted_sum adds

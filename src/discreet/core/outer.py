@@ -1,4 +1,4 @@
-"""Per-example gradients that are sums of outer products, their ghost norms, and the tie of a head with its embedding.
+"""Per-example gradients that are sums of outer products, and their ghost norms.
 
 Shape legend: B = examples, K = groups, S = positions (tokens, pixels), I = inputs, O = outputs, V = rows, D = width.
 """
@@ -122,8 +122,7 @@ class Outer(Form):
     def _norm2(self, input_BKSI: Tensor, grad_BKSO: Tensor, harmless: float) -> Tensor:
         summed = wide_dtype(self.grad)
         if self.input.shape[2] == 1:
-            operands = [input_BKSI.squeeze(2)], [grad_BKSO.squeeze(2)]
-            return norm2_of_products(*operands, summed=summed, harmless=harmless)
+            return norm2_of_products([input_BKSI.squeeze(2)], [grad_BKSO.squeeze(2)], summed=summed)
         return gram_norm2([input_BKSI], [grad_BKSO], summed=summed, harmless=harmless)
 
     def _parts(self) -> list[Outer]:
@@ -167,65 +166,6 @@ class Outer(Form):
         if self.choice.route is Route.KEEP:
             return Dense(self.per_example(), scratch=True)
         return self
-
-
-@dataclass(frozen=True)
-class Tied(Form):
-    """One table used as a lookup and as a linear map: ``G_b = lookup_b + outer_b`` (arXiv:2405.18194, section 3).
-
-    The two may oppose each other, in the norm and again in the sum; as in a Gram norm, a bound on what rounding does to
-    both, ``4 eps (|lookup_b| + |outer_b|)^2``, is added.
-    """
-
-    lookup: Lookup
-    outer: Outer
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (*self.lookup.tensors, *self.outer.tensors)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.outer.shape
-
-    @property
-    def examples(self) -> int:
-        return self.outer.examples
-
-    def rows(self, start: int, stop: int) -> Tied:
-        return Tied(self.lookup.rows(start, stop), self.outer.rows(start, stop))
-
-    def without(self, bad_B: Tensor) -> Tied:
-        return Tied(self.lookup.without(bad_B), self.outer.without(bad_B))
-
-    def joined(self, other: Tied) -> Tied | None:
-        outer = self.outer.joined(other.outer)
-        return None if outer is None else Tied(self.lookup.joined(other.lookup), outer)
-
-    def norm2(self) -> Tensor:
-        return self._with_cross_term(self.outer.norm2())
-
-    def quick_norm2(self) -> Tensor:
-        return self._with_cross_term(self.outer.quick_norm2())
-
-    def doubted_norm2(self) -> Tensor:
-        return self._with_cross_term(self.outer.doubted_norm2())
-
-    def _with_cross_term(self, outer_B: Tensor) -> Tensor:
-        lookup_B = self.lookup.norm2()
-        rounding = (4 + self.outer.input.shape[3] / 2) * torch.finfo(wide_dtype(self.outer.grad)).eps
-        exact_B = (lookup_B + outer_B + 2 * self.outer.inner(self.lookup)).clamp(min=0)
-        exact_B = exact_B + rounding * (lookup_B.sqrt() + outer_B.sqrt()).square()
-        return _grown(exact_B, torch.maximum(lookup_B, outer_B), wide_dtype(self.outer.grad))
-
-    def per_example(self) -> Tensor:
-        return self.lookup.per_example() + self.outer.per_example()
-
-    def weighted_sum(self, factor_B: Tensor) -> Tensor:
-        return self.lookup.add_weighted_sum(factor_B, self.outer.weighted_sum(factor_B))
-
-    def reduced(self) -> Tied:
-        return Tied(self.lookup.reduced(), self.outer)
 
 
 def gram_norm2(
@@ -357,10 +297,10 @@ def _unless_hidden(exact_B: Tensor, met2_B: Tensor, input_BKS: Tensor, grad_BKS:
     input_B, grad_B = (value.flatten(1).sum(1).square() for value in (input_BKS, grad_BKS))
     hidden_B = torch.finfo(sums.taken).tiny * (sums.outputs * input_B + sums.inputs * grad_B)
     sure_B = exact_B.masked_fill(hidden_B > 1e-7 * exact_B + sums.harmless, torch.nan)
-    return _grown(sure_B, torch.stack([input2_B, grad2_B, met2_B]).amax(0), sums.summed)
+    return grown(sure_B, torch.stack([input2_B, grad2_B, met2_B]).amax(0), sums.summed)
 
 
-def _grown(norm2_B: Tensor, length2_B: Tensor, summed: torch.dtype) -> Tensor:
+def grown(norm2_B: Tensor, length2_B: Tensor, summed: torch.dtype) -> Tensor:
     """Squared norms that grow without bound while a squared length goes out of reach, so that no share jumps there."""
     far = torch.finfo(summed).max / 256
     left_B = ((far - length2_B) / (far * NEARER)).clamp(0.0, 1.0)
@@ -385,15 +325,12 @@ def going_over(quick_B: Tensor, sure_B: Tensor, hidden_B: Tensor) -> Tensor:
     return torch.where(left_B > 0, torch.where(between_B.isnan(), larger_B, between_B), sure_B)
 
 
-def norm2_of_products(
-    inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype, harmless: float = HARMLESS
-) -> Tensor:
+def norm2_of_products(inputs_BKI: Sequence[Tensor], grads_BKO: Sequence[Tensor], *, summed: torch.dtype) -> Tensor:
     """One position: ``sum_k |input_k|^2 |grad_k|^2``, added up over pairs of operands.
 
     Args:
         inputs_BKI, grads_BKO: pairs, in the precision to compute in.
         summed: the dtype that the weighted sums are computed in.
-        harmless: what squares that vanished may come to, before the result is NaN.
     """
     taken = inputs_BKI[0].dtype
     input2_BK, grad2_BK = (
@@ -401,7 +338,7 @@ def norm2_of_products(
     )
     exact_B = (input2_BK * grad2_BK).sum(1)
     inputs, outputs = (max(value.shape[-1] for value in values) for values in (inputs_BKI, grads_BKO))
-    sums = Sums(inputs, outputs, 0.0, taken, summed, harmless)
+    sums = Sums(inputs, outputs, 0.0, taken, summed, HARMLESS)
     return _unless_hidden(exact_B, exact_B, input2_BK.sqrt().unsqueeze(2), grad2_BK.sqrt().unsqueeze(2), sums)
 
 

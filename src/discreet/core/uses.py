@@ -23,8 +23,9 @@ from torch import Tensor
 from discreet.core.forms import CHUNK_NUMBERS, Dense, Form, Lookup, examples_at_a_time, wide, wide_dtype
 from discreet.core.kernels import dispatch
 from discreet.core.kernels.results import HARMLESS
-from discreet.core.outer import Outer, Tied, going_over, gram_norm2, norm2_of_products
+from discreet.core.outer import Outer, going_over, gram_norm2, norm2_of_products
 from discreet.core.route import Choice, Route
+from discreet.core.tied import Tied
 
 _SMALL, _SMALL_TOGETHER, _SMALL_AWAY = 4096, 1 << 16, 1 << 22
 """Numbers of a parameter that is settled together with others of its kind, and of as many per-example gradients as
